@@ -12,14 +12,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 _API = {
+    "ConfigError": ("launcher.errors", "ConfigError"),
+    "ConfigErrors": ("launcher.errors", "ConfigErrors"),
     "LauncherError": ("launcher.errors", "LauncherError"),
     "Plan": ("launcher.protocol.plan", "Plan"),
     "Result": ("launcher.api.result", "Result"),
+    "RunHandle": ("launcher.api.handle", "RunHandle"),
     "Run": ("launcher.config.run", "Run"),
+    "Sweep": ("launcher.api.sweep", "Sweep"),
     "compose": ("launcher.api.functions", "compose"),
+    "load": ("launcher.api.functions", "load"),
     "plan": ("launcher.api.functions", "plan"),
     "render": ("launcher.api.functions", "render"),
     "run": ("launcher.api.functions", "run"),
+    "sweep": ("launcher.api.functions", "sweep"),
 }
 """Module and name of each part of the Python API."""
 

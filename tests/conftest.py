@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import random
@@ -20,6 +19,7 @@ from typing import IO, Any, Protocol
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from launcher.__main__ import main
 from launcher.config.compose import compose
@@ -120,8 +120,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
     def make(name: str, fill: Callable[[Path], None]) -> Path:
         folder, made = base / name, base / f"{name}.made"
-        with (base / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(base / f"{name}.lock"):
             if not made.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a worker in which it failed
                 folder.mkdir()

@@ -51,10 +51,17 @@ _BY_PLACE = (
     ),
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
     # Single tests that do.
-    ("plugins/test_loading.py::test_its_package_is_in_the_bundle", "process"),
+    ("plugins/test_other_processes.py*", "process"),
     ("plugins/test_example.py*", "process"),
     ("api/test_functions.py::test_importing_it_loads_nothing", "process"),
-    ("api/test_functions.py::test_a_starter_with_unread_output_is_ended", "process"),
+    *(
+        (f"api/test_functions.py::test_a_{name}", "process")
+        for name in (
+            "starter_with_unread_output_is_ended",
+            "refusal_of_the_starter_is_a_config_error",
+            "submitted_run_is_cancelled_by_its_scheduler",
+        )
+    ),
     ("api/test_notebook.py*", "process"),
     ("*::test_the_submission_is_readable_complete_and_without_secrets", "process"),
     ("cli/test_cancel.py::test_a_job_is_cancelled_by_its_scheduler*", "process"),

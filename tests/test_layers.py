@@ -10,7 +10,18 @@ from pathlib import Path
 import launcher.cli
 from launcher.config.registry import KINDS
 
-HEAVY = ("accelerate", "datasets", "deepspeed", "matplotlib", "numpy", "tokenizers", "torch", "transformers", "wandb")
+HEAVY = (
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "wandb",
+)
 COMPOSITION = ("hydra", "omegaconf", "rich", "yaml")
 
 REFUSE = """

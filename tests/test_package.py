@@ -46,6 +46,7 @@ def test_the_wheel_holds_every_option_and_the_type_marker(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert shipped <= names
     assert "launcher/py.typed" in names
+    assert "launcher/runs/report/templates/page.html" in names
     assert not any(name.startswith(("tests/", "scripts/", "conf/")) for name in names)
 
 

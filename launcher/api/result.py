@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from launcher.protocol.loss_curve import draw_curve
 from launcher.protocol.results import last_metrics, read_metrics
 from launcher.protocol.rundir import RunDir
+from launcher.runs.state import ELSEWHERE, RunState, read_run_state
 from launcher.utils.files import read_object
 
 
@@ -26,19 +28,25 @@ class Result:
     @property
     def exit_code(self) -> int:
         """The exit code of the run: 0 where it completed."""
-        return int(self._ended().get("exit_code", self.submit_code))
+        return int(self._state().result.get("exit_code", self.submit_code))
 
     @property
     def status(self) -> str:
-        """``completed``, ``failed``, ``preempted``, ``cancelled``, or ``submitted`` to a cluster."""
-        return str(self._ended().get("status", "failed" if self.submit_code else "submitted"))
+        """How the run ended: ``completed``, ``failed``, ``preempted`` or ``cancelled``.
 
-    def _ended(self) -> dict[str, Any]:
-        """Return the content of result.json; nothing where the run has written none."""
-        try:
-            return read_object(RunDir(self.folder).result)
-        except FileNotFoundError:
-            return {}
+        Without a result: ``running``, ``submitted`` to a cluster, ``elsewhere`` (on machines out of reach), or ``lost``
+        (ended without a result).
+        """
+        state = self._state()
+        if state.result:
+            return state.status
+        if self.submit_code:
+            return "cancelled" if self.submit_code == 128 + signal.SIGINT else "failed"
+        is_queued = state.status == ELSEWHERE and state.session is not None and bool(state.session.job)
+        return "submitted" if is_queued or state.session is None else state.status
+
+    def _state(self) -> RunState:
+        return read_run_state(RunDir(self.folder))
 
     @property
     def failure(self) -> dict[str, Any] | None:
@@ -61,11 +69,7 @@ class Result:
         return [rows[step] for step in sorted(rows)]
 
     def table(self) -> Any:
-        """Return :meth:`rows` as a pandas ``DataFrame``, indexed by step.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
+        """Return :meth:`rows` as a pandas ``DataFrame``, indexed by step."""
         import pandas
 
         return pandas.DataFrame(self.rows() or {"train/step": []}).set_index("train/step")

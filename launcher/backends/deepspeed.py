@@ -19,7 +19,7 @@ from launcher.config.backend.deepspeed import DeepspeedBackend
 from launcher.errors.secrets import is_secret
 from launcher.execution.executor import Executor
 from launcher.planning.commands import EXTERNAL_RANK_MODULE
-from launcher.plugins.loading import import_folders
+from launcher.plugins.loading import path_environment
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.plan import Command, Host, HostPlan, Plan
 from launcher.protocol.rundir import RunDir, encode_run_dir
@@ -35,7 +35,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Return the ssh command that runs ``module``: pdsh and mpirun reach hosts the same way."""
-        text = prologue(module, cwd=os.getcwd(), pythonpath=_pythonpath())  # noqa: PTH109
+        text = prologue(module, cwd=os.getcwd(), pythonpath=(str(code_root()),), env=path_environment(self.plugins))  # noqa: PTH109
         return ssh_command(host, prologue=text, config=self.backend.ssh_config)
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
@@ -77,7 +77,8 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
 
         def connect(host: HostPlan) -> PipeConnection:
             argv = (sys.executable, "-m", _AGENT_MODULE)
-            return PipeConnection(host.host.name, RemoteCommand(argv=argv), log=run_dir.log_of(host.host.name, "agent"))
+            remote = RemoteCommand(argv=argv, env=path_environment(self.plugins))
+            return PipeConnection(host.host.name, remote, log=run_dir.log_of(host.host.name, "agent"))
 
         try:
             return run_session(replace(plan, hosts=(here,), forwarded_env=()), connect)
@@ -115,7 +116,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
         return ()
 
     def _env(self) -> dict[str, str]:
-        env = {"PYTHONPATH": os.pathsep.join(_pythonpath())}
+        env = {"PYTHONPATH": str(code_root())}
         if self.backend.runner == "pdsh":
             env |= {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(self._ssh_options())}
         return env
@@ -124,11 +125,6 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
         config = self.backend.ssh_config
         file = ["-F", str(Path(config).absolute())] if config else []
         return [*file, *("-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes")]
-
-
-def _pythonpath() -> tuple[str, ...]:
-    """Return the folders of the program and of plugins, which all hosts share."""
-    return (str(code_root()), *import_folders())
 
 
 def render_hostfile(plan: Plan) -> str:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from launcher.backends.base import AgentExecutor
 from launcher.config.backend.local import LocalBackend
+from launcher.plugins.loading import path_environment
 from launcher.protocol.plan import Host
 from launcher.remote.command import RemoteCommand
 
@@ -18,4 +19,4 @@ class LocalExecutor(AgentExecutor[LocalBackend]):
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Return a command that uses no network."""
-        return RemoteCommand(argv=(host.python, "-m", module))
+        return RemoteCommand(argv=(host.python, "-m", module), env=path_environment(self.plugins))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.config.backend.base import Backend
+from launcher.config.run import Run
 from launcher.execution.executor import AnyExecutor
 from launcher.plugins.loading import executor
 
@@ -17,7 +17,7 @@ EXECUTORS: dict[str, str] = {
 A new backend needs its options, its executor, its YAML and a line here."""
 
 
-def executor_of(backend: Backend) -> AnyExecutor:
-    """Return the executor of ``backend``, which is imported now, with its options."""
-    found: AnyExecutor = executor("backend", backend.kind, EXECUTORS)(backend)
+def executor_of(run: Run) -> AnyExecutor:
+    """Return the executor of a run's backend, which is imported now."""
+    found: AnyExecutor = executor("backend", run.backend.kind, EXECUTORS)(run.backend, plugins=run.plugins)
     return found

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from launcher.backends.base import AgentExecutor
 from launcher.config.backend.ssh import SshBackend
-from launcher.plugins.loading import import_folders, packages
+from launcher.plugins.loading import path_environment, plugins_of
 from launcher.protocol.plan import Host, Plan
 from launcher.remote.bundle import Bundle, make_bundle
 from launcher.remote.command import RemoteCommand, prologue, ssh_command
@@ -23,8 +23,11 @@ class SshExecutor(AgentExecutor[SshBackend]):
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Return the ssh command; its stdin carries what runs there."""
-        shared = (str(code_root()), *import_folders()) if self.backend.code == "shared" else ()
-        text = prologue(module, cwd=os.getcwd(), pythonpath=shared, bundle=self._bundle)  # noqa: PTH109
+        cwd = os.getcwd()  # noqa: PTH109
+        if self.backend.code == "sent":
+            text = prologue(module, cwd=cwd, bundle=self._bundle)
+        else:
+            text = prologue(module, cwd=cwd, pythonpath=(str(code_root()),), env=path_environment(self.plugins))
         return ssh_command(host, prologue=text, config=self.backend.ssh_config, options=self.backend.ssh_options)
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
@@ -42,5 +45,5 @@ class SshExecutor(AgentExecutor[SshBackend]):
 
     @cached_property
     def _bundle(self) -> Bundle | None:
-        """The working tree and the packages of plugins, packed once for all hosts."""
-        return make_bundle(code_root(), packages()) if self.backend.code == "sent" else None
+        """The working tree and the packages of the run's plugins, packed once for all hosts."""
+        return make_bundle(code_root(), plugins_of(self.plugins)) if self.backend.code == "sent" else None

@@ -28,7 +28,7 @@ def run(arguments: Arguments) -> int:
     hosts = wanted.backend.hosts(max_ranks=wanted.job.max_ranks(wanted))
     report = examine_hosts(
         hosts,
-        executor_of(wanted.backend).remote_command,
+        executor_of(wanted).remote_command,
         request_of(wanted),
         quick=False,
         deadline_s=default_deadline_s(len(hosts), quick=False),

@@ -32,6 +32,6 @@ def run(arguments: Arguments) -> int:
     if arguments.json:
         print(json_text(to_tree(plan)))
     else:
-        submission = executor_of(prepared.run.backend).render(plan, snapshot=prepared.snapshot)
+        submission = executor_of(prepared.run).render(plan, snapshot=prepared.snapshot)
         print(render_plan(plan, submission=submission), end="")
     return 0

@@ -25,4 +25,4 @@ def run(arguments: Arguments) -> int:
     prepared = prepare(composed)
     from launcher.execution.lifecycle import start_run  # supervision is no part of a plan
 
-    return start_run(prepared, executor_of(prepared.run.backend))
+    return start_run(prepared, executor_of(prepared.run))

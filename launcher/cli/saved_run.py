@@ -61,7 +61,7 @@ def start_saved_run(run: Run, arguments: Arguments, *, folder: Path) -> int:
         print(f"warning: {why}: export it if ranks need it", file=sys.stderr)
     prepared = prepare(Composition(run=run, tree=run_to_tree(run), sweep=None, overrides=tuple(arguments.overrides)))
     if not arguments.dry_run:
-        return start_run(prepared, executor_of(prepared.run.backend))
+        return start_run(prepared, executor_of(prepared.run))
     plan = prepared.plan
     print(json_text(to_tree(plan)) if arguments.json else render_plan(plan), end="")
     return 0

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from launcher.backends.registry import executor_of
 from launcher.cli.arguments import Arguments
-from launcher.errors import ConfigError
 from launcher.execution.sweep import plan_sweep, run_sweep
 
 
 def run(arguments: Arguments) -> int:
     """Run a sweep."""
     sweep, trials = plan_sweep(arguments.overrides, config_dir=arguments.config_dir)
-    if len(trials) < 2 and not sweep.parameters:
-        fix = "give an option several values (optimizer.lr=1e-4,3e-4) or a grid (+sweep=lr_batch)"
-        raise ConfigError("sweep", why="there is only one combination", fix=fix)
     if arguments.dry_run:
         for trial in trials:
             print(f"{trial.prepared.plan.run_dir}  {' '.join(trial.words)}")

@@ -6,7 +6,8 @@ import ast
 import dataclasses
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from launcher.config.component import field_docs
 from launcher.config.folders import conf_folder, options_in
 from launcher.config.registry import KINDS
 from launcher.config.run import Run
-from launcher.errors import ConfigError, ConfigErrors
+from launcher.errors import ConfigError, ConfigErrors, Unfit
+from launcher.plugins.base import NAMED
 from launcher.plugins.loading import (
     OPTION,
     LoadedPlugin,
@@ -24,7 +26,6 @@ from launcher.plugins.loading import (
     import_plugin,
     installed_modules,
     loaded_plugins,
-    missing_on_host,
 )
 from launcher.utils.schema import OPTION_TYPES, field_types, is_option_type
 from launcher.utils.text import did_you_mean
@@ -90,26 +91,28 @@ def load_plugins(modules: Iterable[str] = (), *, with_installed: bool = True) ->
         raise ConfigErrors(errors)
 
 
-def load_plugins_of_run(named: object, *, is_own_run: bool) -> tuple[str, ...]:
+def load_plugins_of_run(tree: Mapping[str, Any], *, is_own_run: bool) -> tuple[str, ...]:
     """Return the plugins that a run.yaml names, loaded.
 
     A run.yaml may be another user's: importing what it names would run any module.
 
     Args:
-        named: what stands under ``plugins`` there.
+        tree: the file's content.
         is_own_run: whether this process was started for this very run, and so may import what it names.
 
     Raises:
         ConfigError: it names a plugin that is neither installed nor named by the user.
-        EnvironmentProblem: this process belongs to the run, and its host cannot load a plugin.
+        Unfit: this process belongs to the run, and its host cannot load a plugin.
     """
+    named = tree.get("plugins", ())
     if not isinstance(named, list | tuple) or not all(isinstance(module, str) for module in named):
         raise ConfigError(OPTION, named, why="is not a list of modules", fix="write plugins=[my.module]")
     if is_own_run:
         try:
             load_plugins(named, with_installed=False)  # others of this host may be broken, and the run needs none
         except ConfigError as error:  # where the run was planned they could be loaded
-            raise missing_on_host(str(error.value), error.why) from error
+            host, why = socket.gethostname(), f"which this run uses, cannot be loaded: {error.why}"
+            raise Unfit(f"{host}: the plugin {error.value}, {why}; {_remedy_on_host(tree)}") from error
         return tuple(named)
     load_plugins()
     for module in named:
@@ -119,11 +122,20 @@ def load_plugins_of_run(named: object, *, is_own_run: bool) -> tuple[str, ...]:
     return tuple(named)
 
 
+def _remedy_on_host(tree: Mapping[str, Any]) -> str:
+    """Return what to do about a host that lacks a plugin of the run."""
+    backend = tree.get("backend")
+    if isinstance(backend, Mapping) and backend.get("kind") == "kubernetes":
+        return f"build the image {backend.get('image')} (backend.image) with its package"
+    return "install its package there, as on the machine that started the run"
+
+
 def used_plugins(run: Run) -> tuple[str, ...]:
     """Return the modules of the plugins of which ``run`` uses something."""
     kinds = [(component.group, component.kind) for component in run.components()]
-    kinds += [("callback", kind) for kind in getattr(run.job, "callbacks", ())]
-    kinds += [("loss", kind) for kind in filter(None, [getattr(run.job, "loss", None)])]
+    for group, field in NAMED.items():
+        named = getattr(run.job, field, ())
+        kinds += [(group, kind) for kind in (named if isinstance(named, tuple) else (named,))]
     return tuple(loaded.module for loaded in loaded_plugins() if any(loaded.adds(*each) for each in kinds))
 
 

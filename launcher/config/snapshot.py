@@ -57,7 +57,7 @@ def load_run(path: Path, *, expected_hash: str | None = None, is_own_run: bool =
         is_own_run: whether this process was started for this run; otherwise nothing that the file names is imported.
 
     Raises:
-        EnvironmentProblem: this process belongs to the run, and lacks one of its plugins.
+        Unfit: this process belongs to the run, and lacks one of its plugins.
         ConfigError: the file is missing, its hash differs from ``expected_hash``, or it is not a run of this version.
     """
     payload = _read(path)
@@ -67,7 +67,7 @@ def load_run(path: Path, *, expected_hash: str | None = None, is_own_run: bool =
         raise ConfigError("run.yaml", path, why=why, fix="start the run again; never edit run.yaml of a running run")
     mistakes: list[ConfigError] = []
     tree = _parse(payload, path)
-    plugins = load_plugins_of_run(tree.get("plugins", ()), is_own_run=is_own_run or expected_hash is not None)
+    plugins = load_plugins_of_run(tree, is_own_run=is_own_run or expected_hash is not None)
     run = build_run({**GROUPS_ADDED_LATER, **tree, "plugins": plugins}, mistakes.append)
     if run is None:
         raise ConfigErrors(mistakes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launcher.doctor.host_facts import DiskToken, code_hash, create_disk_token
+from launcher.doctor.host_facts import DiskToken, code_hash, collect_plugin, create_disk_token
 from launcher.doctor.probe_client import ProbeClient
 from launcher.doctor.probe_failure import explain_probe_failure
 from launcher.doctor.protocol import Contact, GroupMeasurement, HostFacts, PairMeasurement, ProbeRequest
@@ -64,6 +64,7 @@ def examine_hosts(
     started = time.monotonic()
     deadline = started + deadline_s
     local_code_hash = code_hash()  # first, because the files may be edited meanwhile
+    local_plugins = [collect_plugin(module) for module in request.plugins]
     checked, measured = CheckedContacts(), AllReduceResults()
     with create_disk_token(Path(request.run_dir)) as token, ProbeClient(hosts, remote) as client:
         collected = collect_facts(
@@ -87,7 +88,9 @@ def examine_hosts(
             )
         findings = [
             *([] if token.problem is None else [_unwritable(token)]),
-            *host_rules(hosts, collected.facts, skews_s=collected.skews_s, code_hash=local_code_hash),
+            *host_rules(
+                hosts, collected.facts, skews_s=collected.skews_s, code_hash=local_code_hash, plugins=local_plugins
+            ),
             *_contact_findings(checked, port=request.port),
         ]
         is_fit = len(collected.facts) == len(hosts) and not any(found.level is Level.ERROR for found in findings)

@@ -28,7 +28,8 @@ from pathlib import Path
 import psutil
 
 import launcher
-from launcher.doctor.protocol import PACKAGES, Contact, HostFacts, Software, Storage
+from launcher.doctor.protocol import PACKAGES, Contact, HostFacts, PluginFacts, Software, Storage
+from launcher.errors import ConfigError
 from launcher.utils.hardware import cpu_computes_bf16, list_gpus, memory_limit, visible_gpus
 
 _CUDA = re.compile(r"^cuda\b[^=]*=\s*['\"]([0-9.]+)['\"]", re.MULTILINE)
@@ -81,7 +82,7 @@ def _boot_id(file: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
 
 
 def collect_software(plugins: Sequence[str] = ()) -> Software:
-    """Return the software of this interpreter; ``plugins`` are modules to look for."""
+    """Return the software of this interpreter; ``plugins`` are modules to load."""
     found = {name: _version(name) for name in PACKAGES}
     return Software(
         python=platform.python_version(),
@@ -91,16 +92,22 @@ def collect_software(plugins: Sequence[str] = ()) -> Software:
         nccl=_nccl(),
         driver=_driver(),
         code_hash=code_hash(),
-        missing_plugins=tuple(module for module in plugins if not _is_importable(module)),
+        plugins=tuple(collect_plugin(module) for module in plugins),
     )
 
 
-def _is_importable(module: str) -> bool:
-    """Return whether there is a module of this name; packages above it are imported."""
+def collect_plugin(module: str) -> PluginFacts:
+    """Return the facts of a plugin, which is loaded as ranks load it."""
+    from launcher.config.plugins import load_plugins  # the schema: only where a run uses plugins
+    from launcher.plugins.loading import plugins_of
+
     try:
-        return find_spec(module) is not None
-    except Exception:  # noqa: BLE001 (a package above it fails in any way)
-        return False
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for messages
+            load_plugins([module], with_installed=False)
+    except ConfigError as error:
+        return PluginFacts(module=module, problem=error.why)
+    (loaded,) = plugins_of([module])
+    return PluginFacts(module=module, file=str(loaded.file), version=loaded.version, code_hash=loaded.code_hash)
 
 
 def code_hash() -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from launcher.doctor.protocol import parse_message
-from launcher.plugins.loading import import_folders
 from launcher.protocol.plan import Host
 from launcher.remote.command import RemoteCommand
 from launcher.utils.system import child_environment, raise_open_file_limit
@@ -150,7 +149,7 @@ class ProbeProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=child_environment(import_folders()),
+            env={**child_environment(), **remote.env},
             start_new_session=True,
             bufsize=0,
         )

@@ -39,6 +39,20 @@ class ProbeRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluginFacts:
+    """A plugin of the run, as the interpreter of the probe finds it."""
+
+    module: str
+    problem: str | None = None
+    """Why it cannot be loaded; the fields below are then empty."""
+    file: str = ""
+    version: str = ""
+    """Version of its package; empty if that is not installed."""
+    code_hash: str = ""
+    """SHA-256 of its package's Python and YAML files."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Software:
     """Software that is installed for the interpreter of the probe."""
 
@@ -55,8 +69,8 @@ class Software:
     """Version of the NVIDIA driver."""
     code_hash: str
     """SHA-256 of the files of this package."""
-    missing_plugins: tuple[str, ...] = ()
-    """Modules of the run's plugins that cannot be found."""
+    plugins: tuple[PluginFacts, ...] = ()
+    """Of the plugins that the run uses."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 from launcher.config.run import Run
-from launcher.doctor.protocol import PACKAGES, Contact, GroupMeasurement, HostFacts, PairMeasurement
+from launcher.doctor.protocol import PACKAGES, Contact, GroupMeasurement, HostFacts, PairMeasurement, PluginFacts
 from launcher.doctor.report import Finding, error, warning
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host
@@ -34,13 +34,19 @@ LOW_BYTES_PER_S = 50 * 2**20
 """Less than half the bandwidth of gigabit Ethernet."""
 ODD_SHARE = 0.25
 """A pair with less than this share of the median bandwidth is reported."""
+_SENDS = "backend=ssh sends the package with backend.code=sent"
 _SHOWN = 3
 """Maximum number of host names in one sentence."""
 _Facts = Mapping[str, HostFacts]
 
 
 def host_rules(
-    hosts: Sequence[Host], facts: _Facts, *, skews_s: Mapping[str, float], code_hash: str
+    hosts: Sequence[Host],
+    facts: _Facts,
+    *,
+    skews_s: Mapping[str, float],
+    code_hash: str,
+    plugins: Sequence[PluginFacts] = (),
 ) -> Iterator[Finding]:
     """Yield findings about each host alone and about differences between their facts.
 
@@ -49,11 +55,12 @@ def host_rules(
         facts: of those that answered, by name, in the order of hosts.
         skews_s: seconds by which each clock is ahead of the launching machine's.
         code_hash: of this package on the launching machine.
+        plugins: of the run, on the launching machine.
     """
     answered = [host for host in hosts if host.name in facts]
     yield from _differing_software(facts)
     yield from _differing_code(facts, code_hash)
-    yield from _missing_plugins(facts)
+    yield from _differing_plugins(facts, plugins)
     yield from _duplicates(facts)
     for host in answered:
         found = facts[host.name]
@@ -121,11 +128,25 @@ def _differing_code(facts: _Facts, code_hash: str) -> Iterator[Finding]:
             yield error(host, what, "install the same version there, or set backend.code=sent")
 
 
-def _missing_plugins(facts: _Facts) -> Iterator[Finding]:
+def _differing_plugins(facts: _Facts, plugins: Sequence[PluginFacts]) -> Iterator[Finding]:
+    """Yield plugins of the run that a host cannot load, or of which it has other code."""
+    here = {plugin.module: plugin for plugin in plugins}
     for host, found in facts.items():
-        for module in found.software.missing_plugins:
-            what = f"the plugin {module}, which the run uses, is not installed for {found.software.python_path}"
-            yield error(host, what, "install its package there, or set backend.code=sent")
+        for plugin in found.software.plugins:
+            own = here.get(plugin.module)
+            if plugin.problem is not None:
+                by = found.software.python_path
+                what = f"the plugin {plugin.module}, which the run uses, cannot be loaded by {by}: {plugin.problem}"
+                yield error(host, what, f"install its package there, with what it imports; {_SENDS}")
+            elif own is not None and plugin.code_hash != own.code_hash:
+                what = (
+                    f"its plugin {plugin.module} is {_version_text(plugin)} and this machine's is {_version_text(own)}"
+                )
+                yield error(host, what, f"install the same version there; {_SENDS}")
+
+
+def _version_text(plugin: PluginFacts) -> str:
+    return f"{plugin.version} {plugin.code_hash[:12]} ({plugin.file})".lstrip()
 
 
 def _duplicates(facts: _Facts) -> Iterator[Finding]:

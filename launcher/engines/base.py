@@ -41,6 +41,10 @@ class StepResult:
     """Some rank had been asked to leave by the end of the step."""
 
 
+Observer = Callable[["Tensor", "Tensor"], None]
+"""Takes logits (sequences, tokens, vocabulary) and labels (sequences, tokens)."""
+
+
 def never_preempted() -> bool:
     """Return False: no rank has been asked to leave."""
     return False
@@ -69,10 +73,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the loss summed over this rank's tokens, and their number, without training.
 
         Summed over all ranks, both may count a token several times, but equally often.
+
+        Args:
+            micro_batches: of this rank.
+            observe: gets the logits and labels of each; pipelines have none to give.
         """
 
     @abstractmethod

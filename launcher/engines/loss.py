@@ -22,6 +22,7 @@ from launcher.plugins.loading import executor
 if TYPE_CHECKING:
     from launcher.config.run import BatchedJob
     from launcher.data.dataloader import MicroBatch
+    from launcher.engines.base import Observer
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -37,7 +38,12 @@ def loss_function(job: BatchedJob) -> LossFunction | None:
 
 
 def token_loss_sum(
-    module: nn.Module, micro_batch: MicroBatch, *, device: torch.device, function: LossFunction | None = None
+    module: nn.Module,
+    micro_batch: MicroBatch,
+    *,
+    device: torch.device,
+    function: LossFunction | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Return the loss summed over the labelled tokens, an fp32 scalar on ``device``.
 
@@ -46,13 +52,16 @@ def token_loss_sum(
         micro_batch: on any device.
         device: of the module.
         function: computes it from all logits; by default it is cross-entropy, of which no rank holds all.
+        observe: gets all logits, and the labels.
     """
     input_ids = micro_batch.input_ids.to(device, non_blocking=True)
     labels = micro_batch.labels.to(device, non_blocking=True)
     where = micro_batch.position_ids
     positions = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
-    with labels_at_head(module, labels) if function is None else nullcontext():
+    with labels_at_head(module, labels) if function is None and observe is None else nullcontext():
         output = module(input_ids=input_ids, use_cache=False, **positions).logits
+    if observe is not None:
+        observe(output, labels)
     return loss_of(output, labels) if function is None else function(output, labels)
 
 

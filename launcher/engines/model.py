@@ -52,6 +52,7 @@ def build_run_model(
         seed=run.job.seed,
         attention=run.attention,
         activation=run.activation,
+        transforms=getattr(run.job, "transforms", ()),
         after=after,
         laid_out=prepare,
         heartbeat=lambda: context.heartbeat.update("load"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,23 +17,26 @@ from launcher.config.precision import Fp16Precision, Precision
 from launcher.engines.base import StepResult
 from launcher.engines.distributed import ranks_with_nonfinite
 from launcher.engines.model_state import local_shard
+from launcher.errors import ConfigError, JobError
+from launcher.plugins.calls import named_in_errors
 from launcher.plugins.loading import executor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from launcher.config.optimizer import AdamW
+    from launcher.config.optimizer import AdamW, Optimizer
     from launcher.config.run import Run
 
 
 OPTIMIZERS: dict[str, str] = {"adamw": "launcher.engines.optimizer:make_adamw"}
-"""Factory of each kind of optimizer: from its options and groups of parameters."""
+"""Factory of each kind of optimizer: from its options and groups of named parameters."""
 
 
 def make_adamw(options: AdamW, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return torch's fused AdamW."""
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    unnamed = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
+    return torch.optim.AdamW(unnamed, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
 class OptimizerStep:
@@ -64,8 +68,7 @@ class OptimizerStep:
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         skipped = set(map(id, counted_elsewhere))
         self._counted = [parameter for parameter in self._parameters if id(parameter) not in skipped]
-        make = executor("optimizer", run.optimizer.kind, OPTIMIZERS)
-        self.optimizer: torch.optim.Optimizer = make(run.optimizer, groups)
+        self.optimizer = make_optimizer(run.optimizer, groups, names=_names(modules))
 
     def apply(self, own_sum: Tensor, tokens: Tensor, *, lr: float, preempted: bool, counted: int = 1) -> StepResult:
         """Clip and apply the gradient unless it is not finite; fetch all numbers in one go.
@@ -87,7 +90,7 @@ class OptimizerStep:
             factor = min(1.0, self._clip_norm / (grad_norm + 1e-6)) if self._clip_norm else 1.0
             self._multiply_gradients(factor / self.scale.value)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(overflow=overflow)
@@ -129,6 +132,43 @@ class OptimizerStep:
     def _multiply_gradients(self, factor: float) -> None:
         if factor != 1.0:
             torch._foreach_mul_([local_shard(p.grad) for p in self._parameters if p.grad is not None], factor)
+
+
+def make_optimizer(
+    options: Optimizer, groups: list[dict[str, Any]], *, names: Mapping[nn.Parameter, str]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of these groups of parameters.
+
+    Its factory gets ``(name, parameter)`` pairs as ``params`` of each group, which torch's optimizers take too.
+
+    Args:
+        options: of the run.
+        groups: as :func:`decay_groups` returns them.
+        names: of the parameters in the model.
+
+    Raises:
+        ConfigError: there is nothing to train.
+        JobError: the factory is a plugin's, and left out or added parameters.
+        PluginError: it raised an exception.
+    """
+    if not groups:
+        raise ConfigError("job.transforms", why="they leave no parameter to train", fix="leave one unfrozen")
+    make = executor("optimizer", options.kind, OPTIMIZERS)
+    given = [parameter for group in groups for parameter in group["params"]]
+    named = [{**group, "params": [(names[each], each) for each in group["params"]]} for group in groups]
+    with named_in_errors("optimizer", options.kind) if options.kind not in OPTIMIZERS else nullcontext():
+        made: torch.optim.Optimizer = make(options, named)
+        taken = {id(parameter) for group in made.param_groups for parameter in group["params"]}
+        if lost := [names[parameter] for parameter in given if id(parameter) not in taken]:
+            fix = "freeze them by a transform (parameter.requires_grad = False) instead"
+            raise JobError(f"it leaves out {len(lost)} parameters, {lost[0]} first; {fix}")
+        if len(taken) > len(given):
+            raise JobError("it updates parameters that it was not given")
+    return made
+
+
+def _names(modules: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
+    return {parameter: name for module in modules for name, parameter in module.named_parameters()}
 
 
 class LossScale:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.config.parallel.data_parallel import Fsdp
-from launcher.engines.base import Engine, StepResult, never_preempted
+from launcher.engines.base import Engine, Observer, StepResult, never_preempted
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_labels
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
@@ -46,7 +46,7 @@ class TorchEngine(Engine):
         self._dtype = DTYPES[run.precision.compute]
         self._update = OptimizerStep([self.module], run, device=self.device)
         self._loss = loss_function(run.batched_job)
-        self._state_names = run.optimizer.state_names
+        self._state_names, self._trains = run.optimizer.state_names, run.batched_job.trains
 
     def step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
@@ -78,12 +78,12 @@ class TorchEngine(Engine):
         enabled = self._dtype != torch.float32 and not self._layout.casts_itself
         return torch.autocast(self.device.type, dtype=self._dtype, enabled=enabled)
 
-    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the summed loss and the number of tokens, without dropout."""
         own = self._own(micro_batches)
         self.module.eval()
         with torch.no_grad(), self._autocast(), self._split():
-            losses = [token_loss_sum(self.module, micro_batch, device=self.device) for micro_batch in own]
+            losses = [token_loss_sum(self.module, batch, device=self.device, observe=observe) for batch in own]
         self.module.train()
         return torch.stack(losses).double().sum().item(), num_labels(own)
 
@@ -104,8 +104,8 @@ class TorchEngine(Engine):
         return shards_of(self.tensors() | rng_tensors(self.device))
 
     def load_shards(self, source: StoredState) -> None:
-        """Fill weights and moments in place."""
-        fill_tensors(self.tensors(), source)
+        """Fill weights in place, and moments in jobs that train."""
+        fill_tensors(self.tensors() if self._trains else self._weights(), source)
         restore_rng(source, device=self.device)
 
     def scalars(self) -> dict[str, float]:
@@ -125,10 +125,11 @@ class TorchEngine(Engine):
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and moments by name, sharing storage; this rank's shards if sharded."""
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
-        return {
-            **{name: parameter.detach() for parameter, name in names.items()},
-            **optimizer_tensors(self._update.optimizer, names, state_names=self._state_names),
-        }
+        moments = optimizer_tensors(self._update.optimizer, names, state_names=self._state_names)
+        return {**self._weights(), **moments}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def close(self) -> None:
         """Leave the process group.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from launcher.config.backend.base import Backend
@@ -18,10 +19,11 @@ class Executor(ABC, Generic[B]):
 
     Args:
         backend: its options.
+        plugins: modules of the plugins that the run uses.
     """
 
-    def __init__(self, backend: B) -> None:
-        self.backend = backend
+    def __init__(self, backend: B, *, plugins: Sequence[str] = ()) -> None:
+        self.backend, self.plugins = backend, tuple(plugins)
 
     @abstractmethod
     def remote_command(self, host: Host, module: str) -> RemoteCommand:

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.config.backend.base import Backend
 from launcher.config.compose import Composition, compose
 from launcher.config.folders import groups
 from launcher.config.overrides import parse_overrides
+from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.execution.executor import AnyExecutor
 from launcher.execution.lifecycle import start_run
@@ -90,6 +90,9 @@ def plan_sweep(words: Sequence[str], *, config_dir: Path | None) -> tuple[SweepC
             mistakes += [error for error in several.errors if str(error) not in map(str, mistakes)]
     if mistakes:
         raise ConfigErrors(mistakes)
+    if len(trials) < 2 and not sweep.parameters:
+        fix = "give an option several values (optimizer.lr=1e-4,3e-4) or a grid (+sweep=lr_batch)"
+        raise ConfigError("sweep", why="there is only one combination", fix=fix)
     return sweep, trials
 
 
@@ -107,7 +110,7 @@ def _placed(composed: Composition, base: Composition, sweep_id: str, number: int
     return replace(composed, run=replace(composed.run, run=replace(where, dir=str(folder))))
 
 
-def run_sweep(sweep: SweepConfig, trials: Sequence[Trial], executor_of: Callable[[Backend], AnyExecutor]) -> int:
+def run_sweep(sweep: SweepConfig, trials: Sequence[Trial], executor_of: Callable[[Run], AnyExecutor]) -> int:
     """Run the trials in turn and return 0, or the exit code of the first that failed.
 
     A trial that the user interrupts ends the sweep; one that fails does not.
@@ -117,7 +120,7 @@ def run_sweep(sweep: SweepConfig, trials: Sequence[Trial], executor_of: Callable
     for number, trial in enumerate(trials, start=1):
         print(f"trial {number}/{len(trials)}: {' '.join(trial.words)}", flush=True)
         try:
-            code = start_run(trial.prepared, executor_of(trial.prepared.run.backend))
+            code = start_run(trial.prepared, executor_of(trial.prepared.run))
         except LauncherError as problem:  # raised at its start: the other trials may still work
             print(problem, file=sys.stderr, flush=True)
             code = problem.exit_code

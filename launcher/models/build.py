@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from launcher.models.deferred_init import (
     leave_part,
     meta_model,
 )
+from launcher.models.plugin_transforms import apply_transforms
 from launcher.models.pretrained import transformers_config, weights_folder
 from launcher.models.transforms import apply_activation_checkpointing
 from launcher.models.weights import StoredTensors, untie_differing_weights
@@ -49,6 +50,7 @@ def build_model(
     activation: ActivationCheckpointing,
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
+    transforms: Sequence[str] = (),
     after: PartCallback = leave_part,
     laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
     heartbeat: Callable[[], None] = lambda: None,
@@ -63,6 +65,7 @@ def build_model(
         activation: which blocks are recomputed in the backward pass.
         dtype: of the parameters.
         quantization: how weights are quantized as they come; ``None`` leaves that to ``model.quantization``.
+        transforms: of plugins, applied when none of it has storage yet.
         after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
         laid_out: called with the model when none of it has storage yet.
         heartbeat: called while weights are fetched, converted or drawn.
@@ -73,7 +76,13 @@ def build_model(
         EnvironmentProblem: weights cannot be fetched.
     """
     built, builder, layers = _build_deferred(
-        model, seed=seed, attention=attention, dtype=dtype, quantization=quantization, heartbeat=heartbeat
+        model,
+        seed=seed,
+        attention=attention,
+        dtype=dtype,
+        quantization=quantization,
+        transforms=transforms,
+        heartbeat=heartbeat,
     )
     apply_activation_checkpointing(built, activation)
     laid_out(built)
@@ -115,6 +124,7 @@ def _build_deferred(
     dtype: torch.dtype,
     quantization: Quantization | None,
     heartbeat: Callable[[], None],
+    transforms: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, ModelBuilder, Converter | Restorer | None]:
     transformers_logging.disable_progress_bar()
     folder = weights_folder(model, heartbeat=heartbeat)
@@ -124,6 +134,7 @@ def _build_deferred(
         if errors:
             raise ConfigErrors(errors)
     laid_out = _skeleton(model, config, attention=attention, dtype=dtype)
+    added = apply_transforms(laid_out, transforms)
     manifest = read_manifest(folder) if folder is not None else None
     method, option = quantization or method_named(model.quantization), "model.quantization"
     if quantization is not None:
@@ -144,12 +155,12 @@ def _build_deferred(
         def restore(part: str) -> None:
             restorer.restore(part, tensor, metadata)
 
-        return laid_out, ModelBuilder(laid_out, seed=seed, source=source, then=restore), restorer
+        return laid_out, ModelBuilder(laid_out, seed=seed, source=source, then=restore, added=added), restorer
     known = _source(model, laid_out, folder) if folder is not None else None
     if method is not None:
         converter = Converter(laid_out, method, option=option)
-        return laid_out, ModelBuilder(laid_out, seed=seed, source=known, then=converter.convert), converter
-    return laid_out, ModelBuilder(laid_out, seed=seed, source=known), None
+        return laid_out, ModelBuilder(laid_out, seed=seed, source=known, then=converter.convert, added=added), converter
+    return laid_out, ModelBuilder(laid_out, seed=seed, source=known, added=added), None
 
 
 def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, dtype: torch.dtype) -> PreTrainedModel:

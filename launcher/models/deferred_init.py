@@ -14,22 +14,32 @@ import torch
 from torch import nn
 
 from launcher.models.layers import units
+from launcher.models.plugin_transforms import own_tensors
 from launcher.utils.heap import trim_heap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def init_unit_weights(model: PreTrainedModel, name: str, unit: nn.Module, *, seed: int) -> None:
+def init_unit_weights(
+    model: PreTrainedModel, name: str, unit: nn.Module, *, seed: int, added: frozenset[int] = frozenset()
+) -> None:
     """Draw the weights of one part, on the CPU, as the model's own class would.
 
     What is drawn depends on the seed and the name of the part alone, so a rank that builds only some of them gets the
     weights that a rank which builds all of them has there. torch's global generator is left as it was.
+
+    Args:
+        model: the whole model.
+        name: of the part.
+        unit: the part.
+        seed: of the run.
+        added: ids of the modules that draw by their own ``reset_parameters``.
     """
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(int.from_bytes(digest, "little"))
-        _draw(unit, _owner_of(model, name))
+        _draw(unit, _owner_of(model, name), added)
 
 
 def _owner_of(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -46,12 +56,26 @@ def _owner_of(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return owner
 
 
-def _draw(module: nn.Module, owner: PreTrainedModel) -> None:
+def _draw(module: nn.Module, owner: PreTrainedModel, added: frozenset[int]) -> None:
     from transformers import PreTrainedModel
 
     for child in module.children():
-        _draw(child, child if isinstance(child, PreTrainedModel) else owner)
-    owner._init_weights(module)  # noqa: SLF001  (Transformers' own hook, which every model class overrides)
+        _draw(child, child if isinstance(child, PreTrainedModel) else owner, added)
+    if id(module) in added:
+        _reset(module)
+    else:
+        owner._init_weights(module)  # noqa: SLF001  (Transformers' own hook, which every model class overrides)
+
+
+def _reset(module: nn.Module) -> None:
+    """Let a module set its own values, but for parameters that were loaded."""
+    if not any(True for _ in own_tensors(module)):
+        return
+    own = list(module.parameters(recurse=False))
+    loaded = [(parameter, parameter.detach().clone()) for parameter in own if is_initialized(parameter)]
+    module.reset_parameters()
+    for parameter, value in loaded:
+        parameter.copy_(value)
 
 
 def meta_model(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -131,6 +155,7 @@ class ModelBuilder:
         seed: of random weights.
         source: where to take parameters and persistent buffers from instead; known to fit the model.
         then: called with the name of each part that is filled.
+        added: modules that a transform of a plugin added.
     """
 
     def __init__(
@@ -140,8 +165,10 @@ class ModelBuilder:
         seed: int,
         source: TensorSource | None,
         then: Callable[[str], None] = lambda name: None,
+        added: Sequence[nn.Module] = (),
     ) -> None:
         self._model, self._seed, self._source, self._then = model, seed, source, then
+        self._added = frozenset(map(id, added))
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             assert parameter.is_meta, f"{name} has values already, and would be neither loaded nor drawn"
@@ -213,7 +240,7 @@ class ModelBuilder:
             elif names[0] in self._owner and self._owner[names[0]][0] != name:
                 self._draw_as_owner(names[0], parameter)
                 _mark_initialized(parameter)
-        init_unit_weights(self._model, name, part, seed=self._seed)
+        init_unit_weights(self._model, name, part, seed=self._seed, added=self._added)
         for _, parameter in fresh:
             _mark_initialized(parameter)
 
@@ -239,6 +266,11 @@ class ModelBuilder:
 
 def _mark_initialized(parameter: nn.Parameter) -> None:
     parameter._is_hf_initialized = True  # noqa: SLF001  (Transformers' own mark)
+
+
+def is_initialized(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has its values."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _first_parts(model: PreTrainedModel) -> dict[str, tuple[str, nn.Module]]:

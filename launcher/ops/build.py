@@ -5,7 +5,6 @@ Our own lock is held around all building; torch's lock is one that a killed buil
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -38,24 +37,19 @@ def only_builder(folder: Path, *, say: Say) -> Iterator[None]:
 
     The kernel releases it when its holder dies.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "building").open("a") as file:
-        started, printed_at = time.monotonic(), float("-inf")
-        while not _try_lock(file.fileno()):
-            waited = time.monotonic() - started
-            if waited - printed_at >= _SAY_EVERY_S:
-                say(f"another run is building DeepSpeed's operators, waited {waited:.0f} s so far")
-                printed_at = waited
-            time.sleep(_POLL_S)
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "building", poll_interval=_POLL_S, fallback_to_soft=False)
+    started, timeout_s = time.monotonic(), 0.0
+    while True:
+        try:
+            held = lock.acquire(timeout=timeout_s)
+            break
+        except Timeout:
+            waited, timeout_s = time.monotonic() - started, _SAY_EVERY_S
+            say(f"another run is building DeepSpeed's operators, waited {waited:.0f} s so far")
+    with held:
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def clear_stale_lock(path: Path, *, say: Say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -16,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
-from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, EXECUTED, LOSS, PLAIN, Plugin
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, EXECUTED, LOSS, METRIC, NAMED, OWN_METRICS, PLAIN, Plugin
 from launcher.utils.text import did_you_mean
 
 ENTRY_POINTS = "launcher.plugins"
@@ -25,6 +26,12 @@ ENTRY_POINTS = "launcher.plugins"
 
 OPTION = "plugins"
 """Option that names modules of plugins."""
+
+PLUGIN_PATH = "LAUNCHER_PLUGIN_PATH"
+"""Variable of folders in which processes of a run find plugins that are not installed.
+
+They are searched last: in PYTHONPATH they would precede the standard library, and a ``random.py`` beside a plugin would
+replace it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +61,49 @@ class LoadedPlugin:
         return None if self.plugin.conf is None else self.file.parent / self.plugin.conf
 
     @property
+    def folder(self) -> Path:
+        """The folder in ``sys.path`` that holds it."""
+        return self.file.parents[self.module.count(".") + (self.file.name == "__init__.py")]
+
+    @property
     def package(self) -> Path:
-        """The top-level package that holds the module, or its file."""
-        top = self.file
-        for _ in range(self.module.count(".") + (self.file.name == "__init__.py")):
-            top = top.parent
-        return top
+        """The outermost regular package that holds it, else its folder or file.
+
+        Other parts of a namespace package are not its own.
+        """
+        above = [folder for folder in self.file.parents if folder.is_relative_to(self.folder) and folder != self.folder]
+        regular = [folder for folder in above if (folder / "__init__.py").is_file()]
+        if regular:
+            return regular[-1]
+        return above[0] if above else self.file
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of its package, without bytecode and hidden files."""
+        found = sorted(self.package.rglob("*")) if self.package.is_dir() else [self.package]
+        inside = [path for path in found if path.is_file()]
+        return tuple(path for path in inside if not _is_left_out(path.relative_to(self.folder)))
+
+    @property
+    def code_hash(self) -> str:
+        """SHA-256 over the names and contents of its package's Python and YAML files."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            if file.suffix in (".py", ".yaml"):
+                content = file.read_bytes()
+                digest.update(f"{file.relative_to(self.folder).as_posix()}\0{len(content)}\0".encode())
+                digest.update(content)
+        return digest.hexdigest()
+
+    @property
+    def version(self) -> str:
+        """Version of the package that was installed; empty without one."""
+        if not self.is_installed:
+            return ""
+        from importlib.metadata import entry_points  # slow: see installed_modules
+
+        named = (entry for entry in entry_points(group=ENTRY_POINTS) if _module_of(entry.value) == self.module)
+        return next((entry.dist.version for entry in named if entry.dist is not None), "")
 
     def adds(self, group: str, kind: str) -> bool:
         """Return whether it adds a kind."""
@@ -78,11 +122,12 @@ def loaded_plugins() -> tuple[LoadedPlugin, ...]:
 def import_plugin(module: str, *, is_installed: bool = False) -> LoadedPlugin:
     """Import a plugin's module and return its checked ``Plugin``; not loaded yet.
 
-    A module that is not installed is looked for in the current folder, too.
+    A module that is not installed is looked for in the folders of ``PLUGIN_PATH`` and in the current folder, too.
 
     Raises:
         ConfigError: there is no such module, importing it fails, or it holds no usable ``Plugin``.
     """
+    _search_plugin_path()
     if not is_installed:
         _search_current_folder(module)
     try:
@@ -93,7 +138,7 @@ def import_plugin(module: str, *, is_installed: bool = False) -> LoadedPlugin:
     if source is None or not isinstance(plugin, Plugin):
         why = f"{source or 'it'} holds no launcher.plugins.Plugin under the name plugin"
         raise ConfigError(OPTION, module, why=why, fix="add plugin = Plugin(name=…) to it (docs/extend.md)")
-    found = LoadedPlugin(plugin=plugin, module=module, file=Path(source).resolve(), is_installed=is_installed)
+    found = LoadedPlugin(plugin=plugin, module=module, file=Path(source).absolute(), is_installed=is_installed)
     if errors := list(_validate(found)):
         raise ConfigErrors(errors)
     return found
@@ -110,8 +155,12 @@ def installed_modules() -> tuple[str, ...]:
         return ()
     from importlib.metadata import entry_points  # 30 ms with a hundred packages: only where one names a plugin
 
-    named = {entry.value.partition(":")[0].strip() for entry in entry_points(group=ENTRY_POINTS)}  # or module:plugin
-    return tuple(sorted(named))
+    return tuple(sorted({_module_of(entry.value) for entry in entry_points(group=ENTRY_POINTS)}))
+
+
+def _module_of(entry: str) -> str:
+    """Return the module in an entry point's value, ``module`` or ``module:plugin``."""
+    return entry.partition(":")[0].strip()
 
 
 def _names_plugins(folder: Path) -> bool:
@@ -148,15 +197,17 @@ def plugin_kinds(group: str) -> tuple[str, ...]:
 
 
 def validate_named(option: str, group: str, kinds: Iterable[str], *, own: Sequence[str] = ()) -> Iterator[ConfigError]:
-    """Yield an error for each of ``kinds`` (callbacks, losses) that no loaded plugin has.
+    """Yield an error for each kind that no loaded plugin has, or that is named twice.
 
     Args:
         option: that names them.
-        group: ``callback`` or ``loss``.
+        group: one of ``NAMED``.
         kinds: named by the user.
         own: those of the launcher.
     """
-    known = (*own, *plugin_kinds(group))
+    known, kinds = (*own, *plugin_kinds(group)), tuple(kinds)
+    for kind in dict.fromkeys(kind for kind in kinds if kinds.count(kind) > 1):
+        yield ConfigError(option, kind, why=f"the {group} is named {kinds.count(kind)} times", fix="name it once")
     for kind in kinds:
         if kind not in known:
             fix = f"{did_you_mean(kind, known)}, or " if known else ""
@@ -169,16 +220,45 @@ def origin_of(group: str, kind: str) -> str:
     return next((loaded.origin for loaded in loaded_plugins() if loaded.adds(group, kind)), "")
 
 
+def declared_metrics(callback: str) -> tuple[str, ...]:
+    """Return the metrics that a plugin declares for a callback; empty if it declares none."""
+    found = (loaded.plugin.callback_metrics.get(callback) for loaded in loaded_plugins())
+    return tuple(next(filter(None, found), ()))
+
+
+def validate_callback_metrics(option: str, callbacks: Sequence[str]) -> Iterator[ConfigError]:
+    """Yield an error for each callback that declares a metric which an earlier one declares."""
+    first: dict[str, str] = {}
+    for callback in dict.fromkeys(callbacks):
+        for name in declared_metrics(callback):
+            other = first.setdefault(name, callback)
+            if other != callback:
+                yield metric_clash(option, name, other, callback)
+
+
+def metric_clash(option: str, metric: str, first: str, second: str) -> ConfigError:
+    """Return the error for two callbacks that record one metric."""
+    both = " and ".join(f"{callback} ({origin_of(CALLBACK, callback)})" for callback in (first, second))
+    why = f"{both} both record the metric {metric}"
+    return ConfigError(option, second, why=why, fix=f"leave one out of {option}, or rename the metric in one")
+
+
 def conf_folders() -> tuple[Path, ...]:
     """Return the folders of YAML of all loaded plugins."""
     return tuple(loaded.conf for loaded in loaded_plugins() if loaded.conf is not None)
 
 
-def import_folders() -> tuple[str, ...]:
-    """Return the folders that other processes need to import the loaded plugins."""
+def plugins_of(modules: Iterable[str]) -> tuple[LoadedPlugin, ...]:
+    """Return the loaded plugins of a run, which names their modules."""
+    return tuple(_loaded[module] for module in modules)
+
+
+def path_environment(modules: Iterable[str]) -> dict[str, str]:
+    """Return the variable that lets other processes find plugins; empty if all are installed."""
     usual = {Path(path).resolve() for path in _site_folders()}
-    folders = [loaded.package.parent for loaded in loaded_plugins()]
-    return tuple(dict.fromkeys(str(folder) for folder in folders if folder not in usual))
+    folders = [loaded.folder for loaded in plugins_of(modules)]
+    others = dict.fromkeys(str(folder) for folder in folders if folder.resolve() not in usual)
+    return {PLUGIN_PATH: os.pathsep.join(others)} if others else {}
 
 
 def _site_folders() -> Iterator[str]:
@@ -186,11 +266,6 @@ def _site_folders() -> Iterator[str]:
     yield from (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages())
     if site.ENABLE_USER_SITE:
         yield site.getusersitepackages()
-
-
-def packages() -> tuple[Path, ...]:
-    """Return the top-level package, or the file, of each loaded plugin."""
-    return tuple(dict.fromkeys(loaded.package for loaded in loaded_plugins()))
 
 
 @contextmanager
@@ -202,6 +277,12 @@ def isolated_plugins() -> Iterator[None]:
     finally:
         _loaded.clear()
         _loaded.update(before)
+
+
+def _search_plugin_path() -> None:
+    """Let imports search the folders of ``PLUGIN_PATH``, too, after all others."""
+    folders = filter(None, os.environ.get(PLUGIN_PATH, "").split(os.pathsep))
+    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
 
 
 def _search_current_folder(module: str) -> None:
@@ -248,11 +329,19 @@ def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
     def error(why: str, fix: str) -> ConfigError:
         return ConfigError(OPTION, loaded.module, why=f"{loaded.file}: {why}", fix=fix)
 
-    known = {"options": (*EXECUTED, *PLAIN), "executors": (*EXECUTED, CALLBACK, LOSS)}
+    known = {"options": (*EXECUTED, *PLAIN), "executors": (*EXECUTED, *NAMED)}
     if malformed := [field for field in known if not _maps_names(getattr(plugin, field))]:
         for field in malformed:
             yield error(f"{field} holds something else than text", 'write it as {"GROUP": {"KIND": "module:name"}}')
         return
+    if not _maps_lists(plugin.callback_metrics):
+        yield error("callback_metrics holds something else than lists of text", 'write it as {"CALLBACK": ("NAME",)}')
+        return
+    for name in plugin.callback_metrics.keys() - plugin.executors.get(CALLBACK, {}).keys():
+        known_ones = did_you_mean(name, plugin.executors.get(CALLBACK, {})) or "add the callback to executors"
+        yield error(f"callback_metrics names {name}, which is no callback of this plugin", known_ones)
+    for name in plugin.executors.get(METRIC, {}).keys() & set(OWN_METRICS):
+        yield error(f"adds the metric {name}, which the launcher has already", "give it another name")
     if CROSS_ENTROPY in plugin.executors.get(LOSS, {}):
         yield error(f"adds the loss {CROSS_ENTROPY}, which the launcher has already", "give it another name")
     for field, groups in known.items():
@@ -291,6 +380,14 @@ def _maps_names(value: object) -> bool:
     )
 
 
+def _maps_lists(value: object) -> bool:
+    """Return whether ``value`` maps text to lists or tuples of text."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(names, list | tuple) and all(isinstance(each, str) for each in names)
+        for name, names in value.items()
+    )
+
+
 def _unresolvable(target: str) -> str:
     """Return why ``module:name`` names nothing; does not import it, since it may import torch."""
     module, _, name = target.partition(":")
@@ -320,9 +417,5 @@ def _defined_names(tree: ast.AST) -> Iterator[str]:
             yield from _defined_names(node)
 
 
-def missing_on_host(module: str, why: str) -> EnvironmentProblem:
-    """Return the error of a rank whose host cannot load a plugin of the run."""
-    return EnvironmentProblem(
-        f"the plugin {module}, which this run uses, cannot be loaded on this host: {why}; install its package here, as "
-        "on the machine that started the run (backend=ssh sends it with backend.code=sent)"
-    )
+def _is_left_out(path: Path) -> bool:
+    return any(part == "__pycache__" or part.startswith(".") for part in path.parts)

@@ -2,6 +2,7 @@
 
 Every rank of a run holds a shared lock on ``in_use`` in its folder. The kernel drops the lock of a process that dies,
 so a folder whose lock nothing holds is a leftover. Ranks and their parent both remove leftovers, without torch.
+filelock does not fit: its shared lock is a SQLite database, and it opens no file relative to an open folder.
 """
 
 from __future__ import annotations

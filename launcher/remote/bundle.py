@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.errors import EnvironmentProblem
+from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
+from launcher.plugins.loading import OPTION, LoadedPlugin
 from launcher.utils.files import sha256_of
 
 LIMIT_BYTES = 64 * 2**20
@@ -31,20 +32,21 @@ class Bundle:
     """A tar.gz."""
 
 
-def make_bundle(root: Path, packages: Sequence[Path] = ()) -> Bundle:
-    """Return the working tree at ``root``, with packages of plugins.
+def make_bundle(root: Path, plugins: Sequence[LoadedPlugin] = ()) -> Bundle:
+    """Return the working tree at ``root``, with the packages of plugins beside it.
 
     Args:
         root: of the working tree.
-        packages: folders, or files of modules, that stand at the top of the bundle.
+        plugins: of the run.
 
     Raises:
+        ConfigErrors: a plugin has the name of something in the tree, or a file of another plugin's name.
         EnvironmentProblem: git is missing or fails, the tree is too big, a file cannot be read, or a link leads out.
     """
     paths = sorted(set(_listed(root)))
     if not paths:
         raise EnvironmentProblem(f"git lists no file in {root}: install the same version on every host instead")
-    added = [(package.parent, path) for package in packages if package.parent != root for path in _files_of(package)]
+    added = _plugin_files(root, paths, plugins)
     _check_size(root, [*paths, *(path for _, path in added)])
     packed = io.BytesIO()
     try:
@@ -54,22 +56,45 @@ def make_bundle(root: Path, packages: Sequence[Path] = ()) -> Bundle:
         ):
             for path in paths:
                 _add(archive, root, path)
-            for parent, path in added:
-                _add(archive, parent, path)
+            for folder, path in added:
+                _add(archive, folder, path)
     except OSError as error:
         raise EnvironmentProblem(f"{error.filename} cannot be sent to the hosts: {error.strerror}") from error
     payload = packed.getvalue()
     return Bundle(sha256=sha256_of(payload), payload=payload)
 
 
-def _files_of(package: Path) -> list[Path]:
-    """Return the files of a package, or the module itself, without bytecode and hidden files."""
-    found = sorted(package.rglob("*")) if package.is_dir() else [package]
-    return [path for path in found if path.is_file() and not _is_left_out(path.relative_to(package.parent))]
+def _plugin_files(root: Path, paths: Sequence[Path], plugins: Sequence[LoadedPlugin]) -> list[tuple[Path, Path]]:
+    """Return the files of plugins that are not in the tree.
+
+    Each comes with the folder that its name in the bundle is relative to.
+
+    Raises:
+        ConfigErrors: a plugin has the name of something in the tree, or a file of another plugin's name.
+    """
+    in_tree = {name.removesuffix(".py"): root / name for name in (path.relative_to(root).parts[0] for path in paths)}
+    sources = {path.relative_to(root): path for path in paths}
+    added, errors = [], []
+    for plugin in plugins:
+        top = plugin.module.partition(".")[0]
+        if plugin.folder != root and top in in_tree:
+            errors.append(_same_name(plugin, plugin.package, in_tree[top]))
+            continue
+        for path in plugin.files:
+            name = path.relative_to(plugin.folder)
+            if name not in sources:
+                sources[name] = path
+                added.append((plugin.folder, path))
+            elif sources[name] != path:  # two plugins may share a package
+                errors.append(_same_name(plugin, path, sources[name]))
+    if errors:
+        raise ConfigErrors(errors)
+    return added
 
 
-def _is_left_out(path: Path) -> bool:
-    return any(part == "__pycache__" or part.startswith(".") for part in path.parts)
+def _same_name(plugin: LoadedPlugin, own: Path, other: Path) -> ConfigError:
+    why = f"{own} would replace {other}, or be merged with it, in the code that backend.code=sent sends to the hosts"
+    return ConfigError(OPTION, plugin.module, why=why, fix=f"rename {own}")
 
 
 def _listed(folder: Path) -> Iterator[Path]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.errors import ConfigError
@@ -30,6 +30,8 @@ class RemoteCommand:
     """Executed directly, not through a shell of this machine."""
     prologue: bytes = b""
     """Bytes written first to its stdin."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the command, beside those of this process."""
 
 
 ONE_LINER = "import json,os;exec(json.loads(bytes(iter(lambda:os.read(0,1)[0],10))))"
@@ -56,18 +58,26 @@ def shell_command(python: str) -> str:
     return f"exec {word} -I -c '{ONE_LINER}'"
 
 
-def prologue(module: str, *, cwd: str, pythonpath: Sequence[str] = (), bundle: Bundle | None = None) -> bytes:
+def prologue(
+    module: str,
+    *,
+    cwd: str,
+    pythonpath: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    bundle: Bundle | None = None,
+) -> bytes:
     """Return the bytes that make the host run ``python -m module``.
 
     Args:
         module: reads the rest of stdin.
         cwd: the working directory, if it exists; if it does not and the code is shared, the host prints a warning.
         pythonpath: folders on the host that come first in PYTHONPATH.
+        env: other variables of the module.
         bundle: the code, for hosts that do not share it; it precedes ``pythonpath``.
     """
     source = Path(__file__).with_name("on_host.py").read_text(encoding="utf-8")
     sent = None if bundle is None else {"sha256": bundle.sha256, "num_bytes": len(bundle.payload)}
-    header = {"module": module, "cwd": cwd, "pythonpath": list(pythonpath), "bundle": sent}
+    header = {"module": module, "cwd": cwd, "pythonpath": list(pythonpath), "env": dict(env or {}), "bundle": sent}
     lines = f"{json.dumps(source)}\n{json.dumps(header)}\n"
     return lines.encode("ascii") + (b"" if bundle is None else bundle.payload)
 

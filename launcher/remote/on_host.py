@@ -31,7 +31,7 @@ def main() -> None:
         found = ".".join(str(number) for number in sys.version_info[:3])
         _give_up(f"{sys.executable} is Python {found}, and Python 3.11 or newer is needed")
     header = json.loads(_read_line())
-    env = dict(os.environ)
+    env = {**os.environ, **header["env"]}
     sources = list(header["pythonpath"])
     if header["bundle"] is None:
         _enter(header["cwd"], needed=True)

@@ -119,7 +119,10 @@ def _write(descriptor: int, data: bytes) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[int]:
-    """Open and lock the index; retry if another launcher removed it in between."""
+    """Open and lock the index; retry if another launcher removed it in between.
+
+    The locked file is the index itself, whose descriptor filelock does not give.
+    """
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:

@@ -16,6 +16,7 @@ class RunLock:
 
     It is ``flock`` (POSIX systems; over NFS since Linux 2.6.12) on an open file that children do not inherit: the
     kernel releases it when its holder exits for any reason, and ranks that outlive the launcher do not keep it.
+    filelock does not fit: it makes a missing folder, and reports a file that was removed meanwhile as a held lock.
 
         with RunLock(folder).acquire():
             ...

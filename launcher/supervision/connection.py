@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.plugins.loading import import_folders
 from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage, Assignment, Ping, SessionSuspended
 from launcher.protocol.wire import MessageReader
 from launcher.remote.command import RemoteCommand
@@ -140,7 +139,7 @@ class PipeConnection(AgentConnection):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=child_environment(import_folders()),
+                env={**child_environment(), **remote.env},
                 start_new_session=True,
                 bufsize=0,
             )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors.secrets import is_secret
+from launcher.plugins.loading import PLUGIN_PATH
 from launcher.protocol.heartbeat import HEARTBEAT_FIELDS
 from launcher.protocol.messages import CommandExited, LauncherStarted, RankHeartbeat, UserNote
 from launcher.protocol.plan import Command, HostPlan, Plan, plan_from_json
@@ -202,7 +203,8 @@ class ExternalLauncherAgent(HostAgent):
             path.unlink()
         cwd = Path.cwd()
         os.chdir(code_root())  # deepspeed writes its working folder into a remote command, without quotes
-        env = {name: os.environ[name] for name in self._run_plan.forwarded_env if name in os.environ}
+        sent = (*self._run_plan.forwarded_env, PLUGIN_PATH)
+        env = {name: os.environ[name] for name in sent if name in os.environ}
         env = {name: value for name, value in env.items() if not is_secret(name, value)}
         write_channel_file(folder / "start.json", {"token": token, "cwd": str(cwd), "env": env})
         self._channel_ranks = FileChannelRanks(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from launcher.engines.base import Engine
     from launcher.engines.context import Context
     from launcher.models.tokenizer import FastTokenizer
+    from launcher.training.callbacks import Callbacks
 
 
 _TOKENIZER = "model/tokenizer.json"
@@ -27,7 +28,12 @@ DataT = TypeVar("DataT", bound=Data)
 
 
 def restore_checkpoint(
-    store: CheckpointStore, context: Context, engine: Engine, *, tokenizer: FastTokenizer | None = None
+    store: CheckpointStore,
+    context: Context,
+    engine: Engine,
+    callbacks: Callbacks | None = None,
+    *,
+    tokenizer: FastTokenizer | None = None,
 ) -> int:
     """Load what the run continues from, on every rank; return the steps already done.
 
@@ -35,6 +41,7 @@ def restore_checkpoint(
         store: of the run's checkpoints.
         context: of this rank.
         engine: takes the state.
+        callbacks: take their states.
         tokenizer: of the data; must be the one that the weights were trained with.
 
     Raises:
@@ -53,6 +60,8 @@ def restore_checkpoint(
     if tokenizer is not None:
         _check_tokenizer(saved, tokenizer)
     engine.load(saved.folder)
+    if callbacks is not None:
+        callbacks.load(saved.folder)
     if context.is_main:
         print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
         run = context.run

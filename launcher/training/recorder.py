@@ -95,10 +95,13 @@ class Recorder:
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.print(f"loss to beat (nats a token): {shown}")
 
-    def evaluation(self, done: int, loss: float, *, parts: Mapping[str, float]) -> None:
-        """Record a held-out loss."""
-        self.write(done, {"eval/loss": loss, **{f"time/{name}_s": seconds for name, seconds in parts.items()}})
-        self.print(f"step {done}/{self._job.steps}  held-out loss {loss:.4f}")
+    def evaluation(self, done: int, loss: float, *, metrics: Mapping[str, float], parts: Mapping[str, float]) -> None:
+        """Record a held-out loss, and the metrics of plugins."""
+        own = {f"eval/{name}": value for name, value in metrics.items()}
+        times = {f"time/{name}_s": seconds for name, seconds in parts.items()}
+        self.write(done, {"eval/loss": loss, **own, **times})
+        shown = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
+        self.print(f"step {done}/{self._job.steps}  held-out loss {loss:.4f}{shown}")
 
     def callbacks(self, done: int, metrics: Mapping[str, float]) -> None:
         """Record what callbacks returned."""

@@ -25,6 +25,7 @@ from launcher.training.checkpointing import save_tokenizer
 from launcher.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
     from launcher.checkpoint.regions import Region
@@ -80,12 +81,20 @@ class CheckpointSaver:
                 raise
             print(f"no checkpoint of step {self._step} was written: {failed}", file=sys.stderr, flush=True)
 
-    def save(self, step: int, *, eval_loss: float | None, now: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        *,
+        eval_loss: float | None,
+        now: bool = False,
+        beside: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         """Save the state after ``step``, once the checkpoint before is complete.
 
         Args:
             step: optimizer steps done.
             eval_loss: at this step, where it was measured.
+            beside: writes more into the folder of the checkpoint; called on every rank before this returns.
             now: return only when it is complete, as do all saves that are not asynchronous.
 
         Raises:
@@ -103,6 +112,7 @@ class CheckpointSaver:
                 f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
                 f"{self._store.pending(step)}: set run.root to a folder that all hosts share"
             )
+        beside(self._store.pending(step))
         manifest = describe_checkpoint(
             self._context.run,
             step=step,

@@ -17,11 +17,14 @@ from launcher.protocol.loss_curve import draw_curve
 from launcher.training.callbacks import Callbacks
 from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
 from launcher.training.evaluation import EvaluationResult, evaluate
+from launcher.training.evaluation_metrics import load_metrics
 from launcher.training.recorder import Recorder
 from launcher.training.saving import CheckpointSaver
 from launcher.utils.files import write_atomic
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from launcher.config.job.train import Train
     from launcher.engines.context import Context
 
@@ -59,20 +62,28 @@ class Trainer:
         self.store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
         self.saver = CheckpointSaver(self.store, context, engine, tokenizer=splits.tokenizer)
         self.callbacks = Callbacks(job.callbacks, context, engine)
+        self.metrics = load_metrics(job.metrics)
         self.recorder: Recorder
 
     def run(self) -> None:
         """Train, then leave a sample, a curve and the last evaluation."""
-        first = restore_checkpoint(self.store, self.context, self.engine, tokenizer=self.splits.tokenizer)
+        tokenizer = self.splits.tokenizer
+        first = restore_checkpoint(self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer)
         with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.defer()
-            with self.saver:
-                for step in range(first, self.job.steps):
-                    with self.context.profiler.step():
-                        self.advance(step)
-            self._report_saved()
-            write_sample_and_curve(self)
+            try:
+                self.callbacks.on_start(first)
+                with self.saver:
+                    for step in range(first, self.job.steps):
+                        with self.context.profiler.step():
+                            self.advance(step)
+                self._report_saved()
+                write_sample_and_curve(self)
+                self.end(self.job.steps)
+            except Exception as error:
+                self.callbacks.on_exception(error)
+                raise
         self.context.heartbeat.update("done", self.job.steps)
 
     def advance(self, step: int) -> None:
@@ -92,6 +103,7 @@ class Trainer:
         started, self.clock.step = time.perf_counter(), step
         with self.clock.phase("data"):
             micro_batches = self.loader.step(step)
+        self.callbacks.before_step(step + 1)
         rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
         result = self.engine.step(micro_batches, lr=rate, preempted=self.preemption.requested)
         check_finite(result, step)
@@ -105,16 +117,22 @@ class Trainer:
         """Measure the held-out loss after ``done`` steps, and record it."""
         with self.clock.phase("evaluate"):
             asked = self.preemption.requested
-            held_out = evaluate(self.engine, self.loader, self.job.eval_sequences, preempted=asked)
-        self.recorder.evaluation(done, held_out.loss, parts=self.clock.pop_times())
+            held_out = evaluate(
+                self.engine, self.loader, self.job.eval_sequences, preempted=asked, metrics=self.metrics
+            )
+        self.recorder.evaluation(done, held_out.loss, metrics=held_out.metrics, parts=self.clock.pop_times())
         self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))
         return held_out
 
     def save(self, done: int, held_out: EvaluationResult | None, *, now: bool = False) -> None:
         """Save the state after ``done`` steps, every rank its part."""
         with self.clock.phase("checkpoint"):
-            self.saver.save(done, eval_loss=held_out.loss if held_out else None, now=now)
+            loss = held_out.loss if held_out else None
+            self.saver.save(done, eval_loss=loss, now=now, beside=self._save_callbacks)
         self._report_saved()
+
+    def _save_callbacks(self, folder: Path) -> None:
+        self.callbacks.save(folder, is_main=self.context.is_main)
 
     def _report_saved(self) -> None:
         """Tell callbacks of checkpoints that have become complete."""
@@ -126,7 +144,12 @@ class Trainer:
         self.save(done, held_out, now=True)
         if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
             self.evaluate(done)
+        self.end(done)
         raise SystemExit(EXIT_PREEMPTED)
+
+    def end(self, done: int) -> None:
+        """Let the callbacks end, after ``done`` steps."""
+        self.recorder.callbacks(done, self.callbacks.on_end(done))
 
     def _evaluates_after(self, done: int) -> bool:
         every = self.job.eval_every

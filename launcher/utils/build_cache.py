@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
 from launcher.errors import EnvironmentProblem
-from launcher.utils.files import fsync_folder, home_folder, open_append
+from launcher.utils.files import fsync_folder, home_folder
 from launcher.utils.system import disk_full_message
-
-_POLL_S = 0.05
 
 
 def default_cache_folder(*parts: str) -> Path:
@@ -54,28 +48,24 @@ def build_once(
     """
     if folder.is_dir() and is_intact(folder):
         return folder
+    from filelock import FileLock
+
+    def keep_waiting() -> bool:
+        heartbeat()
+        return False
+
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"), fallback_to_soft=False)  # follows no link, keeps the file
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open_append(folder.with_name(f"{folder.name}.lock"))  # truncates nothing, wherever a link leads
+        held = lock.acquire(cancel_check=keep_waiting)
     except OSError as error:
         raise EnvironmentProblem(f"cannot write the cache folder {folder.parent}: {error}") from error
-    with lock:
-        _lock_exclusively(lock, heartbeat)
+    with held:
         if folder.is_dir() and is_intact(folder):
             return folder
         if folder.is_dir():
             print(f"{folder} is damaged; it is rebuilt", flush=True)
         _build(folder, build, option)
     return folder
-
-
-def _lock_exclusively(lock: IO[bytes], heartbeat: Callable[[], None]) -> None:
-    while True:
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        heartbeat()
-        time.sleep(_POLL_S)
 
 
 def _build(folder: Path, build: Callable[[Path], None], option: str) -> None:

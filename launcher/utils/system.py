@@ -8,7 +8,7 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import launcher
@@ -24,21 +24,16 @@ def code_root() -> Path:
     return Path(launcher.__file__).resolve().parent.parent
 
 
-def child_environment(folders: Sequence[str] = ()) -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Return this process's environment for a child that runs ``python -m launcher…``.
 
     ``python -m`` puts the working directory first in ``sys.path``: a ``random.py`` or ``datasets.py`` there, the user's
     or another user's, would be imported instead of the library. Descendants inherit this.
-
-    Args:
-        folders: from which the child imports, too, after those that it has already.
     """
     environ = {**os.environ, "PYTHONSAFEPATH": "1"}
-    # a checkout that is not installed is found through the working directory alone
-    first = [str(code_root())] if code_root() == Path.cwd() else []
-    if first or folders:
+    if code_root() == Path.cwd():  # a checkout that is not installed is found through the working directory alone
         known = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))
-        environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*first, *known, *folders]))
+        environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(code_root()), *known]))
     return environ
 
 

@@ -6,13 +6,15 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import launcher
-from launcher.api import functions
-from launcher.errors import ConfigError, ConfigErrors
+from launcher.api.messages import error_from_tree, error_to_tree
+from launcher.api.process import StarterProcess
+from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem, LauncherError, Unfit
 from tests.conftest import Launch
 from tests.torchless import ECHO, endless
 
@@ -112,14 +114,155 @@ while True:
 
 
 def test_a_starter_with_unread_output_is_ended() -> None:
-    pipe = subprocess.PIPE
-    starter = subprocess.Popen([sys.executable, "-c", CHATTY], stdin=pipe, stdout=pipe, text=True)
-    assert starter.stdin is not None
-    assert starter.stdout is not None
-    starter.stdin.close()
-    assert starter.stdout.readline() == "ready\n"
-    functions._end(starter)
-    assert starter.returncode == 5
+    starter = StarterProcess({}, command=("-c", CHATTY))
+    with pytest.raises(TimeoutError, match="not ended"):
+        starter.print_until_end(timeout_s=0.01)
+    while not starter._lines:
+        time.sleep(0.01)
+    starter.end()
+    assert starter.exit_code == 5
+    assert str(starter.error) == "the process that starts the run ended with exit code 5"
+
+
+@pytest.mark.parametrize("error", [Unfit("no GPU"), EnvironmentProblem("no prctl")])
+def test_an_error_of_the_starter_keeps_its_class(error: LauncherError) -> None:
+    received = error_from_tree(json.loads(json.dumps(error_to_tree(error))))
+    assert (type(received), str(received)) == (type(error), str(error))
+
+
+def test_a_refusal_of_the_starter_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = launcher.compose(["job.global_batch=3", "tracker=local"])
+    for is_waited in (True, False):
+        with pytest.raises(launcher.ConfigErrors, match="global_batch=3") as caught:
+            launcher.run(run, wait=is_waited)  # type: ignore[call-overload]
+        (error,) = caught.value.errors
+        assert (error.option, error.value) == ("job.global_batch", 3)
+        assert error.fix
+    with pytest.raises(launcher.ConfigErrors, match="only one combination"):
+        launcher.sweep(["job.seed=1"])
+    with pytest.raises(launcher.ConfigError, match="give a list"):
+        launcher.sweep("job.seed=1,2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_loaded_by_folder_and_by_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "gpt2" / "20260101-120000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").touch()
+    for result in (
+        launcher.load(),
+        launcher.load(folder),
+        launcher.load("runs/gpt2/20260101-120000-abcd"),
+        launcher.load("20260101"),
+        launcher.load("gpt2", root=tmp_path / "runs"),
+    ):
+        assert (result.folder, result.status) == (folder, "submitted")
+    with pytest.raises(launcher.ConfigError, match="no run in runs begins with it"):
+        launcher.load("2025")
+
+
+HANDLES = """
+import gc, glob, os, sys, threading, time
+import launcher
+
+prompts = [word for word in sys.argv[1:] if word.startswith("job.input=")]
+endless = launcher.compose(sys.argv[1:])
+short = launcher.compose([*(word for word in sys.argv[1:] if word not in prompts), "job.input=short.txt"])
+started = []  # from a thread that ends: the run must not end with it
+thread = threading.Thread(target=lambda: started.append(launcher.run(short, wait=False)))
+thread.start()
+thread.join()
+handle = started.pop()
+print("after the start:", handle.status, handle.folder.is_dir())
+print("short:", handle.wait().status, handle.status)
+
+
+def start():
+    handle = launcher.run(endless, wait=False)
+    while not any(os.path.getsize(part) for part in glob.glob(f"{handle.folder}/generated/rank0.part")):
+        time.sleep(0.05)
+    return handle
+
+
+cancelled = start()
+print("cancelled:", cancelled.cancel().status, cancelled.status)
+deleted = start()
+result = launcher.load(deleted.folder)
+print("loaded:", result.status)
+del deleted
+while result.status == "running":
+    time.sleep(0.05)
+print("deleted:", result.status)
+left = start()
+print("left:", left)
+"""
+
+
+def test_a_handle_is_waited_for_cancelled_deleted_and_left(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a\n")
+    command = script(tmp_path, HANDLES)
+    ended = launch(*endless(tmp_path), "backend.ranks=1", command=command).expect(0)  # it checks that nothing is left
+    for line in (
+        "after the start: running ",
+        "short: completed completed",
+        "cancelled: cancelled cancelled",
+        "loaded: running",
+        "deleted: cancelled",
+        "status='running')",
+    ):
+        assert line in ended.stdout
+    results = [json.loads(file.read_text())["status"] for file in tmp_path.glob("runs/*/*/result.json")]
+    assert sorted(results) == ["cancelled"] * 3 + ["completed"]
+
+
+SUBMITTED = """
+from pathlib import Path
+from launcher.api.messages import print_answer
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import SessionRecord, locate_this_process, write_session_file
+
+record = SessionRecord(backend="slurm", session=locate_this_process(), job={{"id": "17"}})
+write_session_file(RunDir(Path({folder!r})), record)
+print_answer({{"folder": {folder!r}}})
+"""
+
+
+def test_a_submitted_run_is_cancelled_by_its_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scancel = tmp_path / "bin" / "scancel"
+    scancel.parent.mkdir()
+    scancel.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\nexit $(/bin/cat {tmp_path}/code)\n')
+    scancel.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scancel.parent))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.yaml").touch()
+    handle = launcher.RunHandle(StarterProcess({}, command=("-c", SUBMITTED.format(folder=str(folder)))))
+    assert handle.wait().status == "submitted"
+    (tmp_path / "code").write_text("0")
+    assert handle.cancel().status == "submitted"  # the scheduler ends it
+    (tmp_path / "code").write_text("3")
+    with pytest.raises(EnvironmentProblem, match="scancel ended with exit code 3"):
+        handle.cancel()
+    assert (tmp_path / "cancelled").read_text() == "-- 17\n" * 2
+
+
+SWEEP = """
+import sys, launcher
+sweep = launcher.sweep(["job.seed=1,2", *sys.argv[1:]])
+print("sweep:", [result.status for result in sweep.results], sweep.best, list(sweep.table()), sweep.rows()[1])
+"""
+
+
+def test_a_sweep_of_a_script_returns_its_results(launch: Launch, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    words = (*ECHO, f"job.input={prompts}", "job.max_tokens=1", "backend.ranks=1")
+    ended = launch(*words, command=script(tmp_path, SWEEP)).expect(0)
+    assert "trial 2/2: job.seed=2" in ended.stdout
+    row = {"job.seed": "2", "status": "completed", "eval/loss": None}
+    assert f"sweep: ['completed', 'completed'] None {list(row)} {row}" in ended.stdout
 
 
 INTERRUPTED = """

@@ -25,6 +25,7 @@ def test_the_notebook_trains_and_shows_table_and_curve(launch: Launch, tmp_path:
     printed = "".join("".join(output.get("text", ())) for output in outputs)
     shown = [output["data"] for output in outputs if output["output_type"] == "execute_result"]
     assert "step 20/20" in printed
-    assert "'completed'" in "".join(shown[1]["text/plain"])
-    assert "text/html" in shown[2]
-    assert len(shown[3]["image/png"]) > 10_000
+    assert "'completed'" in "".join(shown[2]["text/plain"])
+    assert "'running'" in "".join(shown[1]["text/plain"])
+    assert "text/html" in shown[3]
+    assert len(shown[4]["image/png"]) > 10_000

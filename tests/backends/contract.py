@@ -109,7 +109,7 @@ class BackendContract:
         assert not [name for name, value in SECRETS.items() if value in text]
 
     def test_the_submission_is_readable_complete_and_without_secrets(self, configured: Run, plan: Plan) -> None:
-        executor = executor_of(configured.backend)
+        executor = executor_of(configured)
         text = executor.render(plan, snapshot="job:\n  kind: train\n")
         assert text == executor.render(plan, snapshot="job:\n  kind: train\n")
         expected = [host.host.name for host in plan.hosts] if self.takes_part is None else self.takes_part

@@ -231,6 +231,7 @@ class TestContract(BackendContract):
 
 def test_runs_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, start: Any, tmp_path: Path) -> None:
     values = {"NCCL_ODD": 'a "b" $HOME `id` \\ {x,y} %n é', "HF_TOKEN": "hf_0123456789secret", "UCX_ODD": "$(id)"}
+    values["LAUNCHER_PLUGIN_PATH"] = str(tmp_path / "plugins")
     folder = tmp_path / "it's a $HOME `dir`"
     run = start(lab, *ECHO, "job.echo_step_s=0.05", f"run.dir={json.dumps(str(folder))}", **values)
     wait_for((folder / "generated" / "rank1.part").exists)
@@ -240,6 +241,7 @@ def test_runs_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, st
     assert [path.name for path in sorted((folder / "logs").glob("node*.log"))] == ["node1.0.log", "node2.1.log"]
     sent = json.loads((folder / "channel" / "start.json").read_text())
     assert (sent["cwd"], sent["env"]["NCCL_ODD"]) == (str(tmp_path), values["NCCL_ODD"])
+    assert sent["env"]["LAUNCHER_PLUGIN_PATH"] == values["LAUNCHER_PLUGIN_PATH"]
     assert "HF_TOKEN will not reach the hosts" in run.output
     secret = values["HF_TOKEN"]
     assert not any(secret in line for line in lines)

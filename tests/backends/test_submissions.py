@@ -56,7 +56,7 @@ def planned(plan_of, backend, count):
 @pytest.mark.parametrize("backend", ["ssh", "deepspeed"])
 def test_the_submission_is_as_it_was(plan_of, backend):
     run, plan = planned(plan_of, backend, 2)
-    text = executor_of(run.backend).render(plan, snapshot="")
+    text = executor_of(run).render(plan, snapshot="")
     for path, shown in ((sys.executable, "PYTHON"), ("/checkout", "ROOT")):
         text = text.replace(path, shown)
     file = GOLDEN / f"submission_by_{backend}.txt"
@@ -70,7 +70,7 @@ def test_a_plan_grows_in_proportion_to_its_hosts(plan_of, backend):
     sizes = {}
     for count in (32, 128):
         run, plan = planned(plan_of, backend, count)
-        text = json.dumps(to_tree(plan)) + executor_of(run.backend).render(plan, snapshot="")
+        text = json.dumps(to_tree(plan)) + executor_of(run).render(plan, snapshot="")
         assert "hunter2" not in text
         assert "h" * 40 not in text
         sizes[count] = len(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.protocol.metrics import MetricsWriter
 from launcher.runs.report.charts import charts_of, read_curves, segments, thin_out, ticks
-from launcher.runs.report.html import render_markdown
+from launcher.runs.report.html import render_macro, render_markdown
 from launcher.utils.files import write_json
 from tests.browser import open_browser
 from tests.helpers import launch_verb
@@ -125,7 +126,7 @@ def test_no_secret_and_no_address_gets_into_it(capsys, make_run, gone, monkeypat
     reader = Addresses()
     reader.feed(text)
     assert reader.found == []
-    assert "default-src 'none'" in text.replace("&#x27;", "'")
+    assert "default-src 'none'" in html.unescape(text)
 
 
 def test_several_runs_lie_over_each_other(capsys, make_run, gone, tmp_path) -> None:
@@ -189,6 +190,16 @@ def test_mistakes(make_run, tmp_path) -> None:
         run(["sweep-a"])
 
 
+def test_a_report_of_an_earlier_version_is_replaced(capsys, make_run) -> None:
+    run_dir = make_run(status="completed")
+    file = reported(capsys)
+    file.write_text(file.read_text().replace("&#39;", "&#x27;"))
+    assert reported(capsys) == file
+    run_dir.path.joinpath("page.html").write_text("<html>default-src</html>")
+    with pytest.raises(ConfigError, match="is not a report"):
+        run(["--output", str(run_dir.path / "page.html")])
+
+
 def test_help(capsys) -> None:
     assert run(["--help"]) == 0
     assert "launch report" in capsys.readouterr().out
@@ -224,4 +235,10 @@ def test_markdown_of_runs() -> None:
     assert render_markdown(page) == (
         '<h3>One</h3><ul><li>a <code>b|c</code></li></ul><div class="wide"><table><thead><tr><th>x</th><th>y</th></tr>'
         "</thead><tbody><tr><td></td><td>1</td></tr></tbody></table></div><p>two lines</p>"
+    )
+
+
+def test_a_value_is_cleaned_before_it_is_escaped() -> None:
+    assert (
+        render_macro("code", "\x1b[31m<red>\x1b[0m HF_TOKEN=hunter22") == "<code>&lt;red&gt; HF_TOKEN=********</code>"
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import launcher
-from launcher.backends.registry import executor_of
+from launcher.backends.ssh import SshExecutor
 from launcher.config.backend.ssh import SshBackend
 from launcher.doctor.examine import default_deadline_s, examine_hosts
 from launcher.doctor.protocol import ProbeRequest
@@ -62,7 +62,7 @@ def look(lab: Lab, folder: Path, *, quick: bool = True, port: int | None = None,
     hosts = backend.hosts(max_ranks=None)
     report = examine_hosts(
         hosts,
-        executor_of(backend).remote_command,
+        SshExecutor(backend).remote_command,
         request,
         quick=quick,
         deadline_s=default_deadline_s(len(hosts), quick=quick),

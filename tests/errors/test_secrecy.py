@@ -27,7 +27,7 @@ from launcher.errors.secrets import (
 from launcher.protocol.outcome import Failure, RunOutcome
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
-from launcher.runs.report.html import verbatim
+from launcher.runs.report.html import show
 from launcher.supervision.finalize import finalize_run
 
 ENVIRON = {"HF_TOKEN": "hf_abcdefgh", "MY_PASSWORD": "hunter2hunter2", "API_KEY": "1", "HOME": "/home/user"}
@@ -335,6 +335,6 @@ def test_no_secret_stands_in_a_failure_or_its_last_words(
 
 
 def test_a_page_shows_no_secret() -> None:
-    page = verbatim("backend:\n  env:\n    HTTPS_PROXY: 'http://me:hunter2@proxy'\n    GITHUB_PAT: 'hunter2'\n")
+    page = show("backend:\n  env:\n    HTTPS_PROXY: 'http://me:hunter2@proxy'\n    GITHUB_PAT: 'hunter2'\n")
     assert page.count(HIDDEN) == 2
     assert "hunter2" not in page

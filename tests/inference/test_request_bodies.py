@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.inference.server.protocol import BodyLimits, ChatBody, CompletionBody, GenerationBody
-from launcher.inference.server.requests import parse_body
+from launcher.inference.server.requests import parse_body, sampling_params
 from launcher.inference.server.responses import ApiError
 
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "a"}
@@ -61,3 +61,9 @@ def test_logprobs_differ_between_the_endpoints() -> None:
     for body_type, body in ((CompletionBody, {**COMPLETION, "logprobs": True}), (ChatBody, {**CHAT, "logprobs": 3})):
         assert f"; {HERE} takes a number of tokens" in refusal(body_type, body).message
         assert f"; {THERE} takes true or false" in refusal(body_type, body).message
+
+
+@pytest.mark.parametrize(("fields", "expected"), [({}, 1.0), ({"num_beams": 2}, 0.0), ({"temperature": 0.5}, 0.5)])
+def test_without_a_temperature_one_beam_samples_and_several_search(fields: dict[str, Any], expected: float) -> None:
+    body = CompletionBody(**COMPLETION, **fields)
+    assert sampling_params(body, max_tokens=4, vocab_size=300).temperature == expected

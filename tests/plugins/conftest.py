@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.registry import KINDS
+from launcher.plugins import loading
 from launcher.plugins.loading import isolated_plugins
 from tests.conftest import REPOSITORY
 from tests.forked_runs import launch as launch
@@ -61,6 +62,7 @@ class Steps(Schedule):
     def decay(self, progress):
         return self.height
 '''
+STEPS_YAML = "# Falls in steps.\nkind: steps\n"
 PLUGIN = 'Plugin(name="mine", options={"schedule": {"steps": "mine.options:Steps"}})'
 
 
@@ -81,3 +83,23 @@ def write_plugin(tmp_path: Path) -> WritePlugin:
         return f"plugins=[{name}]"
 
     return write
+
+
+def install(name: str, tmp_path: Path, *, entry: str = "") -> None:
+    """Move a package of the current folder to one of installed packages, with an entry point."""
+    site = tmp_path / "site"
+    site.mkdir(exist_ok=True)
+    (tmp_path / name).rename(site / name)
+    metadata = site / f"{name}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[launcher.plugins]\n{name} = {entry or name}\n")
+    sys.path.insert(0, str(site))  # a fixture restores it
+
+
+def forget() -> None:
+    """Be as a process that has loaded nothing."""
+    loading._loaded.clear()
+    KINDS["schedule"].pop("steps", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        del sys.modules[name]

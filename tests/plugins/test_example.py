@@ -12,9 +12,21 @@ import pytest
 
 from launcher.protocol.results import read_metrics
 from tests.conftest import REPOSITORY, Launch
-from tests.plugins.conftest import EXAMPLE
+from tests.plugins.conftest import EXAMPLE, WritePlugin
 
 SMALL = ("+exp=example", "job.steps=4", "job.eval_every=2", "job.log_every=1", "job.sample_tokens=4", "data.up_to=6000")
+
+CAREFUL = """
+from launcher.training.callbacks import Callback
+
+class Careful(Callback):
+    def on_step(self, step, result):
+        if step == 2 and self.context.rank == 1:
+            raise ValueError(f"too large at step {step}")
+
+    def on_exception(self, error):
+        print(f"careful was given {type(error).__name__}", flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +50,13 @@ def test_the_installed_example_trains_with_all_that_it_adds(launch: Launch, inst
     assert "plugins:\n- launcher_example\n" in (found / "run.yaml").read_text()
     losses = metrics(found, "train/loss")
     assert losses[4] < losses[1]
-    assert metrics(found, "callback/weight_norm").keys() == {1, 2, 3, 4}
+    norms, changes = (metrics(found, f"callback/weight_norm{more}") for more in ("", "_change"))
+    assert norms.keys() == {1, 2, 3, 4}
+    assert changes[2] == pytest.approx(norms[2] - norms[1])
+    assert metrics(found, "callback/steps_here") == {4: 4.0}
+    assert metrics(found, "eval/accuracy").keys() == {2, 4}
+    described = json.loads((found / "plan.json").read_text())["details"]
+    assert described["transforms"] == "rms_norm (plugin example)"
     assert metrics(found, "callback/evaluations") == {2: 1.0, 4: 2.0}
     assert metrics(found, "callback/files")[4] > 3
     assert len((found / "losses.csv").read_text().splitlines()) == 5
@@ -54,6 +72,27 @@ def test_the_installed_example_trains_with_all_that_it_adds(launch: Launch, inst
         env={"PYTHONPATH": str(installed)},
     ).expect(0)
     assert metrics(resumed.cwd / "on", "train/loss").keys() == {5, 6}
+    assert metrics(resumed.cwd / "on", "callback/evaluations") == {6: 3.0}, "the checkpoint has the state"
+    assert metrics(resumed.cwd / "on", "callback/steps_here") == {6: 2.0}
+    evaluate = ("job=evaluate", "model=gated_conv", "data=counting", "data.up_to=6000", "job.sequence_length=64")
+    named = ("job.metrics=[accuracy]", "job.transforms=[rms_norm]", f"checkpoint.resume={checkpoint}", "tracker=local")
+    alone = launch(
+        *evaluate, *named, "backend.ranks=1", "run.dir=alone", cwd=ended.cwd, env={"PYTHONPATH": str(installed)}
+    ).expect(0)
+    assert metrics(alone.cwd / "alone", "eval/accuracy") == {4: metrics(found, "eval/accuracy")[4]}
+
+
+def test_a_callback_that_fails_on_one_rank_is_named(launch: Launch, write_plugin: WritePlugin, tmp_path: Path) -> None:
+    word = write_plugin('Plugin(name="mine", executors={"callback": {"careful": "mine.parts:Careful"}})')
+    (tmp_path / "mine" / "parts.py").write_text(CAREFUL)
+    small = ("model.num_hidden_layers=1", "job.steps=5", "data=synthetic", "tracker=local", "job.sample_tokens=0")
+    ended = launch(word, *small, "job.callbacks=[careful]", "backend.ranks=2", "run.dir=failed").expect(1)
+    failure = json.loads((tmp_path / "failed" / "failure.json").read_text())
+    assert failure["rank"] == 1
+    named = "callback careful (plugin mine, plugins=[mine]), on_step: ValueError: too large at step 2"
+    assert named in failure["reason"]
+    assert "mine/parts.py" in failure["traceback"]
+    assert "careful was given PluginError" in ended.output
 
 
 def test_a_job_of_the_example_runs(launch: Launch) -> None:

@@ -25,7 +25,8 @@ def test_two_hosts_get_it_with_the_code_or_are_refused(lab_hosts: Any, launch: L
     hidden = lab.run("node2", ["mount", "-t", "tmpfs", "none", str(EXAMPLE)])
     assert hidden.returncode == 0, hidden.stderr
     ended = launch(*words, "run.dir=refused", env=env).expect(69)
-    assert "node2: the plugin launcher_example, which the run uses, is not installed for" in ended.output
+    assert "node2: the plugin launcher_example, which the run uses, cannot be loaded by" in ended.output
+    assert "there is no module launcher_example in this environment or in the current folder" in ended.output
     assert "backend.code=sent" in ended.output
     assert not (ended.cwd / "refused").exists()
     ended = launch(*words, "backend.code=sent", "run.dir=sent", env=env).expect(0)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import os
-import subprocess
+import re
+import socket
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,18 +17,11 @@ from launcher.config.compose import compose
 from launcher.config.plugins import load_plugins
 from launcher.config.registry import KINDS, component_class
 from launcher.config.snapshot import load_run, save_run
-from launcher.doctor.host_facts import collect_software
-from launcher.errors import ConfigError, EnvironmentProblem, exit_code_of_rank
-from launcher.plugins import loading
-from launcher.plugins.loading import import_folders
-from launcher.remote.bundle import make_bundle
+from launcher.errors import ConfigError, Unfit, exit_code_of_rank
 from launcher.runs.config_source import load_saved_run
 from launcher.utils.schema import field_types, is_option_type
-from launcher.utils.system import child_environment
 from tests.helpers import launch_verb
-from tests.plugins.conftest import OPTIONS, PLUGIN, WritePlugin
-
-STEPS_YAML = "# Falls in steps.\nkind: steps\n"
+from tests.plugins.conftest import OPTIONS, PLUGIN, STEPS_YAML, WritePlugin, forget, install
 
 
 def refused(word: str, *words: str) -> str:
@@ -52,18 +43,6 @@ def test_a_run_that_uses_nothing_of_it_does_not_need_it(write_plugin: WritePlugi
     composed = compose([write_plugin()])
     assert composed.run.plugins == ()
     assert "plugins" not in composed.tree
-
-
-def install(name: str, tmp_path: Path, *, entry: str = "") -> None:
-    """Move a package of the current folder to one of installed packages, with an entry point."""
-    site = tmp_path / "site"
-    site.mkdir(exist_ok=True)
-    (tmp_path / name).rename(site / name)
-    metadata = site / f"{name}-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[launcher.plugins]\n{name} = {entry or name}\n")
-    sys.path.insert(0, str(site))  # a fixture restores it
 
 
 @pytest.mark.parametrize("entry", ["mine", "mine:plugin"])
@@ -223,7 +202,10 @@ def test_a_rank_without_the_plugin_exits_69(
     found = save_run(compose([word, "schedule=steps"]).run, tmp_path / "run.yaml")
     forget()
     (tmp_path / "mine").rename(tmp_path / "gone")
-    with pytest.raises(EnvironmentProblem, match="the plugin mine, which this run uses, cannot be loaded") as caught:
+    expected = (
+        f"{socket.gethostname()}: the plugin mine, which this run uses, cannot be loaded: there is no module mine"
+    )
+    with pytest.raises(Unfit, match=re.escape(expected)) as caught:
         load_run(tmp_path / "run.yaml", expected_hash=found)
     assert exit_code_of_rank(caught.value) == 69
 
@@ -253,35 +235,6 @@ def test_weights_of_a_plugins_model_need_the_plugin(example: str, tmp_path: Path
     store.commit(about)
     evaluated = launcher.compose([example, "job=evaluate", f"model.weights={folder}"])
     assert (evaluated.model.kind, evaluated.plugins) == ("gated_conv", ("launcher_example",))
-
-
-def forget() -> None:
-    """Be as a process that has loaded nothing."""
-    loading._loaded.clear()
-    KINDS["schedule"].pop("steps", None)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
-        del sys.modules[name]
-
-
-def test_other_processes_and_hosts_get_its_package(write_plugin: WritePlugin, tmp_path: Path) -> None:
-    compose([write_plugin()])
-    assert import_folders() == (str(tmp_path),)
-    assert child_environment(import_folders())["PYTHONPATH"].split(os.pathsep)[-1] == str(tmp_path)
-    (tmp_path / "mine" / "broken").mkdir()
-    (tmp_path / "mine" / "broken" / "__init__.py").write_text("1 / 0\n")
-    modules = ("mine", "mine.options", "mine.broken.part", "nowhere.at_all")
-    assert collect_software(modules).missing_plugins == modules[2:]
-
-
-def test_its_package_is_in_the_bundle(write_plugin: WritePlugin, tmp_path: Path) -> None:
-    write_plugin()
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    (tree / "code.py").write_text("")
-    subprocess.run(["git", "init", "-q", str(tree)], check=True)
-    bundle = make_bundle(tree, (tmp_path / "mine",))
-    with tarfile.open(fileobj=io.BytesIO(bundle.payload)) as archive:
-        assert archive.getnames() == ["code.py", "mine/__init__.py", "mine/options.py"]
 
 
 def test_list_shows_what_it_adds_and_where_from(write_plugin: WritePlugin, capsys: pytest.CaptureFixture[str]) -> None:

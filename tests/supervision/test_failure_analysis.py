@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -34,6 +36,7 @@ class Events:
     def __init__(self, plan):
         session = Session(plan, console=Console(io.StringIO()), signals=[], job={})
         self.analysis, self.tracker, self.send = session._analysis, session._tracker, session.dispatch
+        self.session = session
 
     def find_stall(self, now):
         return self.tracker.find_stall(now=now, timeout_s=60.0)
@@ -71,6 +74,28 @@ def test_a_rank_killed_by_its_launcher_precedes_consequences_and_other_signalled
     events.send("a", ended(1, signal=15, time=1.5, by_launcher=True), now=0.0)
     events.send("a", ended(0, signal=15, time=2.0), now=0.1)
     assert events.analysis.cause(now=0.5, all_over=False).rank == 0
+
+
+def test_the_first_cause_is_decided_once(events, tmp_path):
+    session, long_ago = events.session, time.monotonic() - 60
+    events.send("a", RankRaised(rank=1, time=1.0, code=4, error="ValueError: x", traceback=""), now=long_ago)
+    session._decide()
+    failure, limit = session._failure, session._give_up_at
+    assert (failure.rank, failure.exit_code) == (1, 4)
+    events.send("b", RankRaised(rank=2, time=0.5, code=5, error="ValueError: y", traceback=""), now=long_ago)
+    session._decide()
+    assert session._failure is failure
+    assert session._give_up_at == limit, "an agent that does not end its ranks would be waited for without end"
+    assert RunDir(tmp_path).timeline.read_text().count("the cause") == 1
+
+
+def test_a_cancelled_run_has_no_cause(events):
+    session = events.session
+    session._signals.append(signal.SIGTERM)
+    session._decide()
+    events.send("a", ended(1, signal=15, time=1.0), now=time.monotonic() - 60)
+    session._decide()
+    assert (session._cancelled_by, session._failure) == (signal.SIGTERM, None)
 
 
 def test_lost_host(events, tmp_path):

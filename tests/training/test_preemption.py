@@ -87,7 +87,7 @@ class FakeEngine:
         self._signal_at("step", self.steps)
         return StepResult(loss=1.0, grad_norm=1.0, tokens=64, preempted=preempted())
 
-    def loss_of(self, micro_batch):
+    def loss_of(self, micro_batch, *, observe=None):
         self.evaluations += 1
         self._signal_at("evaluation", self.steps)
         return 2.0, 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,28 @@ def test_a_killed_builder_is_cleaned_up_after(tmp_path: Path) -> None:
     assert any(path.name.startswith(".it.tmp-") for path in tmp_path.iterdir())
     build_once(tmp_path / "it", lambda folder: (folder / "file").touch(), heartbeat=lambda: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "it.lock"]
+
+
+def test_a_worker_of_a_killed_builder_does_not_hold_the_lock(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time; from pathlib import Path; from launcher.utils.build_cache import build_once\n"
+        "def build(folder):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        print(os.getpid(), flush=True); time.sleep(60); os._exit(0)\n"
+        "    sys.stdin.readline(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "build_once(Path(sys.argv[1]), build, heartbeat=lambda: None)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "it")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as builder:
+        assert builder.stdout is not None
+        worker = int(builder.stdout.readline())
+        try:
+            builder.kill()
+            builder.wait(timeout=30)
+            build_once(tmp_path / "it", lambda folder: None, heartbeat=lambda: pytest.fail("the lock is held"))
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_a_waiting_process_sends_heartbeats_and_uses_what_the_other_built(tmp_path: Path) -> None:

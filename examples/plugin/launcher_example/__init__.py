@@ -20,6 +20,12 @@ plugin = Plugin(
         "tracker": {"csv": "launcher_example.jobs:CsvRun"},
         "callback": {"weight_norm": "launcher_example.training:WeightNorm"},
         "loss": {"smoothed": "launcher_example.training:smoothed_loss"},
+        "metric": {"accuracy": "launcher_example.training:accuracy"},
+        "transform": {
+            "rms_norm": "launcher_example.training:use_rms_norm",
+            "freeze_embedding": "launcher_example.training:freeze_embedding",
+        },
     },
+    callback_metrics={"weight_norm": ("weight_norm", "weight_norm_change", "evaluations", "files", "steps_here")},
     conf="conf",
 )

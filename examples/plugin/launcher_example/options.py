@@ -84,9 +84,13 @@ class Lion(Optimizer):
     betas: tuple[float, float] = (0.9, 0.99)
     """Shares of the momentum in the update, and in the momentum itself."""
 
+    embedding_lr_scale: float = 1.0
+    """Multiplies the learning rate of the embedding."""
+
     def validate(self) -> Iterator[ConfigError]:
-        """Reject shares outside [0, 1)."""
+        """Reject shares outside [0, 1) and a negative rate."""
         yield from super().validate()
+        yield from self.validate_minimum(0, "embedding_lr_scale")
         if not all(0 <= beta < 1 for beta in self.betas):
             yield self.error("betas", "each must be at least 0 and below 1", "set optimizer.betas=[0.9,0.99]")
 

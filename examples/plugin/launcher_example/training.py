@@ -1,4 +1,4 @@
-"""What training uses: the optimizer Lion, a smoothed loss, and a callback."""
+"""What training uses: the optimizer Lion, a smoothed loss, a metric, transforms of the model, and a callback."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from launcher.data.dataloader import IGNORE_INDEX
 from launcher.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from launcher.engines.base import StepResult
+    from transformers import PreTrainedModel
+
+    from launcher.engines.base import Engine, StepResult
+    from launcher.engines.context import Context
     from launcher_example.options import Lion
 
 
@@ -41,8 +45,15 @@ class LionOptimizer(torch.optim.Optimizer):
 
 
 def make_lion(options: Lion, groups: list[dict[str, Any]]) -> LionOptimizer:
-    """Return the optimizer of these groups of parameters."""
-    return LionOptimizer(groups, lr=options.lr, betas=options.betas)
+    """Return the optimizer of these groups of named parameters; the embedding gets groups of its own."""
+    split = []
+    for group in groups:
+        for is_embedding in (False, True):
+            params = [pair for pair in group["params"] if ("embedding" in pair[0]) == is_embedding]
+            if params:
+                scale = options.embedding_lr_scale if is_embedding else 1.0
+                split.append({**group, "params": params, "lr_scale": scale})
+    return LionOptimizer(split, lr=options.lr, betas=options.betas)
 
 
 def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,21 +64,71 @@ def smoothed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-class WeightNorm(Callback):
-    """Records the norm of the first parameter, and counts evaluations and checkpoints."""
+def accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many labelled tokens are the most likely ones, and how many there are."""
+    counted = labels != IGNORE_INDEX
+    return ((logits.argmax(-1) == labels) & counted).sum(), counted.sum()
 
-    evaluations = saved = 0
+
+def use_rms_norm(model: PreTrainedModel) -> None:
+    """Replace each layer norm by a root-mean-square norm."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.LayerNorm):
+                setattr(module, name, nn.RMSNorm(child.normalized_shape, eps=child.eps))
+
+
+def freeze_embedding(model: PreTrainedModel) -> None:
+    """Train everything but the embedding, and what is tied to it."""
+    model.get_input_embeddings().requires_grad_(False)
+
+
+class WeightNorm(Callback):
+    """Records the norm of the first trained parameter and its change, and counts evaluations of the whole run."""
+
+    def __init__(self, context: Context, engine: Engine) -> None:
+        super().__init__(context, engine)
+        self._first_step, self._norm_before, self._evaluations = 0, 0.0, 0
+
+    def on_start(self, step: int) -> None:
+        """Remember where this process starts."""
+        self._first_step = step
+
+    def before_step(self, step: int) -> None:
+        """Remember the norm."""
+        self._norm_before = self._norm()
 
     def on_step(self, step: int, result: StepResult) -> Mapping[str, float]:
-        """Return the norm."""
-        first = next(self.engine.module.parameters())
-        return {"weight_norm": float(torch.linalg.vector_norm(first.detach().float()))}
+        """Return the norm, and its change."""
+        norm = self._norm()
+        return {"weight_norm": norm, "weight_norm_change": norm - self._norm_before}
 
     def on_evaluate(self, step: int, loss: float) -> Mapping[str, float]:
-        """Return how many evaluations there were."""
-        self.evaluations += 1
-        return {"evaluations": float(self.evaluations)}
+        """Return how many evaluations there were, those before a resume included."""
+        self._evaluations += 1
+        return {"evaluations": float(self._evaluations)}
 
     def on_save(self, step: int, folder: Path) -> Mapping[str, float]:
         """Return how many files the checkpoint has."""
         return {"files": float(sum(1 for file in folder.rglob("*") if file.is_file()))}
+
+    def on_end(self, step: int) -> Mapping[str, float]:
+        """Return the steps of this process."""
+        return {"steps_here": float(step - self._first_step)}
+
+    def on_exception(self, error: Exception) -> None:
+        """Print what ends the run."""
+        print(f"weight_norm: after {self._evaluations} evaluations: {type(error).__name__}", flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of evaluations."""
+        return {"evaluations": self._evaluations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue counting."""
+        self._evaluations = state["evaluations"]
+
+    def _norm(self) -> float:
+        first = next(parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
+        whole = first.full_tensor() if isinstance(first, DTensor) else first  # FSDP: all ranks take part
+        return float(torch.linalg.vector_norm(whole.detach().float()))

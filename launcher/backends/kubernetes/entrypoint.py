@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, EnvironmentProblem, LauncherError
+from launcher.errors import EXIT_PREEMPTED, ConfigError, EnvironmentProblem, LauncherError, Unfit
 
 if TYPE_CHECKING:
     from launcher.backends.kubernetes.pod_config import PodConfig
@@ -34,8 +35,9 @@ def main() -> None:
     try:
         sys.exit(_code_of_pod(Path(sys.argv[1])))
     except LauncherError as problem:
-        say(str(problem))
-        sys.exit(EXIT_USER_ERROR if isinstance(problem, ConfigError) else 1)
+        code = problem.exit_code if isinstance(problem, ConfigError | Unfit) else 1
+        say(f"exit code {code}: {problem}")  # the last line is shown where the run is followed
+        sys.exit(code)
 
 
 def _end_as_preempted(_number: int, _frame: FrameType | None) -> None:
@@ -47,6 +49,7 @@ def _code_of_pod(folder: Path) -> int:
     from launcher.backends.kubernetes.pod_config import SNAPSHOT_FILE, load_key, load_pod_config
     from launcher.config.backend.kubernetes import KubernetesBackend
     from launcher.config.snapshot import load_run
+    from launcher.plugins.loading import path_environment
     from launcher.utils.system import child_environment
 
     index = index_of(os.environ)
@@ -55,12 +58,34 @@ def _code_of_pod(folder: Path) -> int:
     os.environ.update(child_environment())
     config = load_pod_config(folder)
     run = load_run(folder / SNAPSHOT_FILE, expected_hash=config.identity.run_hash)
+    os.environ.update(path_environment(run.plugins))
+    check_plugin_versions(config.plugins, image=getattr(run.backend, "image", ""))
     backend, key = run.backend, load_key(folder)
     if not isinstance(backend, KubernetesBackend):
         raise ConfigError("backend", backend.kind, why="does not run in pods", fix="set backend=kubernetes")
     if index == 0:
         return run_leader(run, backend, config, key=key, say=say)
     return run_agent(backend, config, index=index, key=key)
+
+
+def check_plugin_versions(expected: Mapping[str, str], *, image: str) -> None:
+    """Check that the image has the versions of plugins that the run was planned with.
+
+    Args:
+        expected: versions by module; plugins that the image has without a version are not compared.
+        image: for the message.
+
+    Raises:
+        Unfit: it has another one.
+    """
+    from launcher.plugins.loading import plugins_of
+
+    for plugin in plugins_of(expected):
+        if plugin.version and plugin.version != expected[plugin.module]:
+            what = f"its plugin {plugin.module} is {plugin.version} ({plugin.file})"
+            there = f"the machine that submitted the run has {expected[plugin.module]}"
+            fix = f"build the image {image} (backend.image) with that version"
+            raise Unfit(f"{socket.gethostname()}: {what}, and {there}; {fix}")
 
 
 def index_of(environ: Mapping[str, str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from launcher.backends.kubernetes.pod_config import (
     job_name,
 )
 from launcher.config.backend.kubernetes import KubernetesBackend, Workload
-from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_USER_ERROR
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_UNFIT, EXIT_USER_ERROR
+from launcher.plugins.loading import plugins_of
 from launcher.protocol.plan import Plan, RunIdentity
 
 Manifest = dict[str, Any]
@@ -274,7 +275,10 @@ def _job_spec(submission: Submission, *, container: str, subdomain: str | None =
         "podReplacementPolicy": "Failed",  # never two pods of one index
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR, EXIT_BAD_INPUT]}},
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR, EXIT_BAD_INPUT, EXIT_UNFIT]},
+                },
                 {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_PREEMPTED]}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
@@ -310,15 +314,22 @@ def job_reference(backend: KubernetesBackend, job: str) -> dict[str, str]:
     return {"kind": WORKLOADS[backend.workload].resource, "name": job, "namespace": backend.namespace, **context}
 
 
-def submission_of(backend: KubernetesBackend, plan: Plan) -> Submission:
-    """Return the input of the manifests of ``plan``."""
+def submission_of(backend: KubernetesBackend, plan: Plan, *, plugins: Sequence[str] = ()) -> Submission:
+    """Return the input of the manifests of ``plan``.
+
+    Args:
+        backend: the options of the cluster.
+        plan: what to run.
+        plugins: modules of the plugins that the run uses.
+    """
     identity = RunIdentity(
         run_id=plan.run_id,
         run_dir=backend.run_dir_on_hosts(plan.run_dir),
         run_hash=plan.run_hash,
         port=plan.port,
     )
-    config = PodConfig(job=job_name(plan.name, plan.run_id), identity=identity)
+    versions = {plugin.module: plugin.version for plugin in plugins_of(plugins) if plugin.version}
+    config = PodConfig(job=job_name(plan.name, plan.run_id), identity=identity, plugins=versions)
     return Submission(backend=backend, plan=plan, config=config)
 
 
@@ -346,6 +357,8 @@ def _remarks(submission: Submission) -> Iterator[str]:
     yield f"Run {submission.plan.name} · {submission.plan.run_id} is called {job} in the cluster."
     where = f"on the claim {backend.claim}" if backend.claim else "gone with the pods (backend.claim): only logs remain"
     yield f"Run directory in the pods: {submission.config.identity.run_dir}, {where}."
+    if "plugins" in submission.plan.details:
+        yield f"The image must hold the plugins of the run: {submission.plan.details['plugins']}."
     keys = ", ".join((KEY_FILE, *submission.plan.forwarded_env))
     yield f"Besides, the Secret {job} is created over stdin, with {keys}; it is deleted with the run."
 

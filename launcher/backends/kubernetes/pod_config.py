@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.config.backend.kubernetes import Workload
@@ -66,6 +66,8 @@ class PodConfig:
     job: str
     """Name of the run in the cluster; addresses follow from it."""
     identity: RunIdentity
+    plugins: dict[str, str] = field(default_factory=dict)
+    """Versions of the run's plugins by module, as installed on the machine that submits it."""
 
     @property
     def session_port(self) -> int:
@@ -75,7 +77,8 @@ class PodConfig:
 
     def dump(self) -> str:
         """Return the text of ``pod.json``."""
-        return json.dumps(to_tree(self), separators=(",", ":"))
+        tree = {name: value for name, value in to_tree(self).items() if value}  # most runs have no plugins
+        return json.dumps(tree, separators=(",", ":"))
 
 
 def load_pod_config(folder: Path) -> PodConfig:

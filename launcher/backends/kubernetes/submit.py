@@ -50,7 +50,7 @@ class KubernetesExecutor(Executor[KubernetesBackend]):
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
         """Return the manifests."""
-        return render_manifests(submission_of(self.backend, plan), snapshot=snapshot)
+        return render_manifests(submission_of(self.backend, plan, plugins=self.plugins), snapshot=snapshot)
 
     def submit(self, plan: Plan) -> RunOutcome:
         """Apply the manifests; follow the run until it ends where ``wait`` is set.
@@ -59,10 +59,8 @@ class KubernetesExecutor(Executor[KubernetesBackend]):
             EnvironmentProblem: kubectl is missing, or the cluster rejects the run.
         """
         backend = self.backend
-        submission, kubectl = (
-            submission_of(backend, plan),
-            Kubectl(namespace=backend.namespace, context=backend.context),
-        )
+        submission = submission_of(backend, plan, plugins=self.plugins)
+        kubectl = Kubectl(namespace=backend.namespace, context=backend.context)
         snapshot = RunDir(Path(plan.run_dir)).snapshot.read_text(encoding="utf-8")
         create_run(submission, kubectl, snapshot=snapshot)
         print("\n".join(next_steps(submission, kubectl)), flush=True)

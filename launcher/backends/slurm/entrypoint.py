@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -69,7 +71,8 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, _raise_preempted)
     try:
         with RunLock(run_dir.path).acquire():
-            run = with_auto_resume(load_run(run_dir.snapshot, is_own_run=True), run_dir)
+            with _failure_recorded(run_dir):
+                run = with_auto_resume(load_run(run_dir.snapshot, is_own_run=True), run_dir)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
             code = run_on_nodes(run, run_dir)
     except _PreemptedBeforeStart:
@@ -89,16 +92,27 @@ def run_on_nodes(run: Run, run_dir: RunDir) -> int:
         LauncherError: the run cannot start on these nodes.
     """
     assert isinstance(run.backend, SlurmBackend), "its batch script started this"
-    executor = AllocationExecutor(SlurmAllocation(**vars(run.backend)))
+    executor = AllocationExecutor(SlurmAllocation(**vars(run.backend)), plugins=run.plugins)
     run = replace(run, backend=executor.backend)
-    remove_previous_result(run_dir)
-    run_id = str(read_json(run_dir.plan)["run_id"])
-    try:
-        prepared = probe_and_replan(plan_on_nodes(run, run_dir, run_id=run_id), executor, is_fresh=False)
-    except LauncherError as problem:
-        write_result(run_dir, status="failed", exit_code=problem.exit_code, run_id=run_id)
-        raise
+    with _failure_recorded(run_dir):
+        planned = plan_on_nodes(run, run_dir, run_id=_run_id(run_dir))
+        prepared = probe_and_replan(planned, executor, is_fresh=False)
     return execute_run(prepared, executor, on_end=_ignore_preemption).exit_code
+
+
+@contextmanager
+def _failure_recorded(run_dir: RunDir) -> Iterator[None]:
+    """Write the result of a run that cannot start, which the block raises."""
+    remove_previous_result(run_dir)
+    try:
+        yield
+    except LauncherError as problem:
+        write_result(run_dir, status="failed", exit_code=problem.exit_code, run_id=_run_id(run_dir))
+        raise
+
+
+def _run_id(run_dir: RunDir) -> str:
+    return str(read_json(run_dir.plan)["run_id"])
 
 
 def with_auto_resume(run: Run, run_dir: RunDir) -> Run:

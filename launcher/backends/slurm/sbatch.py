@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.config.backend.slurm import SlurmBackend
-from launcher.plugins.loading import import_folders
+from launcher.plugins.loading import path_environment
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
 
 _PLAIN = re.compile(r"[\w./:,=+@%^~\[\]-]*", re.ASCII)
 
 
-def render_sbatch(backend: SlurmBackend, plan: Plan) -> str:
+def render_sbatch(backend: SlurmBackend, plan: Plan, *, plugins: Sequence[str] = ()) -> str:
     """Return the batch script: options of sbatch, then ``exec`` of the session.
 
     The session replaces the shell, so it receives the signals that Slurm sends to the batch process.
+
+    Args:
+        backend: the options of sbatch.
+        plan: what to run.
+        plugins: modules of the plugins that the run uses.
     """
     directives = [f"#SBATCH --{line}" for line in _directives(backend, plan)]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in path_environment(plugins).items()]
     command = shlex.join([plan.hosts[0].host.python, "-P", "-m", "launcher.backends.slurm.entrypoint", plan.run_dir])
-    return "\n".join(["#!/bin/sh", *directives, "", *_pythonpath(), f"exec {command}", ""])
-
-
-def _pythonpath() -> Iterator[str]:
-    """Yield the line that lets every node import plugins that are not installed."""
-    if folders := import_folders():
-        yield f"export PYTHONPATH={shlex.quote(':'.join(folders))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return "\n".join(["#!/bin/sh", *directives, "", *exports, f"exec {command}", ""])
 
 
 def _directives(backend: SlurmBackend, plan: Plan) -> Iterator[str]:

@@ -62,7 +62,7 @@ class SlurmExecutor(Executor[SlurmBackend]):
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
         """Return the batch script."""
-        return render_sbatch(self.backend, plan)
+        return render_sbatch(self.backend, plan, plugins=self.plugins)
 
     def check_submission(self, plan: Plan) -> None:
         """Check that the run is not queued already, and that a partition can give what it asks for.
@@ -80,11 +80,11 @@ class SlurmExecutor(Executor[SlurmBackend]):
             ConfigError: Slurm rejects it; the message says why.
             EnvironmentProblem: Slurm is not installed here, or does not answer.
         """
-        job_id = submit_job(self.backend, plan)
+        job_id = submit_job(self.backend, plan, plugins=self.plugins)
         return RunOutcome(status="submitted", exit_code=follow(plan, job_id) if self.backend.wait else 0)
 
 
-def submit_job(backend: SlurmBackend, plan: Plan) -> str:
+def submit_job(backend: SlurmBackend, plan: Plan, *, plugins: Sequence[str] = ()) -> str:
     """Write the batch script into the run directory, submit it, and return the job id.
 
     Raises:
@@ -94,7 +94,7 @@ def submit_job(backend: SlurmBackend, plan: Plan) -> str:
     run_dir, staged = RunDir(Path(plan.run_dir)), StagedFiles()
     file = run_dir.path / "job.sbatch"
     try:
-        staged.write(file, render_sbatch(backend, plan))
+        staged.write(file, render_sbatch(backend, plan, plugins=plugins))
         for ended in result_files(run_dir):  # before the job may write its own
             staged.remove(ended)
         job_id = _sbatch(backend, file)

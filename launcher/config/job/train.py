@@ -9,12 +9,51 @@ from typing import ClassVar
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import BatchedJob, LearningJob, Run
 from launcher.errors import ConfigError
-from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, LOSS
-from launcher.plugins.loading import validate_named
+from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, LOSS, METRIC, TRANSFORM
+from launcher.plugins.loading import origin_of, validate_callback_metrics, validate_named
+
+_PIPELINES = ("pipeline", "deepspeed_pipeline")
+"""Strategies under which no rank has the whole model, or logits and labels together."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(LearningJob):
+class PluggableJob(BatchedJob):
+    """A job whose model and evaluations plugins can extend."""
+
+    transforms: tuple[str, ...] = ()
+    """Transforms of plugins, applied in this order to the model before it has weights.
+    Name the same ones wherever a checkpoint of the transformed model is loaded."""
+
+    metrics: tuple[str, ...] = ()
+    """Metrics of plugins over the held-out tokens, recorded as ``eval/<name>``."""
+
+    def validate(self) -> Iterator[ConfigError]:
+        """Reject names that no loaded plugin has."""
+        yield from super().validate()
+        yield from validate_named("job.transforms", TRANSFORM, self.transforms)
+        yield from validate_named("job.metrics", METRIC, self.metrics)
+
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Reject transforms and metrics where a rank has only some layers of the model."""
+        yield from super().validate_run(run, world_size=world_size)
+        if run.parallel.kind in _PIPELINES:
+            for field, what in (("transforms", "the whole model"), ("metrics", "the logits")):
+                if names := getattr(self, field):
+                    option = f"job.{field}"
+                    why = f"under parallel={run.parallel.kind} no rank has {what}"
+                    fix = f"leave {option} out, or set parallel=ddp, fsdp or zero2"
+                    yield ConfigError(option, f"[{','.join(names)}]", why=why, fix=fix)
+
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield the transforms and metrics, with the plugins that add them."""
+        yield from super().describe(run, world_size=world_size)
+        for group, field in ((TRANSFORM, "transforms"), (METRIC, "metrics")):
+            if names := getattr(self, field):
+                yield field, ", ".join(f"{name} ({origin_of(group, name)})" for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(LearningJob, PluggableJob):
     """Next-token training with evaluation on a held-out split."""
 
     kind: ClassVar[str] = "train"
@@ -50,7 +89,7 @@ class Train(LearningJob):
     Evaluations always measure cross-entropy."""
 
     callbacks: tuple[str, ...] = ()
-    """Callbacks of plugins, called on every rank after each step, evaluation and checkpoint."""
+    """Callbacks of plugins, called on every rank around steps, evaluations and checkpoints."""
 
     @property
     def profile_unit(self) -> ProfileUnit:
@@ -68,13 +107,14 @@ class Train(LearningJob):
         yield from self.validate_minimum(0, "eval_every", "sample_tokens")
         yield from validate_named("job.loss", LOSS, (self.loss,), own=(CROSS_ENTROPY,))
         yield from validate_named("job.callbacks", CALLBACK, self.callbacks)
+        yield from validate_callback_metrics("job.callbacks", self.callbacks)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             yield self.error("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject a plugin's loss where the last stage of a pipeline computes it."""
         yield from super().validate_run(run, world_size=world_size)
-        if self.loss != CROSS_ENTROPY and run.parallel.kind in ("pipeline", "deepspeed_pipeline"):
+        if self.loss != CROSS_ENTROPY and run.parallel.kind in _PIPELINES:
             why = f"parallel={run.parallel.kind} trains on {CROSS_ENTROPY} only"
             yield self.error("loss", why, f"set job.loss={CROSS_ENTROPY}, or parallel=ddp")
 
@@ -90,7 +130,7 @@ class Train(LearningJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(BatchedJob):
+class Evaluate(PluggableJob):
     """Forward passes over the held-out split, under any strategy; nothing is learnt."""
 
     kind: ClassVar[str] = "evaluate"

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
 from launcher.data.dataloader import IGNORE_INDEX
-from launcher.engines.base import StepResult, never_preempted
+from launcher.engines.base import Observer, StepResult, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
 from launcher.engines.distributed import TokenCount, num_labels
 from launcher.engines.generate import greedy_decode
@@ -85,8 +85,9 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
             self._engine.reset_activation_shape()
             self._shape = input_ids.shape
 
-    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the summed loss and the number of tokens on the last stage, and zeros on others."""
+        assert observe is None, "the plan refuses metrics under pipelines"
         self._expect(micro_batches[0].input_ids)
         self._loss.begin(weight=torch.ones((), device=self.device))
         self._engine.eval_batch(

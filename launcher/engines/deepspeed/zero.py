@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from launcher.config.parallel.zero import Zero
-from launcher.engines.base import StepResult, never_preempted
+from launcher.engines.base import Observer, StepResult, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
 from launcher.engines.deepspeed.nvme import SwapFolder
 from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_labels
@@ -119,11 +119,14 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
             return float(nn.utils.get_total_norm(gradients))
         return None
 
-    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the summed loss and the number of tokens, without dropout."""
         self._engine.eval()
         with torch.no_grad():
-            losses = [token_loss_sum(self._engine, micro_batch, device=self.device) for micro_batch in micro_batches]
+            losses = [
+                token_loss_sum(self._engine, micro_batch, device=self.device, observe=observe)
+                for micro_batch in micro_batches
+            ]
         self._engine.train()
         return torch.stack(losses).double().sum().item(), num_labels(micro_batches)
 

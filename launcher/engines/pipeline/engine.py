@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from launcher.config.parallel.pipeline import Pipeline, rank_of_chunk
-from launcher.engines.base import Engine, StepResult, never_preempted
+from launcher.engines.base import Engine, Observer, StepResult, never_preempted
 from launcher.engines.distributed import TokenCount, choose_device, connect, disconnect, mesh_of, num_labels, submesh
 from launcher.engines.generate import greedy_decode
 from launcher.engines.model_state import torch_state_bytes, whole_parameters
@@ -108,8 +108,9 @@ class PipelineEngine(Engine):
         with self._clock.phase("optimizer"):
             return self._update.apply(own_sum, count.total(), lr=lr, preempted=preempted())
 
-    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return summed loss and token count on the last stage, without dropout; else nothing."""
+        assert observe is None, "the plan refuses metrics under pipelines"
         labels = [micro_batch.labels.to(self.device) for micro_batch in micro_batches]
         tokens = [micro_batch.input_ids.to(self.device) for micro_batch in micro_batches]
         with self._forward_only():

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from launcher.protocol.results import read_metrics
-from launcher.runs.report.html import Html, element
+from launcher.runs.report.html import render_macro
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 COLOURS = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0e7490", "#a16207", "#be185d", "#4d7c0f", "#475569")
 _WIDTH, _HEIGHT = 640, 230
@@ -33,7 +36,7 @@ class Series:
     dashed: bool = False
 
 
-def chart(title: str, lines: Sequence[Series], *, along: str) -> Html:
+def chart(title: str, lines: Sequence[Series], *, along: str) -> Markup:
     """Return a chart with its legend.
 
     Args:
@@ -42,17 +45,12 @@ def chart(title: str, lines: Sequence[Series], *, along: str) -> Html:
         along: what the horizontal axis shows.
     """
     known = [(x, y) for line in lines for x, y in line.points if y is not None]
-    frame = _Axes(*_span([x for x, _ in known]), *_span([y for _, y in known]))
-    drawing = element(
-        "svg",
-        element("title", title),
-        list(frame.grid(along)),
-        [list(frame.draw(line)) for line in lines],
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-    )
-    legend = [element("span", _swatch(line), line.name) for line in lines]
-    return element("figure", element("figcaption", title), drawing, element("div", legend, class_="legend"))
+    axes = _Axes(*_span([x for x, _ in known]), *_span([y for _, y in known]))
+    drawn = [
+        {"name": line.name, "colour": line.colour, "dashed": line.dashed, "segments": list(axes.draw(line))}
+        for line in lines
+    ]
+    return render_macro("chart", title, along, axes.frame(), drawn)
 
 
 @dataclass(frozen=True)
@@ -72,29 +70,22 @@ class _Axes:
         share = (value - self.least_y) / (self.most_y - self.least_y)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
-    def grid(self, along: str) -> Iterator[Html]:
-        """Yield grid lines and labels."""
-        for value in ticks(self.least_y, self.most_y):
-            at = f"{self.y(value):.1f}"
-            yield element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=at, y2=at, class_="grid")
-            yield element("text", short_number(value), x=_LEFT - 6, y=at, class_="left")
-        for value in ticks(self.least_x, self.most_x):
-            yield element(
-                "text", short_number(value), x=f"{self.x(value):.1f}", y=_HEIGHT - _BOTTOM + 14, class_="below"
-            )
-        yield element("text", along, x=_WIDTH - _RIGHT, y=_HEIGHT - 4, class_="along")
+    def frame(self) -> dict[str, object]:
+        """Return the size of the drawing, and positions and labels of its ticks."""
+        return {
+            "width": _WIDTH,
+            "height": _HEIGHT,
+            "left": _LEFT,
+            "right": _WIDTH - _RIGHT,
+            "bottom": _HEIGHT - _BOTTOM,
+            "rows": [(f"{self.y(value):.1f}", short_number(value)) for value in ticks(self.least_y, self.most_y)],
+            "columns": [(f"{self.x(value):.1f}", short_number(value)) for value in ticks(self.least_x, self.most_x)],
+        }
 
-    def draw(self, line: Series) -> Iterator[Html]:
-        """Yield the parts of a line without gaps; a single point is a dot."""
-        dash = {"stroke_dasharray": "5 4"} if line.dashed else {}
+    def draw(self, line: Series) -> Iterator[list[str]]:
+        """Yield the positions ``x,y`` of a line's points between its gaps."""
         for segment in segments(line.points):
-            places = [(self.x(x), self.y(y)) for x, y in thin_out(segment)]
-            if len(places) == 1:
-                (at,) = places
-                yield element("circle", cx=f"{at[0]:.1f}", cy=f"{at[1]:.1f}", r=2.5, fill=line.colour)
-            else:
-                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-                yield element("polyline", points=points, stroke=line.colour, **dash)
+            yield [f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in thin_out(segment)]
 
 
 def segments(points: Sequence[Point]) -> Iterator[list[tuple[float, float]]]:
@@ -153,10 +144,6 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return least - room, most + room
 
 
-def _swatch(line: Series) -> Html:
-    return element("i", style=f"border-top: 3px {'dashed' if line.dashed else 'solid'} {line.colour}")
-
-
 MOST_METRICS = 256 << 20
 """Limit of a file of metrics or events, in bytes."""
 Curves = Mapping[str, Sequence[Point]]
@@ -197,7 +184,7 @@ def read_curves(path: Path) -> Curves:
     return curves
 
 
-def charts_of(runs: Mapping[str, Curves]) -> Iterator[Html]:
+def charts_of(runs: Mapping[str, Curves]) -> Iterator[Markup]:
     """Yield a chart for each group of metrics that a run has at more than one step.
 
     Args:

@@ -51,7 +51,7 @@ def rendered(*words, monkeypatch=None, run_dir="/home/me/runs/x/20260101-120000-
             monkeypatch.setenv(name, value)
     hosts = run.backend.hosts(max_ranks=run.parallel.max_ranks)
     prepared = replan(run, hosts, run_id="20260101-120000-abcd", folder=Path(run_dir), port=29500)
-    return prepared, executor_of(run.backend).render(prepared.plan, snapshot=prepared.snapshot)
+    return prepared, executor_of(run).render(prepared.plan, snapshot=prepared.snapshot)
 
 
 def documents(text):
@@ -87,7 +87,7 @@ def test_golden_and_valid(workload, monkeypatch):
     )
     # a new option anywhere changes run.yaml and its hash: that is no change of the manifests
     plan = replace(prepared.plan, run_hash="ab" * 32)
-    text = executor_of(prepared.run.backend).render(plan, snapshot="job:\n  kind: train\n")
+    text = executor_of(prepared.run).render(plan, snapshot="job:\n  kind: train\n")
     file = GOLDEN / f"{workload}.yaml"
     if UPDATE:
         file.write_text(text, encoding="utf-8")
@@ -154,7 +154,7 @@ def test_size_and_time_do_not_grow_with_pods(workload):
     started = time.monotonic()
     hosts = composed.backend.hosts(max_ranks=None)
     prepared = replan(composed, hosts, run_id="20260101-120000-abcd", folder=Path("/r/x/y"), port=29500)
-    many = executor_of(composed.backend).render(prepared.plan, snapshot=prepared.snapshot)
+    many = executor_of(composed).render(prepared.plan, snapshot=prepared.snapshot)
     assert prepared.plan.world_size == 8192
     assert time.monotonic() - started < 10  # 2 s where nothing else runs
     assert len(many) < len(few) + 100

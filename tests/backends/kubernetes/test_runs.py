@@ -83,6 +83,17 @@ def test_a_run_completes_and_its_secrets_stay_secret(launch, cluster, kubectl, e
     assert not any(value in text for value in secrets for text in texts)
 
 
+def test_an_image_without_a_plugin_of_the_run_ends_it_at_once(launch, cluster, kubectl, small_run, tmp_path):
+    plugin = 'Plugin(name="mine", executors={"loss": {"focal": "mine:focal"}})'
+    (tmp_path / "mine.py").write_text(f"from launcher.plugins import Plugin\nplugin = {plugin}\nfocal = None\n")
+    words = ("plugins=[mine]", "job.loss=focal", "backend.restarts=2")
+    ended = launch(*small_run(*words), env=kubectl).expect(69)
+    said = f"{cluster.the_run().hostnames[0]}: the plugin mine, which this run uses, cannot be loaded: there is no"
+    assert f"exit code 69: {said} module mine" in ended.output.splitlines()[-1]
+    assert "build the image launcher:test (backend.image) with its package" in ended.output
+    assert len(cluster.the_run().pods) == 2, "no pod was started again"
+
+
 GRACE = "backend.preempt_grace_s=10"
 
 

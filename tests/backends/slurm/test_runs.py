@@ -91,7 +91,7 @@ def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(
     composed = compose(("backend=slurm", *endless(tmp_path), "backend.nodes=2", "run.dir=nasty"))
     run = replace(composed.run, backend=replace(composed.run.backend, env=sent))
     prepared = prepare(replace(composed, run=run))
-    assert start_run(prepared, executor_of(prepared.run.backend)) == 0
+    assert start_run(prepared, executor_of(prepared.run)) == 0
     run_dir = tmp_path / "nasty"
     wait_for_answers(run_dir)
     found = [environ for environ in map(environ_of, cluster.working()) if "RANK" in environ]

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.backends.registry import executor_of
+from launcher.backends.local import LocalExecutor
 from launcher.config.backend.local import LocalBackend
 from launcher.protocol.plan import plan_from_json
 from launcher.protocol.rundir import RunDir
@@ -14,7 +14,7 @@ from launcher.supervision.finalize import finalize_run
 plan = plan_from_json(json.loads(Path(sys.argv[1]).read_text()))
 run_dir = RunDir(Path(plan.run_dir))
 stranger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env={})  # has nothing to do with the run
-outcome = executor_of(LocalBackend()).submit(plan)
+outcome = LocalExecutor(LocalBackend()).submit(plan)
 if outcome.port_taken:
     print("port taken", flush=True)
 else:

@@ -56,7 +56,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _validate_shown_ranks(run, hosts)
     yield from run.backend.validate_hosts(hosts)
     yield from _validate_quantization(run)
-    yield from _validate_resume(run)
+    yield from _validate_checkpoint(run)
     yield from run.job.validate_run(run, world_size=world_size)
     yield from _validate_profile(run, world_size)
 
@@ -139,11 +139,14 @@ def _idle(run: Run, group: str, option: str, value: str) -> str:
     return run.job.unused_options(run).get(option, "") if group == "job" else ""
 
 
-def _validate_resume(run: Run) -> Iterator[ConfigError]:
-    """Reject a checkpoint if the job does not resume.
+def _validate_checkpoint(run: Run) -> Iterator[ConfigError]:
+    """Reject copies of what lies on NVMe, and a checkpoint if the job does not resume.
 
     ``auto`` resumes any run in its own directory.
     """
+    if run.checkpoint.async_mode == "async" and run.parallel.keeps_state_on_nvme:
+        why = "weights or moments lie on NVMe, and host memory has no room for copies of them"
+        yield ConfigError("checkpoint.async_mode", "async", why=why, fix="set checkpoint.async_mode=disabled")
     resume = run.checkpoint.resume
     if run.job.resumes or resume in ("none", "auto"):
         return

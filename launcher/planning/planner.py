@@ -258,13 +258,22 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
         host = min(state.host, state.parameters)
         state = replace(state, gradients=0, optimizer=0, host=host)
         formula = f"the weights alone, for nothing is learnt, of {formula}"
+    copies = _checkpoint_copies(run, shape, world_size)
     return MemoryEstimate(
         num_params=shape.num_params,
         per_rank=state,
-        per_host_ram=max(host_ram(host, state) for host in hosts),
+        per_host_ram=max(host_ram(host, state) + host.slots * copies for host in hosts),
         per_host_nvme=max(host.slots * state.nvme for host in hosts),
         formula=formula,
+        checkpoint_copies=copies,
     )
+
+
+def _checkpoint_copies(run: Run, shape: Shape, world_size: int) -> int:
+    """Return the bytes of a rank's share of checkpoints that are written beside the steps."""
+    num_bytes = 4 * shape.num_params * (1 + run.optimizer.num_moments) // world_size
+    asynchronous = run.checkpoint.is_async(num_bytes, on_nvme=run.parallel.keeps_state_on_nvme)
+    return num_bytes if run.job.saves and run.checkpoint.every and asynchronous else 0
 
 
 def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[Host]) -> MemoryEstimate:

@@ -84,6 +84,9 @@ def _memory(memory: MemoryEstimate | None, hosts: Sequence[HostPlan]) -> Iterato
     shown = " and ".join(f"{bytes_text(size)} of {place}" for place, size in on_host.items() if size)
     if shown:
         yield _row("each host", shown)
+    if memory.checkpoint_copies:
+        copies = bytes_text(memory.checkpoint_copies)
+        yield _row("checkpoint", f"{copies} of host RAM a rank: copies that are written beside the steps")
     yield _row("formula", memory.formula)
     yield _row("besides", "activations, communication buffers and the framework")
 

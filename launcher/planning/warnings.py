@@ -40,7 +40,13 @@ def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> It
         return
     state = memory.per_rank
     for host in hosts:
-        needed = host_ram(host, state)
+        needed = host_ram(host, state) + host.slots * memory.checkpoint_copies
+        if 0 < host.memory_bytes < needed and memory.checkpoint_copies and host_ram(host, state) < host.memory_bytes:
+            yield (
+                f"model state and its copies for checkpoints need {bytes_text(needed)} of RAM on {host.name}, which "
+                f"has {bytes_text(host.memory_bytes)}: checkpoint.async_mode=disabled needs no copies"
+            )
+            return
         if 0 < host.memory_bytes < needed:
             yield (
                 f"model state alone needs {bytes_text(needed)} of RAM on {host.name}, which has "

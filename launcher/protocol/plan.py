@@ -183,6 +183,9 @@ class MemoryEstimate:
     per_host_nvme: int
     formula: str
     """The arithmetic and its source."""
+    checkpoint_copies: int = 0
+    """Bytes of host RAM a rank for copies of its share of a checkpoint.
+    They are written beside the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

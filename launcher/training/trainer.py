@@ -128,6 +128,7 @@ class Trainer:
         """Save the state after ``done`` steps, every rank its part."""
         with self.clock.phase("checkpoint"):
             loss = held_out.loss if held_out else None
+            now = now or done == self.job.steps  # no step is left to write beside
             self.saver.save(done, eval_loss=loss, now=now, beside=self._save_callbacks)
         self._report_saved()
 

@@ -1,0 +1,118 @@
+"""Saving beside the steps: what is written is the state at the time of the save; errors reach the run."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.checkpoint.regions import whole
+from launcher.checkpoint.store import CheckpointStore, silent
+from launcher.checkpoint.tensors import Shard, StoredState, shard_file_name
+from launcher.config.compose import compose
+from launcher.protocol.rundir import RunDir
+from launcher.training import saving
+from launcher.training.saving import CheckpointSaver
+from launcher.utils.files import write_json
+
+pytestmark = pytest.mark.unit
+
+
+class Engine:
+    """Stands for an engine of one tensor, which a step changes in place."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(4, 3)
+
+    def shards(self) -> list[Shard]:
+        shape = tuple(self.weight.shape)
+        return [Shard(name="w", shape=shape, region=whole(shape), dtype=torch.float32, read=lambda: self.weight)]
+
+    def scalars(self) -> dict[str, float]:
+        return {"value": 1.0}
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> Any:
+    run = compose(["model=gpt2_tiny", "job.micro_batch=2", "tracker=local", "checkpoint.async_mode=async"]).run
+    context: Any = SimpleNamespace(
+        run=replace(run),
+        run_dir=RunDir(tmp_path),
+        is_main=True,
+        rank=0,
+        world_size=1,
+        heartbeat=SimpleNamespace(update=lambda *_, **__: None),
+    )
+    write_json(tmp_path / "plan.json", {"run_id": "a", "run_hash": "b"})
+    store = CheckpointStore(tmp_path / "checkpoints", run.checkpoint, say=silent)
+    engine: Any = Engine()
+    return CheckpointSaver(store, context, engine)
+
+
+def weight_of(tmp_path: Path, step: int) -> torch.Tensor:
+    folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+    return StoredState([folder / shard_file_name(0)]).read("w")
+
+
+def test_a_copy_is_written_while_steps_go_on(saver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    write = saving.write_shards
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        assert goes_on.wait(60)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(saving, "write_shards", slowly)
+    engine = saver._engine
+    engine.weight.fill_(1.0)
+    saver.save(1, eval_loss=None)
+    engine.weight.fill_(2.0)  # the next step
+    saver.check()
+    assert saver.take_completed() == []
+    goes_on.set()
+    saver.save(2, eval_loss=None)  # waits for the first
+    assert saver.take_completed() == [1]
+    engine.weight.fill_(3.0)
+    saver.wait()
+    assert saver.take_completed() == [2]
+    assert (weight_of(tmp_path, 1) == 1.0).all()
+    assert (weight_of(tmp_path, 2) == 2.0).all()
+
+
+def test_one_that_must_be_there_now_is_written_at_once(saver: Any, tmp_path: Path) -> None:
+    saver.save(1, eval_loss=None, now=True)
+    assert saver.take_completed() == [1]
+    assert weight_of(tmp_path, 1).shape == (4, 3)
+
+
+def test_an_error_of_the_thread_shows_at_the_next_call(
+    saver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    saver.save(1, eval_loss=None, now=True)
+    monkeypatch.setattr(saving, "write_shards", full)
+    saver.save(2, eval_loss=None)
+    with pytest.raises(OSError, match=r"No space left.*step_00000002.tmp/state/rank_00000"):
+        saver.save(3, eval_loss=None)
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"]
+
+
+def test_a_run_that_fails_lets_a_save_become_complete(saver: Any, tmp_path: Path) -> None:
+    def fail() -> None:
+        with saver:
+            saver.save(1, eval_loss=None)
+            raise ValueError("a step failed")
+
+    with pytest.raises(ValueError, match="a step failed"):
+        fail()
+    assert weight_of(tmp_path, 1).shape == (4, 3)

@@ -8,10 +8,9 @@ is, so ranks write independently of each other, and a reader needs no index. Imp
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,11 @@ from launcher.checkpoint.regions import (
     slices,
     whole,
 )
+from launcher.protocol.state_files import TENSOR_FOLDER, StoredPart, parts_metadata, read_parts, whole_shapes
+from launcher.utils.safetensors_header import TensorEntry, header_bytes
 
-TENSOR_FOLDER = "state"
-"""Folder of these files in a checkpoint."""
-
-_METADATA = "launcher"
 _BLOCK_BYTES = 8 << 20
-_DTYPES: dict[torch.dtype, str] = {
+DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -51,6 +48,7 @@ _DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""Names of formats in safetensors files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,27 +118,17 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def _header(shards: Sequence[Shard]) -> bytes:
-    """Return the header of a safetensors file, its length first, padded as the format asks."""
-    entries: dict[str, Any] = {}
-    parts: dict[str, Any] = {}
-    position = 0
+    """Return the header of a rank's file."""
+    entries: list[TensorEntry] = []
+    parts: dict[str, StoredPart] = {}
     for number, shard in enumerate(shards):
         assert fits(shard.region, shard.shape), shard
-        key = f"{number}"
         region = shard.region
-        parts[key] = {"name": shard.name, "shape": list(shard.shape)}
-        if isinstance(region, Box):
-            parts[key]["offsets"] = list(region.offsets)
-        else:
-            parts[key]["start"] = region.start
-        sizes = list(region.sizes) if isinstance(region, Box) else [region.numel]
-        stop = position + shard.num_bytes
-        entries[key] = {"dtype": _DTYPES[shard.dtype], "shape": sizes, "data_offsets": [position, stop]}
-        position = stop
-    entries["__metadata__"] = {_METADATA: json.dumps({"parts": parts})}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        sizes = region.sizes if isinstance(region, Box) else (region.numel,)
+        offsets, start = (region.offsets, 0) if isinstance(region, Box) else (None, region.start)
+        entries.append(TensorEntry(name=f"{number}", dtype=DTYPE_NAMES[shard.dtype], shape=sizes))
+        parts[f"{number}"] = StoredPart(name=shard.name, shape=shard.shape, sizes=sizes, offsets=offsets, start=start)
+    return header_bytes(entries, parts_metadata(parts))
 
 
 @dataclass(frozen=True)
@@ -172,40 +160,28 @@ class StoredState:
     def __init__(self, files: Iterable[Path]) -> None:
         self._entries: dict[str, _Entry] = {}
         self._open: dict[Path, Any] = {}
-        for file in files:
-            self._add(file)
-        for name, entry in self._entries.items():
-            _check_whole(name, entry)
+        self._shapes = whole_shapes(part for file in files for part in self._added(file))
 
-    def _add(self, file: Path) -> None:
+    def _added(self, file: Path) -> Iterator[StoredPart]:
+        """Open a file and yield the parts that it stores."""
         try:
             opened: Any = safe_open(str(file), framework="pt")
-            metadata = opened.metadata() or {}
-            parts = json.loads(metadata[_METADATA])["parts"]
-            for key in opened.keys():  # noqa: SIM118  (not a mapping)
-                part = parts[key]
-                name, shape = str(part["name"]), tuple(map(int, part["shape"]))
-                sizes = tuple(opened.get_slice(key).get_shape())
-                region: Region
-                if "start" in part:
-                    (num,) = sizes
-                    region = FlatRange(int(part["start"]), int(part["start"]) + num)
-                else:
-                    region = Box(tuple(map(int, part["offsets"])), sizes)
-                if not fits(region, shape):
-                    raise ValueError(f"{name} of shape {shape} has no part {region}")
-                entry = self._entries.setdefault(name, _Entry(shape))
-                if entry.shape != shape:
-                    raise ValueError(f"{name} has shape {shape} here and {entry.shape} in another file")
-                entry.parts.append(_Part(file, key, region))
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            sizes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            for key, part in read_parts(opened.metadata() or {}, sizes):
+                box = None if part.offsets is None else Box(part.offsets, part.sizes)
+                region = box or FlatRange(part.start, part.start + part.numel)
+                if not fits(region, part.shape):
+                    raise ValueError(f"{part.name} of shape {part.shape} has no part {region}")
+                self._entries.setdefault(part.name, _Entry(part.shape)).parts.append(_Part(file, key, region))
+                yield part
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{file} is not a file of a checkpoint: {error}") from error
         self._open[file] = opened
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """Whole shape of each tensor by its name."""
-        return {name: entry.shape for name, entry in self._entries.items()}
+        return self._shapes
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
         """Return a part of a tensor, or all of it, on the CPU in the format in which it is stored.
@@ -238,7 +214,7 @@ class StoredState:
         """Return the format in which a tensor is stored."""
         part = self._entries[name].parts[0]
         text = self._open[part.file].get_slice(part.key).get_dtype()
-        return next(dtype for dtype, known in _DTYPES.items() if known == text)
+        return next(dtype for dtype, known in DTYPE_NAMES.items() if known == text)
 
     def _values(self, part: _Part, stored: Box, box: Box, shape: Shape) -> Tensor:
         """Return the values of ``box``, which lies in the box ``stored`` of a part, in its shape."""
@@ -255,14 +231,3 @@ class StoredState:
             return rows.view(box.sizes[0], *stored.sizes[1:])[(slice(None), *inner)]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{part.file} cannot be read: {error}") from error
-
-
-def _check_whole(name: str, entry: _Entry) -> None:
-    """Raise unless the parts of a tensor have as many elements as the whole.
-
-    Raises:
-        ValueError: a file is missing, or there is one too many.
-    """
-    found, needed = sum(part.region.numel for part in entry.parts), math.prod(entry.shape)
-    if found != needed:
-        raise ValueError(f"{name} of shape {entry.shape} has {found} of {needed} elements in these files")

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
-from launcher.checkpoint.tensors import TENSOR_FOLDER, StoredState, shard_file_name, write_shards
+from launcher.checkpoint.tensors import StoredState, shard_file_name, write_shards
 from launcher.engines.state import divide_copies
 from launcher.errors import EXIT_BAD_INPUT, JobError, LauncherError
+from launcher.protocol.state_files import TENSOR_FOLDER, state_files
 from launcher.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def read_state(folder: Path) -> tuple[StoredState, dict[str, float]]:
         OSError: a file is missing.
         ValueError: a file is damaged.
     """
-    stored = StoredState(sorted((folder / TENSOR_FOLDER).glob("*.safetensors")))
-    return stored, read_json(folder / SCALARS)
+    return StoredState(state_files(folder)), read_json(folder / SCALARS)
 
 
 def _file(folder: Path, rank: int) -> Path:

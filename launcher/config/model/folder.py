@@ -15,22 +15,12 @@ from launcher.config.model.transformers_support import causal_lm_types, rope_typ
 from launcher.config.option_text import quoted_word
 from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
 from launcher.errors import ConfigError
+from launcher.protocol.state_files import MODEL_FOLDER, StoredPart, read_parts, state_files, weight_names, whole_shapes
 from launcher.utils.files import exists, read_named
+from launcher.utils.safetensors_header import read_header
 from launcher.utils.text import shell_word
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-"""Bits of an element by the name of its format: every format that safetensors 0.8 can read."""
-
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 14
@@ -52,7 +42,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder, empty when it has none.
 
-    Where a folder has both, the single file counts and the index does not, as for ``from_pretrained``.
+    Where a folder has both, the single file counts and the index does not, as for ``from_pretrained``. Those of a
+    checkpoint's ``model/`` are beside it, and hold more than weights.
 
     Raises:
         OSError: the index cannot be read.
@@ -61,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).is_file():
-        return []
+        return checkpoint_files(folder)
     names = _json_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{INDEX_FILE} has no weight_map from tensors to files")
@@ -72,6 +63,14 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{missing[0]} is missing, which {INDEX_FILE} names (of {len(set(names.values()))} files)")
     return [folder / name for name in sorted(set(names.values()))]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the tensor files of the checkpoint whose ``model/`` a folder is; empty for any other folder."""
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return []
+    folder = folder.resolve()
+    return state_files(folder.parent) if folder.name == MODEL_FOLDER else []
 
 
 def _json_object(file: Path) -> dict[str, Any]:
@@ -87,21 +86,46 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a folder's safetensors, by name.
+    """Return the shape of every tensor in a folder's safetensors, by name; of a checkpoint, of its weights.
 
     Raises:
         OSError: a file is missing or cannot be read.
         ValueError: a file is cut short or is not safetensors.
     """
+    if files := checkpoint_files(folder):
+        stored = whole_shapes(part for file in files for part in _parts_in(file))
+        return {name: stored[name] for name in weight_names(stored)}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        shapes |= _header(file)
+        shapes |= read_header(file).shapes
     return shapes
+
+
+def _parts_in(file: Path) -> Iterator[StoredPart]:
+    """Yield the parts of tensors that a file of a checkpoint stores."""
+    header = read_header(file)
+    try:
+        for _, part in read_parts(header.metadata, header.shapes):
+            yield part
+    except ValueError as error:
+        raise ValueError(f"{file.name} is not a file of a checkpoint: {error}") from error
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of the tensors in a model folder's files; of a checkpoint, of its weights in fp32.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is cut short or is not safetensors.
+    """
+    if checkpoint_files(folder):
+        return sum(4 * math.prod(shape) for shape in tensor_shapes(folder).values())
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Return the file that holds each tensor of a folder's safetensors, by the tensor's name."""
-    return {name: file for file in weight_files(folder) for name in _header(file)}
+    return {name: file for file in weight_files(folder) for name in read_header(file).shapes}
 
 
 def has_separate_head(folder: Path) -> bool:
@@ -113,11 +137,14 @@ def has_separate_head(folder: Path) -> bool:
         OSError: a file is missing or cannot be read.
         ValueError: a file is cut short or is not safetensors.
     """
-    files = tensor_files(folder)
-    head = next((name for name in _HEADS if name in files), None)
-    embedding = next((name for name in files if name.endswith(_EMBEDDINGS)), None)
+    names = tensor_shapes(folder)
+    head = next((name for name in _HEADS if name in names), None)
+    embedding = next((name for name in names if name.endswith(_EMBEDDINGS)), None)
     if head is None or embedding is None:
         return False
+    if checkpoint_files(folder):
+        return True  # which holds a tied tensor once
+    files = tensor_files(folder)
     one, other = (_samples(files[name], name) for name in (head, embedding))
     return any(first != second for first, second in itertools.zip_longest(one, other))
 
@@ -133,65 +160,6 @@ def _samples(file: Path, name: str) -> Iterator[bytes]:
             place = start + (end - start) * part // _SAMPLES
             stream.seek(8 + length + place)
             yield stream.read(min(_SAMPLE_BYTES, end - place))
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the tensor shapes in a safetensors file, after a check that the file is complete."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        first = stream.read(8)
-        if first == b"version ":
-            raise ValueError(
-                f"{file.name} is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
-            )
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"{file.name} is not a safetensors file, or is cut short within its header")
-        try:
-            header = json.loads(stream.read(length).decode(), object_pairs_hook=_without_twins)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{file.name} is not a safetensors file: its header is not JSON") from None
-    if not isinstance(header, dict):
-        why = "its header is not a JSON object"
-        raise ValueError(f"{file.name} is not a safetensors file: {why}")  # noqa: TRY004
-    metadata = header.pop("__metadata__", None)
-    is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if metadata is not None and not is_text:
-        raise ValueError(f"{file.name} has a damaged header: its __metadata__ is not a mapping of text")
-    spans = []
-    for name, entry in header.items():
-        try:
-            shape, (start, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
-            is_whole = isinstance(dtype, str) and all(
-                type(number) is int and number >= 0 for number in (*shape, start, end)
-            )
-        except (TypeError, KeyError, ValueError):
-            is_whole = False
-        if not is_whole:
-            raise ValueError(f"{file.name} has a damaged header: {name} has no shape, format and place")
-        bits = _BITS.get(dtype)
-        if bits is None:
-            why = f"{name} is of format {dtype!r}, not one of {', '.join(_BITS)}"
-            raise ValueError(f"{file.name} is damaged, or of a newer safetensors: {why}")
-        if math.prod(shape) * bits != 8 * (end - start):
-            raise ValueError(f"{file.name} has a damaged header: {name} is {dtype} {shape} in {end - start} bytes")
-        spans.append((start, end, name))
-    place = 0
-    for start, end, name in sorted(spans):
-        if start != place:
-            raise ValueError(f"{file.name} has a damaged header: {name} begins at byte {start}, not {place}")
-        place = end
-    if size != 8 + length + place:
-        raise ValueError(f"{file.name} has {size} bytes where its header promises {8 + length + place}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; reject duplicate keys, as the safetensors library does."""
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a name stands twice")
-    return tree
 
 
 def validate_model_folder(option: str, value: str, *, architecture: Mapping[str, Any] | None) -> Iterator[ConfigError]:

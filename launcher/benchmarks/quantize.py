@@ -17,6 +17,7 @@ from launcher.benchmarks.quantization_report import AFTER, BEFORE, Fidelity, Qua
 from launcher.benchmarks.results import describe_machine
 from launcher.config.activation import NoCheckpointing
 from launcher.config.inference import EngineLimits
+from launcher.config.model.folder import weight_bytes
 from launcher.config.quantization import Quantization
 from launcher.config.sampling import SamplingParams
 from launcher.data.dataloader import Loader
@@ -189,14 +190,10 @@ def _save(
         shutil.rmtree(making, ignore_errors=True)
         raise
     print(f"weights: {folder}", flush=True)
-    found = {AFTER: _bytes_on_disk(folder)}
+    found = {AFTER: weight_bytes(folder)}
     if source is not None:
-        found[BEFORE] = _bytes_on_disk(source)
+        found[BEFORE] = weight_bytes(source)
     return found
-
-
-def _bytes_on_disk(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _compare(job: Quantize, context: Context, before: PreTrainedModel, after: PreTrainedModel) -> Fidelity:

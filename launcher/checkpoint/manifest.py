@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from launcher.config.run import Run
 from launcher.errors import ConfigError
+from launcher.protocol.state_files import TENSOR_FOLDER
 from launcher.utils.files import read_regular, write_json
 from launcher.utils.schema import build, to_tree
 
@@ -231,8 +232,8 @@ def model_folder_damage(folder: Path, *, weights: bool) -> str | None:
         manifest = read_manifest(folder.parent)
     except ValueError as error:
         return str(error)
-    names = [name for name in manifest.files if name.startswith(f"{folder.name}/")]
-    bad = damaged_files(folder.parent, manifest, [name for name in names if weights or ".safetensors" not in name])
+    read = (f"{folder.name}/", *([f"{TENSOR_FOLDER}/"] if weights else []))
+    bad = damaged_files(folder.parent, manifest, [name for name in manifest.files if name.startswith(read)])
     return f"the content of {', '.join(bad)} is not what was written (SHA-256)" if bad else None
 
 

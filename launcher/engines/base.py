@@ -15,6 +15,7 @@ from launcher.errors import EXIT_BAD_INPUT, JobError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from transformers import PreTrainedConfig
 
     from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.data.dataloader import MicroBatch
@@ -86,6 +87,12 @@ class Engine(ABC):
     @abstractmethod
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Return ``input_ids`` (sequences, tokens) with a greedy continuation, on every rank."""
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """Configuration of the whole model, whatever part of it this rank has."""
+        config: PreTrainedConfig = self.module.config
+        return config
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's name and whole fp32 value on the CPU, one at a time.

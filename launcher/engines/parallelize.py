@@ -37,8 +37,6 @@ class ModelLayout(Protocol):
     """Ranks over which the backward pass averages gradients; the loss is multiplied by it."""
     sequence: SequenceParallel | None
     """Sequence parallelism; ``None`` if sequences are not split."""
-    is_sharded: bool
-    """Whether every rank must take part in every forward pass, and in saving."""
     casts_itself: bool
     """Whether gathered parameters are cast to the compute format, so autocast is not used."""
 
@@ -53,7 +51,6 @@ class ReplicatedModel:
     """The whole model on every rank; with several ranks, DDP averages the gradients."""
 
     sequence: SequenceParallel | None = None
-    is_sharded = False
     casts_itself = False
 
     def __init__(self, context: Context, device: torch.device) -> None:
@@ -80,8 +77,6 @@ class ShardedModel:
 
     Parts of the model are sliced and sharded as they are built, so no rank holds more than its share and one part.
     """
-
-    is_sharded = True
 
     def __init__(self, context: Context, device: torch.device) -> None:
         parallel = context.run.parallel

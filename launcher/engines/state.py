@@ -111,6 +111,16 @@ def check_shape(source: StoredState, name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"it has no {name}" if found is None else f"{name} has shape {found}, this model's {shape}")
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a model that belong to its weights, by name, sharing storage."""
+    found = {}
+    for path, owner in module.named_modules():
+        for key, buffer in owner.named_buffers(recurse=False):
+            if key not in owner._non_persistent_buffers_set:  # noqa: SLF001  (nothing else tells them apart)
+                found[f"{path}.{key}" if path else key] = buffer
+    return found
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str] = ADAMW_STATE
 ) -> dict[str, Tensor]:

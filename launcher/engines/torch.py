@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +18,14 @@ from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model_state import torch_state_bytes
 from launcher.engines.optimizer import OptimizerStep
 from launcher.engines.parallelize import ModelLayout, ReplicatedModel, ShardedModel
-from launcher.engines.state import fill_tensors, optimizer_tensors, restore_rng, rng_tensors, shards_of
-from launcher.models.weights import save_model_folder
+from launcher.engines.state import (
+    fill_tensors,
+    optimizer_tensors,
+    persistent_buffers,
+    restore_rng,
+    rng_tensors,
+    shards_of,
+)
 
 if TYPE_CHECKING:
     from launcher.checkpoint.tensors import Shard, StoredState
@@ -35,7 +40,7 @@ class TorchEngine(Engine):
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         run = context.run
-        self._clock, self._rank, self._copies = clock, context.rank, context.dims.copies
+        self._clock, self._copies = clock, context.dims.copies
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
         sharded = isinstance(run.parallel, Fsdp)
@@ -116,20 +121,15 @@ class TorchEngine(Engine):
         """Set the loss scale."""
         self._update.scale.restore(scalars)
 
-    def save(self, folder: Path) -> None:
-        """Write everything; replicas also write ``model/``, which ``model.weights`` takes."""
-        super().save(folder)
-        if self._rank == 0 and not self._layout.is_sharded:
-            save_model_folder(self.module, folder / "model")
-
     def tensors(self) -> dict[str, Tensor]:
-        """Return weights and moments by name, sharing storage; this rank's shards if sharded."""
+        """Return weights, buffers and moments by name, sharing storage: this rank's shards."""
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         moments = optimizer_tensors(self._update.optimizer, names, state_names=self._state_names)
         return {**self._weights(), **moments}
 
     def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        parameters = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        return parameters | persistent_buffers(self.module)
 
     def close(self) -> None:
         """Leave the process group.

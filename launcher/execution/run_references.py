@@ -2,7 +2,7 @@
 
 A user names a run by its id or folder, or one checkpoint of it: ``RUN`` (the newest), ``RUN@best`` (the lowest held-out
 loss), ``RUN@step_00000010``, or the folder ``RUN/checkpoints/step_00000010``. The parent resolves it, verifies it and
-puts a plain folder into the run, which ranks load like any other folder of weights.
+puts the checkpoint's ``model/`` into the run: ranks find the weights, whatever strategy wrote them, beside it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,18 @@ from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.compose import Composition, compose, unused_vocab_size
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
 from launcher.config.model.base import Model
-from launcher.config.model.folder import SINGLE_FILE
 from launcher.config.model.hf import Hf
 from launcher.config.plugins import used_plugins
 from launcher.config.run import Run, default_run_name
 from launcher.config.snapshot import load_run, read_snapshot
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
+from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
 from launcher.runs.index import find_run
 from launcher.utils.hub import cached_folder
 from launcher.utils.schema import to_tree
-from launcher.utils.text import counted
 
 WEIGHTS, RESUME = "model.weights", "checkpoint.resume"
-PAYLOAD = "model"
-"""Folder in a checkpoint with whole weights and tokenizer, as ``save_pretrained`` writes."""
-
 _KEPT = ("weights", "quantization")
 """Options of the group model that do not choose the model."""
 
@@ -52,7 +48,7 @@ def resolve_run_references(composed: Composition) -> Run:
     the two must be equal. The tokenizer of the data is the checkpoint's, if it has one.
 
     Raises:
-        ConfigError: a reference leads to no checkpoint, an ambiguous one, one that is damaged, or one that is sharded.
+        ConfigError: a reference leads to no checkpoint, an ambiguous one, or one that is damaged.
     """
     run = _with_checkpoint_tokenizer(_with_folders(composed), composed)
     return replace(run, plugins=used_plugins(run))  # the model may be a plugin's
@@ -100,7 +96,7 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
         return run if is_blind else replace(run, data=_given_tokenizer(data, CHECKPOINT_TOKENIZER, composed))
     try:
         saved = find_checkpoint(resume, RunDir(Path(run.run.dir or ".")), say=silent)
-        if saved is None or not (saved.folder / PAYLOAD / "tokenizer.json").is_file():
+        if saved is None or not (saved.folder / MODEL_FOLDER / "tokenizer.json").is_file():
             return run
         if to_tree(data) == read_snapshot(RunDir(saved.folder.parent.parent).snapshot).get("data"):
             return run
@@ -143,7 +139,7 @@ def _data_kind_of(saved: SavedCheckpoint) -> str | None:
     except ConfigError:
         data = None
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind is None and (saved.folder / PAYLOAD / "tokenizer.json").is_file():
+    if kind is None and (saved.folder / MODEL_FOLDER / "tokenizer.json").is_file():
         return "text"
     return None if kind is None else str(kind)
 
@@ -195,7 +191,7 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
             fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.source else error.fix
             raise ConfigError(option, word, why=why, fix=fix) from error
     folder = folder.absolute()
-    if option == WEIGHTS and folder.name == PAYLOAD and is_checkpoint(folder.parent):
+    if option == WEIGHTS and folder.name == MODEL_FOLDER and is_checkpoint(folder.parent):
         return folder.parent
     if _holds_checkpoints(folder):
         return folder
@@ -256,9 +252,9 @@ def _selected(folder: Path, reference: CheckpointReference, word: str, *, option
 
 
 def _weights_in(folder: Path, run: Run) -> Path:
-    """Return the folder of whole weights in a run or checkpoint, verified by its checksums."""
+    """Return the model folder of a run or checkpoint; it and its weights are verified by their checksums."""
     word, reference = run.model.weights, parse_reference(run.model.weights)
-    quantized = RunDir(folder).path / PAYLOAD
+    quantized = RunDir(folder).path / MODEL_FOLDER
     if not RunDir(folder).checkpoints.is_dir() and (quantized / "config.json").is_file() and not is_checkpoint(folder):
         if reference.selector is not None:
             why, fix = f"{reference.source} holds one model and no checkpoints", f"leave @{reference.selector} out"
@@ -266,31 +262,16 @@ def _weights_in(folder: Path, run: Run) -> Path:
         return quantized  # written by job=quantize
     damaged: list[str] = []
     for saved in _selected(folder, reference, word, option=WEIGHTS):
-        _check_whole(saved, word)
-        names = [name for name in saved.manifest.files if name.startswith(f"{PAYLOAD}/")]
+        names = [name for name in saved.manifest.files if name.startswith((f"{MODEL_FOLDER}/", f"{TENSOR_FOLDER}/"))]
         bad = damaged_files(saved.folder, saved.manifest, names)
         if not bad:
             if damaged:
                 _warn(f"{WEIGHTS}={word}: {saved.folder} is loaded instead")
-            return saved.folder / PAYLOAD
+            return saved.folder / MODEL_FOLDER
         damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (SHA-256)")
         _warn(damaged[-1])
     fix = "name another checkpoint or run, or copy an intact one there"
     raise ConfigError(WEIGHTS, word, why=f"no checkpoint is intact: {'; '.join(damaged)}", fix=fix)
-
-
-def _check_whole(saved: SavedCheckpoint, word: str) -> None:
-    manifest = saved.manifest
-    if f"{PAYLOAD}/{SINGLE_FILE}" in manifest.files:
-        return
-    kind = manifest.parallel.get("kind")
-    ranks = counted(manifest.world_size, "rank")
-    why = (
-        f"{saved.folder} is sharded: parallel of kind {kind} wrote the weights of {ranks} in parts, which only "
-        "checkpoint.resume puts together"
-    )
-    fix = f"set {RESUME}={word} with job=train or job=evaluate, or train with parallel=ddp"
-    raise ConfigError(WEIGHTS, word, why=why, fix=fix)
 
 
 def _model_of(weights: Path, composed: Composition) -> Model:

@@ -26,7 +26,7 @@ from launcher.models.deferred_init import (
 from launcher.models.plugin_transforms import apply_transforms
 from launcher.models.pretrained import transformers_config, weights_folder
 from launcher.models.transforms import apply_activation_checkpointing
-from launcher.models.weights import StoredTensors, untie_differing_weights
+from launcher.models.weights import find_tensors, untie_differing_weights
 from launcher.quantization.convert import Converter, Restorer, metadata_of
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _source(
     Raises:
         ConfigError: the files do not hold exactly this model.
     """
-    stored = StoredTensors(laid_out, folder, skip=skip)
+    stored = find_tensors(laid_out, folder, skip=skip)
     mismatched = [f"{name} is {found} instead of {wanted}" for name, (found, wanted) in stored.mismatched().items()]
     mismatched += [f"{name} cannot be converted ({why})" for name, why in stored.unconverted.items()]
     parts = [

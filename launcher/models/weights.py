@@ -1,12 +1,12 @@
-"""Load and save a folder of safetensors under a Transformers model's names."""
+"""Find the tensors of a Transformers model in a folder of safetensors or in a checkpoint."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,118 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from launcher.config.model.folder import SINGLE_FILE, tensor_files, tensor_shapes
+from launcher.checkpoint.regions import Box
+from launcher.checkpoint.tensors import StoredState
+from launcher.config.model.folder import checkpoint_files, tensor_files, tensor_shapes
+from launcher.models.deferred_init import causal_lm_class
+from launcher.protocol.state_files import weight_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 _ROWS = 4096
 """Rows of two tensors that are compared at a time."""
+
+
+class ModelTensors(Protocol):
+    """The tensors of a model, wherever they are stored."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of everything that the files hold for this model, by its name in the model."""
+    unexpected: set[str]
+    """Further tensors of the files."""
+    unconverted: dict[str, str]
+    """Failed conversions by the name in the model, with the reason."""
+
+    @property
+    def missing(self) -> set[str]:
+        """Names that the model needs and the files lack, one of several tied ones sufficing."""
+
+    def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return the names whose shapes differ, with that of the files and that of the model."""
+
+    def read(self, names: Sequence[str]) -> Tensor | None:
+        """Return the tensor that has one of ``names`` in the model; ``None`` if no file has it."""
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Return whether two names of the model have equal values, without loading either whole."""
+
+
+def find_tensors(model: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool]) -> ModelTensors:
+    """Return the tensors of a model folder or of a checkpoint's ``model/``.
+
+    Arguments and errors are those of :class:`StoredTensors`.
+    """
+    if files := checkpoint_files(folder):
+        return CheckpointTensors(model, files)
+    return StoredTensors(model, folder, skip=skip)
+
+
+class CheckpointTensors:
+    """Finds tensors of a checkpoint of any strategy, which has them under the model's own names.
+
+    Args:
+        model: without storage; its names and shapes decide.
+        files: that ranks wrote.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Sequence[Path]) -> None:
+        self._state = StoredState(files)
+        self._wanted, self._ties = model.state_dict(), _same_parameters(model)
+        names = weight_names(self._state.shapes)
+        self.shapes = {name: self._state.shapes[name] for name in names & self._wanted.keys()}
+        self.unexpected = names - self._wanted.keys()
+        self.unconverted: dict[str, str] = {}
+
+    @property
+    def missing(self) -> set[str]:
+        """Names that the model needs and the checkpoint lacks, one of several tied ones sufficing."""
+        missing = set(self._wanted) - self.shapes.keys()
+        for tied in self._ties:
+            if tied & self.shapes.keys():
+                missing -= tied
+        return missing
+
+    def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return the names whose shapes differ, with that of the checkpoint and that of the model."""
+        return _mismatched(self.shapes, self._wanted)
+
+    def read(self, names: Sequence[str]) -> Tensor | None:
+        """Return the tensor that has one of ``names`` in the model; ``None`` if there is none."""
+        name = next((name for name in names if name in self.shapes), None)
+        return None if name is None else self._state.read(name)
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Return whether two names of the model have equal values, without loading either whole."""
+        shape = self.shapes[one]
+        if shape != self.shapes[other]:
+            return False
+        for start in range(0, shape[0] if shape else 1, _ROWS):
+            sizes = (min(_ROWS, shape[0] - start), *shape[1:]) if shape else ()
+            rows = Box((start, *(0 for _ in shape[1:])) if shape else (), sizes)
+            if not torch.equal(self._state.read(one, rows), self._state.read(other, rows)):
+                return False
+        return True
+
+
+def _same_parameters(model: PreTrainedModel) -> list[set[str]]:
+    """Return the names of each parameter of a model that has several."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [tied for tied in names.values() if len(tied) > 1]
+
+
+def _mismatched(
+    shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    pairs = ((name, shape, tuple(wanted[name].shape)) for name, shape in shapes.items())
+    return {name: (found, needed) for name, found, needed in pairs if found != needed}
 
 
 @dataclass(kw_only=True)
@@ -84,8 +188,7 @@ class StoredTensors:
 
     def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return the names whose shapes differ, with that of the files and that of the model."""
-        pairs = ((name, shape, tuple(self._wanted[name].shape)) for name, shape in self.shapes.items())
-        return {name: (found, wanted) for name, found, wanted in pairs if found != wanted}
+        return _mismatched(self.shapes, self._wanted)
 
     def read(self, names: Sequence[str]) -> Tensor | None:
         """Return the tensor that has one of ``names`` in the model; ``None`` if no file has it."""
@@ -176,7 +279,7 @@ class StoredTensors:
             return opened.get_slice(name)
 
 
-def untie_differing_weights(model: PreTrainedModel, stored: StoredTensors) -> list[str]:
+def untie_differing_weights(model: PreTrainedModel, stored: ModelTensors) -> list[str]:
     """Untie tied parameters whose values differ in the files, as ``from_pretrained`` does.
 
     Returns:
@@ -220,20 +323,13 @@ def _no_findings() -> LoadStateDictInfo:
     )
 
 
-def save_model_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Write configuration and weights for :func:`validate_model_folder`, tied ones once.
+def save_model_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Write ``config.json`` of a model whose weights are in fp32, into a folder that is made if missing.
 
-    Imports safetensors.
-
-    Transformers' own ``save_pretrained`` imports DeepSpeed where that is installed, which takes seconds: too many for a
-    run that is asked to save and leave.
+    Transformers' own ``save_pretrained`` of a model imports DeepSpeed where that is installed, which takes seconds: too
+    many for a run that is asked to save and leave.
     """
-    from safetensors.torch import save_file
-
+    own = copy.deepcopy(config)
+    own.architectures, own.dtype = [causal_lm_class(config).__name__], torch.float32
     folder.mkdir(parents=True, exist_ok=True)
-    kept = set(model.state_dict())  # not buffers that are recreated
-    named = (*model.named_parameters(), *model.named_buffers())
-    tensors = {name: tensor.detach().contiguous() for name, tensor in named if name in kept}
-    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    own.save_pretrained(folder)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from launcher.config.model.base import has_tokenizer
-from launcher.config.model.folder import SINGLE_FILE
+from launcher.config.model.folder import checkpoint_files
 from launcher.config.option_text import quoted_word
 from launcher.protocol.results import RunStatus, parse_metrics_line
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import SessionRecord, read_session_file
+from launcher.protocol.state_files import MODEL_FOLDER
 from launcher.runs.logs import tail_lines
 from launcher.utils.files import is_regular, read_object
 from launcher.utils.text import shell_command, short_path
@@ -172,8 +173,8 @@ def continue_command(state: RunState) -> str | None:
         is_resumed = state.status in (LOST, "preempted") or state.has_kept_answers
         return shell_command(["launch", "resume", folder]) if is_resumed else None
     is_at_end = state.num_steps is not None and _step_of(checkpoint / "manifest.json") >= state.num_steps
-    weights = checkpoint / "model"
-    if (is_at_end or state.status == "completed") and is_regular(weights / SINGLE_FILE) and has_tokenizer(weights):
+    weights = checkpoint / MODEL_FOLDER
+    if (is_at_end or state.status == "completed") and checkpoint_files(weights) and has_tokenizer(weights):
         return f"launch job=generate {quoted_word('model.weights', folder)}"
     longer = [f"job.steps={2 * (state.num_steps or 1)}"] if is_at_end else []
     return shell_command(["launch", "resume", folder, *longer])

@@ -86,7 +86,7 @@ def resolve_tokenizer(context: Context, data: DataT) -> DataT:
     own = complete_checkpoints(context.run_dir.checkpoints, say=silent)
     named = iter(()) if resume in ("none", "auto") else resume_candidates(resume, context.run_dir, say=silent)
     for saved in itertools.chain(own, named):
-        names = [name for name in saved.manifest.files if name.startswith("model/") and "safetensors" not in name]
+        names = [name for name in saved.manifest.files if name.startswith("model/")]
         if _TOKENIZER in names and not damaged_files(saved.folder, saved.manifest, names):
             return replace(data, tokenizer=str(saved.folder / "model"))
     why, fix = (

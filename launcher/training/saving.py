@@ -16,11 +16,13 @@ from torch import Tensor
 from torch import distributed as dist
 
 from launcher.checkpoint.manifest import CheckpointManifest, WrittenFile, describe_checkpoint
-from launcher.checkpoint.tensors import TENSOR_FOLDER, Shard, shard_file_name, write_shards
+from launcher.checkpoint.tensors import Shard, shard_file_name, write_shards
 from launcher.engines.checkpoint_io import SCALARS
 from launcher.engines.distributed import barrier, group_timeout, ranks_where
 from launcher.engines.state import divide_copies
 from launcher.errors import JobError
+from launcher.models.weights import save_model_config
+from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
 from launcher.training.checkpointing import save_tokenizer
 from launcher.utils.files import read_json, write_json
 
@@ -183,8 +185,9 @@ class CheckpointSaver:
         def commit() -> dict[str, WrittenFile]:
             if self._context.is_main:
                 write_json(pending / SCALARS, dict(scalars))
+                save_model_config(self._engine.model_config, pending / MODEL_FOLDER)
                 if self._tokenizer is not None:
-                    save_tokenizer(self._context, self._tokenizer, pending / "model", heartbeat=heartbeat)
+                    save_tokenizer(self._context, self._tokenizer, pending / MODEL_FOLDER, heartbeat=heartbeat)
                 saved = self._store.commit(manifest, written, heartbeat=heartbeat)
                 print(f"checkpoint {saved.folder}", flush=True)
             return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,8 +24,10 @@ from launcher.execution.validate import path_warnings, validate_machine
 from launcher.planning.warnings import warnings_of_run
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
+from launcher.protocol.state_files import StoredPart, parts_metadata
 from launcher.runs.state import continue_command, read_run_state
 from launcher.utils.files import read_json, write_json
+from launcher.utils.safetensors_header import TensorEntry, header_bytes
 from launcher.utils.schema import to_tree
 from tests.conftest import Launch, PlanOf
 
@@ -41,15 +42,11 @@ ID = "20260101-120000-abcd"
 Write = Callable[..., SavedCheckpoint]
 
 
-def header_of(shapes: dict[str, list[int]]) -> bytes:
-    """Return a safetensors file of zeros."""
-    tree, end = {}, 0
-    for name, shape in shapes.items():
-        size = 4 * shape[0]
-        tree[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(tree).encode()
-    return len(text).to_bytes(8, "little") + text + bytes(end)
+def state_file(name: str, *, shape: tuple[int, ...], offset: int, rows: int) -> bytes:
+    """Return a rank's file with some rows of one tensor, zeros."""
+    part = StoredPart(name=name, shape=shape, sizes=(rows, *shape[1:]), offsets=(offset, *(0 for _ in shape[1:])))
+    entry = TensorEntry(name="0", dtype="F32", shape=part.sizes)
+    return header_bytes([entry], parts_metadata({"0": part})) + bytes(entry.num_bytes)
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         *words: str,
         run_id: str = ID,
         loss: float | None = None,
-        sharded: bool = False,
+        ranks: int = 1,
         tokenizer: bool | str = True,
     ) -> SavedCheckpoint:
         run = compose((*TRAINED, *words)).run
@@ -71,23 +68,15 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         save_run(run, folder / "run.yaml")
         store = CheckpointStore(folder / "checkpoints", Checkpoint(keep=0))
         pending = store.begin(step)
-        if sharded:
-            (pending / "shards").mkdir()
-            (pending / "shards" / "0.safetensors").write_bytes(header_of({"weight": [step]}))
-        else:
-            (pending / "model").mkdir()
-            (pending / "model" / "model.safetensors").write_bytes(header_of({"weight": [step]}))
-            config = {
-                "model_type": "gpt2",
-                "n_layer": 2,
-                "n_head": 4,
-                "n_embd": 32,
-                "n_positions": 64,
-                "vocab_size": 300,
-            }
-            write_json(pending / "model" / "config.json", config)
-            if tokenizer:
-                (pending / "model" / "tokenizer.json").write_text(tokenizer if isinstance(tokenizer, str) else "{}\n")
+        (pending / "model").mkdir()
+        (pending / "state").mkdir()
+        for rank in range(ranks):
+            rows = state_file("wte.weight", shape=(2 * ranks, step), offset=2 * rank, rows=2)
+            (pending / "state" / f"rank_{rank:05d}.safetensors").write_bytes(rows)
+        config = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 64, "vocab_size": 300}
+        write_json(pending / "model" / "config.json", config)
+        if tokenizer:
+            (pending / "model" / "tokenizer.json").write_text(tokenizer if isinstance(tokenizer, str) else "{}\n")
         (pending / "optimizer.pt").write_bytes(b"moments")
         about = describe_checkpoint(
             run,
@@ -258,22 +247,31 @@ def test_what_leads_to_no_checkpoint_is_refused(write: Write, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["zero3", "fsdp", "pipeline"])
-def test_sharded_weights_are_refused_with_the_reason(write: Write, kind: str) -> None:
-    write(10, f"parallel={kind}", sharded=True)
-    message = refused("job=generate", f"model.weights={ID}")
-    assert "is sharded" in message
-    assert f"checkpoint.resume={ID}" in message
+def test_weights_of_any_strategy_are_taken(write: Write, kind: str) -> None:
+    saved = write(10, f"parallel={kind}", ranks=2)
+    run = resolved("job=generate", f"model.weights={ID}")
+    assert run.model.weights == f"{saved.folder}/model"
+    assert not list(run.model.validate_machine())
+    (saved.folder / "state" / "rank_00001.safetensors").unlink()
+    (error,) = run.model.validate_machine()
+    assert "wte.weight of shape (4, 10) has 20 of 40 elements in these files" in error.why
+
+
+def test_a_model_folder_without_its_checkpoint_has_no_weights(write: Write, tmp_path: Path) -> None:
+    (write(10).folder / "model").rename(tmp_path / "model")
+    (error,) = resolved(*TRAINED, "model.weights=./model").model.validate_machine()
+    assert "holds no safetensors" in error.why
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ten, twenty = write(10), write(20)
-    damage(twenty.folder / "model" / "model.safetensors")
+    damage(twenty.folder / "state" / "rank_00000.safetensors")
     damage(ten.folder / "optimizer.pt")  # which nothing reads here
     assert resolved(f"model.weights={ID}").model.weights == f"{ten.folder}/model"
     said = capsys.readouterr().err
-    assert f"{twenty.folder} is damaged: the content of model/model.safetensors is not what was written" in said
+    assert f"{twenty.folder} is damaged: the content of state/rank_00000.safetensors is not what was written" in said
     assert f"{ten.folder} is loaded instead" in said
     damage(ten.folder / "model" / "tokenizer.json")
     message = refused(f"model.weights={ID}")
@@ -283,7 +281,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 
 def test_one_that_is_damaged_is_refused_where_the_user_named_it(write: Write) -> None:
     write(10)
-    damage(write(20).folder / "model" / "model.safetensors")
+    damage(write(20).folder / "state" / "rank_00000.safetensors")
     for place in ("@step_00000020", "/checkpoints/step_00000020", "/checkpoints/step_00000020/model"):
         assert "no checkpoint is intact" in refused(f"model.weights=runs/gpt2_tiny/{ID}{place}")
 
@@ -345,15 +343,15 @@ def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_proce
     assert "the learning rate jumps from 0.0001 (step 10" in launch_in_process(*words).expect(0).stdout
 
 
-@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("tokenizer", [True, False])
 @pytest.mark.parametrize("steps", [10, 20])
 def test_the_command_advised_after_a_training_works(
-    write: Write, launch_in_process: Launch, sharded: bool, steps: int
+    write: Write, launch_in_process: Launch, tokenizer: bool, steps: int
 ) -> None:
     """A complete run has nothing to resume: its weights generate, or more steps are needed."""
-    parallel = "parallel=fsdp" if sharded else "parallel=ddp"
-    words = (parallel, "backend.ranks=2", "job.sequence_length=16", "job.sample_tokens=0", "job.steps={steps}")
-    folder = write(10, *(word.format(steps=steps) for word in words), sharded=sharded).folder.parent.parent
+    words = ("parallel=fsdp", "backend.ranks=2", "job.sequence_length=16", "job.sample_tokens=0", "job.steps={steps}")
+    words = tuple(word.format(steps=steps) for word in words)
+    folder = write(10, *words, ranks=2, tokenizer=tokenizer).folder.parent.parent
     write_json(folder / "plan.json", {"run_id": ID, "job": "train", "work": {"num_steps": steps}})
     write_json(folder / "result.json", {"status": "completed", "exit_code": 0, "metrics": {}})
     state = read_run_state(RunDir(folder))
@@ -362,7 +360,7 @@ def test_the_command_advised_after_a_training_works(
         command = continue_command(replace(state, status=status))
         assert command is not None
         is_complete = status == "completed" or steps == 10
-        if is_complete and not sharded:
+        if is_complete and tokenizer:
             assert command == f"launch job=generate model.weights={short}"
             assert resolved(*shlex.split(command)[1:]).model.weights.endswith("step_00000010/model")
         else:
@@ -519,11 +517,11 @@ def test_a_folder_of_a_damaged_checkpoint_is_refused_under_every_option(write: W
             option
             for option, run in runs.items()
             for error in validate_machine(run, Path("new"), hosts=hosts)
-            if error.option == option and "is of a damaged checkpoint: the content of model/" in error.why
+            if error.option == option and "is of a damaged checkpoint: the content of " in error.why
         ]
 
     assert refused_options() == []
-    damage(folder / "model.safetensors")
+    damage(folder.parent / "state" / "rank_00000.safetensors")
     assert refused_options() == ["model.name"]
     damage(folder / "tokenizer.json")
     assert refused_options() == list(choices)

@@ -19,7 +19,6 @@ from launcher.config.model.hf import Hf
 from launcher.config.quantization import METHODS, Int4Weight, Int8Weight, Quantization
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.models.build import build_model
-from launcher.models.weights import save_model_folder
 from launcher.quantization.codecs import Int4Codec, codec_of, is_quantized, quantized_layers
 from launcher.quantization.folder import save_quantized
 from launcher.quantization.int4 import Int4Linear
@@ -51,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     made = {name: tmp_path_factory.mktemp(name) for name in configs}
     for name, config in configs.items():
-        save_model_folder(AutoModelForCausalLM.from_config(config), made[name])
+        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
     return made
 
 

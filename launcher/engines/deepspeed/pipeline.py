@@ -19,6 +19,8 @@ from launcher.engines.distributed import TokenCount, num_labels
 from launcher.engines.generate import greedy_decode
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
@@ -119,6 +121,11 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         tokens = logits[:, -1].float().argmax(-1) if is_last else torch.empty_like(input_ids[:, -1])
         dist.broadcast(tokens, src=self._last, group=self.module.mpu().get_pipe_parallel_group())
         return tokens
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """Configuration of the whole model."""
+        return self._laid_out.config
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters of this stage under the names that the whole model has."""

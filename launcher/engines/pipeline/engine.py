@@ -22,12 +22,13 @@ from launcher.engines.pipeline.partition import build_chunk, choose_partition
 from launcher.engines.pipeline.schedules import PipelineForward, PipelineSchedule, chunks_of_rank
 from launcher.engines.pipeline.stage import ChunkCache
 from launcher.engines.pipeline.tied_weights import TiedWeights, copy_to_twins, named_state
-from launcher.engines.state import fill_tensors, restore_rng, rng_tensors, shards_of
+from launcher.engines.state import fill_tensors, persistent_buffers, restore_rng, rng_tensors, shards_of
 from launcher.models.layers import blocks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedConfig
 
     from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.data.dataloader import MicroBatch
@@ -78,7 +79,7 @@ class PipelineEngine(Engine):
         self._forward = PipelineForward(
             self._chunks,
             owners=self._owners,
-            hidden_size=self._partition.hidden_size,
+            hidden_size=self._partition.config.hidden_size,
             device=self.device,
             group=self._group,
         )
@@ -86,7 +87,7 @@ class PipelineEngine(Engine):
             self._chunks,
             schedule=parallel.schedule,
             count=count,
-            hidden_size=self._partition.hidden_size,
+            hidden_size=self._partition.config.hidden_size,
             device=self.device,
             group=self._group,
         )
@@ -125,6 +126,11 @@ class PipelineEngine(Engine):
         with self._forward_only():
             return decoder.generate(input_ids.to(self.device), max_new_tokens=max_new_tokens)
 
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """Configuration of the whole model."""
+        return self._partition.config
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters of this rank's chunks; a tied one at both ends, with both names."""
         for chunk in self._chunks.values():
@@ -147,6 +153,8 @@ class PipelineEngine(Engine):
     def shards(self) -> list[Shard]:
         """Return weights and moments of this rank's chunks, and its generators."""
         tensors, _ = self._tensors()
+        for chunk in self._chunks.values():
+            tensors |= persistent_buffers(chunk.model)
         return shards_of(tensors | rng_tensors(self.device))
 
     def load_shards(self, source: StoredState) -> None:
@@ -154,6 +162,8 @@ class PipelineEngine(Engine):
         tensors, twins = self._tensors()
         fill_tensors(tensors, source)
         copy_to_twins(tensors, twins)
+        for chunk in self._chunks.values():
+            fill_tensors(persistent_buffers(chunk.model), source)
         restore_rng(source, device=self.device)
 
     def scalars(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ from launcher.models.build import build_deferred
 from launcher.models.transforms import apply_activation_checkpointing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from launcher.engines.context import Context
 
@@ -43,8 +43,8 @@ class ModelPartition:
     """Numbers of the blocks of each chunk."""
     tied: dict[str, str]
     """Further names of tied parameters, each with the first name."""
-    hidden_size: int
-    """Size of the hidden states."""
+    config: PreTrainedConfig
+    """Of the whole model."""
 
 
 def choose_partition(context: Context, *, count: int, by_time: bool, device: torch.device) -> ModelPartition:
@@ -59,7 +59,7 @@ def choose_partition(context: Context, *, count: int, by_time: bool, device: tor
     if by_time:
         costs = _costs_from_rank_0(context, num_blocks=blocks[-1].stop, device=device)
         blocks = partition_layers(costs.blocks, count, first=costs.first, last=costs.last)
-    return ModelPartition(blocks=blocks, tied=tied_names(model), hidden_size=model.config.hidden_size)
+    return ModelPartition(blocks=blocks, tied=tied_names(model), config=model.config)
 
 
 def partition_by_parameters(model: PreTrainedModel, count: int, *, stages: int) -> list[range]:

@@ -8,13 +8,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from launcher.checkpoint.manifest import read_manifest
+from launcher.config.model.folder import checkpoint_files, weight_files
 from launcher.config.sampling import SamplingParams
 from launcher.inference.engine.base import FinishReason, GeneratedToken
 from launcher.inference.server.request_state import RequestState
 from launcher.models.pretrained import weights_folder
+from launcher.protocol.state_files import TENSOR_FOLDER
 from launcher.utils.files import sha256_of
 from launcher.utils.schema import to_tree
 
@@ -146,7 +148,10 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
     if folder is None:
         return f"random {run.job.seed} {json.dumps(run.model.architecture(), sort_keys=True)}"
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    if checkpoint_files(folder):
+        hashes = read_manifest(folder.parent).sha256.items()
+        return sha256_of(json.dumps([pair for pair in hashes if pair[0].startswith(TENSOR_FOLDER)]).encode())
+    for path in weight_files(folder):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(_READ_BYTES):

@@ -1,0 +1,111 @@
+"""Weights out of a checkpoint: by the model's own names, whatever ranks and cuts they were written in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from launcher.checkpoint.regions import Box, FlatRange, Region, slices, whole
+from launcher.checkpoint.tensors import Shard, shard_file_name, write_shards
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.folder import has_separate_head, tensor_shapes, weight_bytes
+from launcher.config.model.hf import Hf
+from launcher.engines.state import persistent_buffers
+from launcher.errors import ConfigError
+from launcher.models.build import build_model
+from launcher.models.weights import save_model_config
+from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
+
+SIZES = {"bos_token_id": None, "eos_token_id": None, "vocab_size": 96}
+CONFIGS = {
+    "gpt2": GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=32, **SIZES),
+    "llama": LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        tie_word_embeddings=False,
+        **SIZES,
+    ),
+}
+
+
+def model_of(config: GPT2Config | LlamaConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def part(name: str, tensor: torch.Tensor, region: Region) -> Shard:
+    values = tensor[slices(region)] if isinstance(region, Box) else tensor.flatten()[region.start : region.stop]
+    return Shard(name=name, shape=tuple(tensor.shape), region=region, dtype=tensor.dtype, read=lambda: values)
+
+
+def checkpoint(folder: Path, model: PreTrainedModel) -> Path:
+    """Write a model as two ranks of ZeRO would, moments included; return the folder to load it from."""
+    (folder / TENSOR_FOLDER).mkdir(parents=True)
+    tensors = {name: value.detach() for name, value in model.named_parameters()}
+    tensors |= {f"exp_avg.{name}": torch.ones_like(value) for name, value in tensors.items()}
+    ranks: list[list[Shard]] = [[], []]
+    for name, value in tensors.items():
+        half = value.numel() // 2
+        ranks[0].append(part(name, value, FlatRange(0, half)))
+        ranks[1].append(part(name, value, FlatRange(half, value.numel())))
+    others = {"rng.00000.cpu": torch.zeros(8), **persistent_buffers(model)}
+    ranks[0] += [part(name, value, whole(tuple(value.shape))) for name, value in others.items()]
+    for rank, shards in enumerate(ranks):
+        write_shards(folder / shard_file_name(rank), shards)
+    save_model_config(model.config, folder / MODEL_FOLDER)
+    return folder / MODEL_FOLDER
+
+
+def build(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return build_model(
+        Hf(name=str(folder)), seed=1, attention=SdpaAttention(), activation=NoCheckpointing(), dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_is_built_from_a_checkpoint(tmp_path: Path, family: str) -> None:
+    saved = model_of(CONFIGS[family])
+    folder = checkpoint(tmp_path, saved)
+    loaded = build(folder, dtype=torch.bfloat16)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.to(loaded.state_dict()[name].dtype)), name
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.dtype, config.architectures) == (torch.float32, [type(saved).__name__])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_plan_knows_its_tensors_without_torch(tmp_path: Path, family: str) -> None:
+    saved = model_of(CONFIGS[family])
+    folder = checkpoint(tmp_path, saved)
+    assert tensor_shapes(folder) == {name: tuple(value.shape) for name, value in saved.named_parameters()}
+    assert weight_bytes(folder) == 4 * saved.num_parameters()
+    assert has_separate_head(folder) is (family == "llama")
+    shape = Hf(name=str(folder)).shape()
+    assert shape is not None
+    assert shape.num_params == saved.num_parameters()
+    assert not list(Hf(name=str(folder)).validate_machine())
+
+
+def test_a_head_of_its_own_stays_apart_from_the_embedding_that_the_config_ties_it_to(tmp_path: Path) -> None:
+    saved = model_of(CONFIGS["gpt2"])
+    saved.lm_head.weight = torch.nn.Parameter(saved.lm_head.weight + 1)
+    loaded = build(checkpoint(tmp_path, saved))
+    assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)
+    assert torch.equal(loaded.transformer.wte.weight, saved.transformer.wte.weight)
+    assert loaded.config.tie_word_embeddings is False
+
+
+def test_another_model_is_refused_by_the_names_of_its_tensors(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, model_of(CONFIGS["gpt2"]))
+    save_model_config(GPT2Config(n_layer=3, n_embd=16, n_head=2, n_positions=33, **SIZES), folder)
+    with pytest.raises(ConfigError) as refused:
+        build(folder)
+    assert "it lacks transformer.h.2.attn.c_attn.bias" in str(refused.value)
+    assert "transformer.wpe.weight is (32, 16) instead of (33, 16)" in str(refused.value)

@@ -252,7 +252,7 @@ def _selected(folder: Path, reference: CheckpointReference, word: str, *, option
 
 
 def _weights_in(folder: Path, run: Run) -> Path:
-    """Return the model folder of a run or checkpoint; it and its weights are verified by their checksums."""
+    """Return the model folder of a run or checkpoint, verified by checksums with its weights."""
     word, reference = run.model.weights, parse_reference(run.model.weights)
     quantized = RunDir(folder).path / MODEL_FOLDER
     if not RunDir(folder).checkpoints.is_dir() and (quantized / "config.json").is_file() and not is_checkpoint(folder):

@@ -324,7 +324,9 @@ def _no_findings() -> LoadStateDictInfo:
 
 
 def save_model_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write ``config.json`` of a model whose weights are in fp32, into a folder that is made if missing.
+    """Write ``config.json`` of a model whose weights are in fp32.
+
+    The folder is made if it is missing.
 
     Transformers' own ``save_pretrained`` of a model imports DeepSpeed where that is installed, which takes seconds: too
     many for a run that is asked to save and leave.

@@ -1,4 +1,4 @@
-"""Tensor files of a checkpoint: where they lie, and how a header says which part of which tensor an entry is.
+"""Tensor files of a checkpoint: their place, and the parts of tensors in each.
 
 Ranks write and read these files with torch; the parent reads their headers without it.
 """
@@ -15,7 +15,7 @@ TENSOR_FOLDER = "state"
 """Folder of these files in a checkpoint."""
 
 MODEL_FOLDER = "model"
-"""Folder in a checkpoint with the model's config and tokenizer; its weights are among the tensors."""
+"""Folder in a checkpoint with the model's config and tokenizer, and without weights."""
 
 _METADATA = "launcher"
 _RNG = "rng"

@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the tensor files of the checkpoint whose ``model/`` a folder is; empty for any other folder."""
+    """Return the tensor files of the checkpoint whose ``model/`` this is; empty for others."""
     if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
         return []
     folder = folder.resolve()
@@ -86,7 +86,7 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a folder's safetensors, by name; of a checkpoint, of its weights.
+    """Return the shape of every tensor in a folder, by name; of a checkpoint, of its weights.
 
     Raises:
         OSError: a file is missing or cannot be read.
@@ -112,7 +112,7 @@ def _parts_in(file: Path) -> Iterator[StoredPart]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Return the bytes of the tensors in a model folder's files; of a checkpoint, of its weights in fp32.
+    """Return the bytes of a model folder's weights; those of a checkpoint are in fp32.
 
     Raises:
         OSError: a file is missing or cannot be read.

@@ -57,17 +57,15 @@ class StrategyResult:
 
 def compare(name: str, answers: Mapping[int, CaseAnswer], reference: CaseAnswer, *, seconds: float) -> StrategyResult:
     """Compare what the ranks of a case answered with what one process did."""
-    failed = [(answer[TIME_KEY], rank) for rank, answer in answers.items() if ERROR_KEY in answer]
-    if failed:
-        rank = min(failed)[1]  # the first to fail: others fail because of it
-        return StrategyResult(name=name, seconds=seconds, error=f"rank {rank}: {answers[rank][ERROR_KEY]}")
+    if error := error_of(answers):
+        return StrategyResult(name=name, seconds=seconds, error=error)
     ours = answers[0]
     weights, worst, error = _weights_difference([answer["weights"] for answer in answers.values()])
     return StrategyResult(
         name=name,
         seconds=seconds,
-        loss_diff=_largest_difference(ours["losses"], reference["losses"]),
-        grad_norm_diff=_largest_difference(ours["grad_norms"], reference["grad_norms"]),
+        loss_diff=largest_difference(ours["losses"], reference["losses"]),
+        grad_norm_diff=largest_difference(ours["grad_norms"], reference["grad_norms"]),
         weights_diff=weights,
         worst_weight=worst,
         tokens_equal=all(answer["generated"] == reference["generated"] for answer in answers.values()),
@@ -75,7 +73,17 @@ def compare(name: str, answers: Mapping[int, CaseAnswer], reference: CaseAnswer,
     )
 
 
-def _largest_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
+def error_of(answers: Mapping[int, CaseAnswer]) -> str:
+    """Return the error of the first rank that failed; empty if none did."""
+    failed = [(answer[TIME_KEY], rank) for rank, answer in answers.items() if ERROR_KEY in answer]
+    if not failed:
+        return ""
+    rank = min(failed)[1]  # others fail because of it
+    return f"rank {rank}: {answers[rank][ERROR_KEY]}"
+
+
+def largest_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
+    """Return the largest relative difference of numbers in pairs; infinite where one is missing."""
     return max(_relative_difference(one, other) for one, other in zip(values, expected, strict=True))
 
 
@@ -119,8 +127,8 @@ def as_markdown(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mappin
     ]
     if job.perturb:
         lines += [f"The learning rate of every strategy but one process is off by {job.perturb:+.1%}, on purpose.", ""]
-    lines += [_markdown_row(_HEAD), _markdown_row(["---"] * len(_HEAD))]
-    lines += [_markdown_row(_cells(row, job)) for row in rows]
+    lines += [markdown_row(_HEAD), markdown_row(["---"] * len(_HEAD))]
+    lines += [markdown_row(_cells(row, job)) for row in rows]
     if left_out:
         lines += ["", "Left out:", "", *(f"- {name}: {why}" for name, why in left_out.items())]
     return "\n".join(lines) + "\n"
@@ -134,14 +142,18 @@ def as_json(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mapping[st
         "loss_tolerance": job.loss_tolerance,
         "grad_norm_tolerance": job.grad_norm_tolerance,
         "strategies": {
-            row.name: {"passed": row.excess(job) <= 1, **{k: _plain(v) for k, v in dataclasses.asdict(row).items()}}
+            row.name: {
+                "passed": row.excess(job) <= 1,
+                **{k: plain_number(v) for k, v in dataclasses.asdict(row).items()},
+            }
             for row in rows
         },
         "left_out": dict(left_out),
     }
 
 
-def _plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
+    """Return a value as JSON takes it: ``None`` for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -155,5 +167,6 @@ def _cells(row: StrategyResult, job: Verify) -> list[str]:
     return [row.name, *numbers, f"{row.seconds:.1f}", f"FAIL: {why}" if why else "ok"]
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """Return a row of a table."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -27,6 +27,11 @@ def verify(job: Verify, context: Context) -> None:
     Raises:
         JobError: on rank 0, when a strategy is not equal to one process; names the worst.
     """
+    if job.check == "resume":
+        from launcher.verification.resuming import verify_resume
+
+        verify_resume(job, context)
+        return
     choice = select_strategies(job, context.run, world_size=context.world_size)
     preload_modules(context, deepspeed=any(case.parallel.engine == "deepspeed" for case in choice.cases.values()))
     Verification(job, context, choice).run()

@@ -203,3 +203,19 @@ def test_the_worst_is_the_farthest_beyond_what_is_allowed() -> None:
     near = StrategyResult(name="near", seconds=1, loss_diff=2e-5, grad_norm_diff=0, weights_diff=0, tokens_equal=True)
     far = StrategyResult(name="far", seconds=1, loss_diff=0, grad_norm_diff=1e-3, weights_diff=0, tokens_equal=True)
     assert 1 < near.excess(job) < far.excess(job)
+
+
+def test_checkpoints_go_on_under_other_strategies_and_ranks(launch, tmp_path) -> None:
+    names = ["single", "fsdp", "sequence", "zero1", "zero3", "pipeline2_1f1b"]
+    words = ("job.check=resume", "job.steps=3", f"job.strategies=[{','.join(names)}]", "backend.ranks=2")
+    ended = launch(*VERIFY, *words, timeout=550).expect(0)
+    pairs = read_json(tmp_path / "run" / "verify.json")["pairs"]
+    assert {(pair["source"].partition("@")[0], pair["target"].partition("@")[0]) for pair in pairs} == {
+        (one, other) for one in names for other in names
+    }
+    placements = {*(f"{name}@2" for name in names[1:]), "single@1", "fsdp@1", "zero1@1", "zero3@1"}
+    assert {pair["source"] for pair in pairs} == {pair["target"] for pair in pairs} == placements
+    assert all(pair["passed"] for pair in pairs)
+    assert max(pair["loss_diff"] for pair in pairs) > 0, "they are different sums"
+    assert f"all {len(pairs)} checkpoints go on as they did" in ended.stdout
+    assert not (tmp_path / "run" / "verify").exists(), "checkpoints are left behind"

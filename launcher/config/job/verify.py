@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import ClassVar, Final, Literal
 
@@ -133,6 +135,7 @@ STRATEGIES: Final[dict[str, Strategy]] = {
     "zero3_micro1": Strategy(_ZERO3, micro_batch=1),
     "zero3_recomputed": Strategy(_ZERO3, activation=_FULL_CHECKPOINTING),
     "zero3_every_2": Strategy(_ZERO3, activation=_CHECKPOINT_EVERY_2),
+    "zero2_offload": Strategy(Zero(stage=2, offload_optimizer="cpu", pin_memory=False)),
     "zero3_offload": Strategy(
         Zero(stage=3, persistence_threshold=0, offload_optimizer="cpu", offload_parameters="cpu", pin_memory=False)
     ),
@@ -201,8 +204,89 @@ def _candidates(job: Verify, run: Run) -> dict[str, Strategy]:
             case.parallel == own.parallel and case.activation in (None, own.activation) for case in STRATEGIES.values()
         )
         return STRATEGIES if known else {OWN_STRATEGY: own, **STRATEGIES}
-    everything = {OWN_STRATEGY: own, **STRATEGIES}
+    everything = {OWN_STRATEGY: own, "single": SINGLE_PROCESS, **STRATEGIES}
     return {name: everything[name] for name in job.strategies}
+
+
+@dataclass(frozen=True, order=True)
+class Placement:
+    """A strategy on a number of ranks."""
+
+    name: str
+    """Of the strategy."""
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.ranks}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePairs:
+    """Which checkpoints are resumed under which strategies."""
+
+    sequences: int
+    """The global batch of all."""
+    cases: dict[str, Strategy] = field(default_factory=dict)
+    pairs: tuple[tuple[Placement, Placement], ...] = ()
+    """Where a checkpoint is saved, and where it is resumed."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Name to the reason why it cannot be taken."""
+
+    @property
+    def sources(self) -> list[Placement]:
+        """Where checkpoints are saved."""
+        return sorted({source for source, _ in self.pairs})
+
+    @property
+    def targets(self) -> dict[Placement, list[Placement]]:
+        """Where they are resumed, and which ones there."""
+        found: dict[Placement, list[Placement]] = defaultdict(list)
+        for source, target in sorted(self.pairs):
+            found[target].append(source)
+        return dict(sorted(found.items()))
+
+
+def select_pairs(job: Verify, run: Run, *, world_size: int) -> ResumePairs:
+    """Return every ordered pair of strategies, each on a number of ranks drawn by ``job.seed``.
+
+    Each strategy on each number of ranks that it fits is source and target at least once.
+
+    Raises:
+        ConfigError: the batch of the run does not come out even.
+    """
+    sequences = job.batch(run, world_size=world_size).global_batch
+    cases, left_out = dict[str, Strategy](), dict[str, str]()
+    sizes: dict[str, list[int]] = {}
+    known: set[Parallel] = set()
+    for name, case in {"single": SINGLE_PROCESS, **_candidates(job, run)}.items():
+        if case.parallel in known:
+            continue  # with other micro-batches or activations: the same checkpoint
+        known.add(case.parallel)
+        why = {
+            ranks: next(case.validate(run, world_size=ranks, sequences=sequences), "") for ranks in _up_to(world_size)
+        }
+        if fitting := [ranks for ranks, reason in why.items() if not reason]:
+            cases[name], sizes[name] = case, fitting
+        else:
+            left_out[name] = why[world_size]
+    pairs = tuple(_draw_pairs(sizes, random.Random(job.seed)))
+    return ResumePairs(sequences=sequences, cases=cases, pairs=pairs, left_out=left_out)
+
+
+def _up_to(world_size: int) -> range:
+    return range(1, world_size + 1)
+
+
+def _draw_pairs(sizes: Mapping[str, Sequence[int]], chance: random.Random) -> Iterator[tuple[Placement, Placement]]:
+    """Yield every ordered pair of names once, and more until each size of each was on both sides."""
+    sources, targets = (
+        {name: itertools.cycle(chance.sample(list(of), len(of))) for name, of in sizes.items()} for _ in range(2)
+    )
+    pairs = list(itertools.product(sizes, sizes))
+    most = max(map(len, sizes.values()), default=0)
+    rounds = -(-most // max(1, len(sizes)))
+    for source, target in pairs * rounds:
+        yield Placement(source, next(sources[source])), Placement(target, next(targets[target]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +298,19 @@ class Verify(LearningJob):
     steps: int = 10
     """Optimizer steps that every strategy takes."""
 
+    check: Literal["steps", "resume"] = "steps"
+    """``steps`` compares each strategy with one process. ``resume`` saves a checkpoint under each, on numbers of
+    ranks drawn by ``job.seed``, and resumes it under each other."""
+
     strategies: Literal["auto"] | tuple[str, ...] = "auto"
     """Names from the plan's catalogue, ``run`` for the run's own, or ``auto`` (all that fit)."""
 
     loss_tolerance: float = 1e-5
     """Largest relative difference in loss, at any step: sums in another order round differently."""
+
+    resume_tolerance: float = 1e-6
+    """Largest relative difference in loss between a resumed run and the one that went on.
+    They may also differ as much as undisturbed runs of the two strategies do."""
 
     grad_norm_tolerance: float = 1e-4
     """Largest relative difference in gradient norm at any step.
@@ -243,7 +335,7 @@ class Verify(LearningJob):
         """Reject names that are in no catalogue, and counts that compare nothing."""
         yield from super().validate()
         yield from self.validate_minimum(1, "generated_tokens", "case_timeout_s")
-        yield from self.validate_minimum(0, "loss_tolerance", "grad_norm_tolerance")
+        yield from self.validate_minimum(0, "loss_tolerance", "grad_norm_tolerance", "resume_tolerance")
         if self.strategies == "auto":
             return
         if not self.strategies:
@@ -269,7 +361,11 @@ class Verify(LearningJob):
             why = "job=verify computes in processes that end after a few steps"
             yield ConfigError("profile", "true", why=why, fix="profile job=train with the strategy in question")
         try:
-            choice = select_strategies(self, run, world_size=world_size)
+            choice: SelectedStrategies | ResumePairs = (
+                select_pairs(self, run, world_size=world_size)
+                if self.check == "resume"
+                else select_strategies(self, run, world_size=world_size)
+            )
         except ConfigError:
             return  # the batch does not come out even, which the plan refuses
         left_out = choice.left_out if self.strategies != "auto" or not choice.cases else {}
@@ -277,11 +373,19 @@ class Verify(LearningJob):
             yield self.error("strategies", f"{name}: {why}", "leave it out, or set job.strategies=auto")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return the steps of one process and of all strategies."""
+        """Return the steps of one process and of all strategies, or those before and after all checkpoints."""
+        if self.check == "resume":
+            chosen = select_pairs(self, run, world_size=world_size)
+            return self.steps * (2 * len(chosen.sources) + len(chosen.pairs))
         return self.steps * (1 + len(select_strategies(self, run, world_size=world_size).cases))
 
     def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
-        """Yield one process and the strategies that are compared with it."""
+        """Yield one process and the strategies that are compared with it, or the checkpoints."""
+        if self.check == "resume":
+            chosen = select_pairs(self, run, world_size=world_size)
+            yield "saved", ", ".join(map(str, chosen.sources))
+            yield "resumed", f"{counted(len(chosen.pairs), 'pair')}, ranks drawn by job.seed={self.seed}"
+            return
         choice = select_strategies(self, run, world_size=world_size)
         yield "reference", SINGLE_PROCESS.describe(run, world_size=1, sequences=choice.sequences)
         for name, case in choice.cases.items():
@@ -290,7 +394,8 @@ class Verify(LearningJob):
     def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
         """Yield each strategy left out, and the reason."""
         by_reason: dict[str, list[str]] = defaultdict(list)
-        for name, why in select_strategies(self, run, world_size=world_size).left_out.items():
+        chosen = select_pairs if self.check == "resume" else select_strategies
+        for name, why in chosen(self, run, world_size=world_size).left_out.items():
             by_reason[why].append(name)
         for why, names in by_reason.items():
             yield f"not verified: {', '.join(names)}: {why}"

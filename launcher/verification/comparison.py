@@ -142,10 +142,8 @@ def as_json(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mapping[st
         "loss_tolerance": job.loss_tolerance,
         "grad_norm_tolerance": job.grad_norm_tolerance,
         "strategies": {
-            row.name: {
-                "passed": row.excess(job) <= 1,
-                **{k: plain_number(v) for k, v in dataclasses.asdict(row).items()},
-            }
+            row.name: {"passed": row.excess(job) <= 1}
+            | {key: plain_number(value) for key, value in dataclasses.asdict(row).items()}
             for row in rows
         },
         "left_out": dict(left_out),

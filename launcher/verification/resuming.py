@@ -1,4 +1,4 @@
-"""The check ``resume`` of job verify on one rank: save under each strategy, go on under each other."""
+"""The check ``resume`` of job verify: save under each strategy, go on under each other."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ class ResumeVerification:
         if failed:
             worst = max(failed, key=lambda row: row.loss_diff)
             raise JobError(
-                f"{len(failed)} of {len(rows)} checkpoints do not go on as they did; the worst is {worst.source} resumed "
-                f"as {worst.target}: {worst.why(job)}; all are in {folder / 'verify.md'}"
+                f"{len(failed)} of {len(rows)} checkpoints do not go on as they did; the worst is {worst.source} "
+                f"resumed as {worst.target}: {worst.why(job)}; all are in {folder / 'verify.md'}"
             )
         print(f"all {len(rows)} checkpoints go on as they did: {folder / 'verify.md'}", flush=True)
 

@@ -204,7 +204,7 @@ def _candidates(job: Verify, run: Run) -> dict[str, Strategy]:
             case.parallel == own.parallel and case.activation in (None, own.activation) for case in STRATEGIES.values()
         )
         return STRATEGIES if known else {OWN_STRATEGY: own, **STRATEGIES}
-    everything = {OWN_STRATEGY: own, "single": SINGLE_PROCESS, **STRATEGIES}
+    everything = {OWN_STRATEGY: own, **STRATEGIES}
     return {name: everything[name] for name in job.strategies}
 
 
@@ -247,9 +247,9 @@ class ResumePairs:
 
 
 def select_pairs(job: Verify, run: Run, *, world_size: int) -> ResumePairs:
-    """Return every ordered pair of strategies, each on a number of ranks drawn by ``job.seed``.
+    """Return every ordered pair of strategies, one process included, on drawn ranks.
 
-    Each strategy on each number of ranks that it fits is source and target at least once.
+    ``job.seed`` draws the numbers of ranks. Each strategy on each number that it fits is source and target at least once.
 
     Raises:
         ConfigError: the batch of the run does not come out even.
@@ -263,7 +263,8 @@ def select_pairs(job: Verify, run: Run, *, world_size: int) -> ResumePairs:
             continue  # with other micro-batches or activations: the same checkpoint
         known.add(case.parallel)
         why = {
-            ranks: next(case.validate(run, world_size=ranks, sequences=sequences), "") for ranks in _up_to(world_size)
+            ranks: next(case.validate(run, world_size=ranks, sequences=sequences), "")
+            for ranks in range(1, world_size + 1)
         }
         if fitting := [ranks for ranks, reason in why.items() if not reason]:
             cases[name], sizes[name] = case, fitting
@@ -273,12 +274,8 @@ def select_pairs(job: Verify, run: Run, *, world_size: int) -> ResumePairs:
     return ResumePairs(sequences=sequences, cases=cases, pairs=pairs, left_out=left_out)
 
 
-def _up_to(world_size: int) -> range:
-    return range(1, world_size + 1)
-
-
 def _draw_pairs(sizes: Mapping[str, Sequence[int]], chance: random.Random) -> Iterator[tuple[Placement, Placement]]:
-    """Yield every ordered pair of names once, and more until each size of each was on both sides."""
+    """Yield every ordered pair of names, and some again until all sizes were on both sides."""
     sources, targets = (
         {name: itertools.cycle(chance.sample(list(of), len(of))) for name, of in sizes.items()} for _ in range(2)
     )
@@ -373,14 +370,14 @@ class Verify(LearningJob):
             yield self.error("strategies", f"{name}: {why}", "leave it out, or set job.strategies=auto")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return the steps of one process and of all strategies, or those before and after all checkpoints."""
+        """Return the steps of all cases."""
         if self.check == "resume":
             chosen = select_pairs(self, run, world_size=world_size)
             return self.steps * (2 * len(chosen.sources) + len(chosen.pairs))
         return self.steps * (1 + len(select_strategies(self, run, world_size=world_size).cases))
 
     def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
-        """Yield one process and the strategies that are compared with it, or the checkpoints."""
+        """Yield what is compared: one process and strategies, or checkpoints."""
         if self.check == "resume":
             chosen = select_pairs(self, run, world_size=world_size)
             yield "saved", ", ".join(map(str, chosen.sources))

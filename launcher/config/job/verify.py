@@ -249,7 +249,8 @@ class ResumePairs:
 def select_pairs(job: Verify, run: Run, *, world_size: int) -> ResumePairs:
     """Return every ordered pair of strategies, one process included, on drawn ranks.
 
-    ``job.seed`` draws the numbers of ranks. Each strategy on each number that it fits is source and target at least once.
+    ``job.seed`` draws the numbers of ranks. Each strategy on each number that it
+    fits is source and target at least once.
 
     Raises:
         ConfigError: the batch of the run does not come out even.
@@ -296,8 +297,9 @@ class Verify(LearningJob):
     """Optimizer steps that every strategy takes."""
 
     check: Literal["steps", "resume"] = "steps"
-    """``steps`` compares each strategy with one process. ``resume`` saves a checkpoint under each, on numbers of
-    ranks drawn by ``job.seed``, and resumes it under each other."""
+    """``steps`` compares each strategy with one process.
+    ``resume`` saves a checkpoint under each, on numbers of ranks drawn by ``job.seed``, and resumes it under each
+    other."""
 
     strategies: Literal["auto"] | tuple[str, ...] = "auto"
     """Names from the plan's catalogue, ``run`` for the run's own, or ``auto`` (all that fit)."""

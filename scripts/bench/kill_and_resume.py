@@ -184,8 +184,8 @@ def main() -> None:
         folder.mkdir()
         error = disturb(planned, folder, expected[planned.strategy], mark=f"kill-{os.getpid()}-{number}")
         victim = "one rank" if planned.one_rank else "everything"
-        words = f"{planned.strategy}, {planned.moment.name} + {planned.later_s * 1e3:.0f} ms after step {planned.step}"
-        print(f"{number + 1:3d}  {words}, {victim}: {error or 'goes on'}", flush=True)
+        what = f"{planned.strategy}, {planned.moment.name} + {planned.later_s * 1e3:.0f} ms after step {planned.step}"
+        print(f"{number + 1:3d}  {what}, {victim}: {error or 'goes on'}", flush=True)
         wrong += bool(error)
         if not error:
             shutil.rmtree(folder)

@@ -27,6 +27,7 @@ from launcher.models.plugin_transforms import apply_transforms
 from launcher.models.pretrained import transformers_config, weights_folder
 from launcher.models.transforms import apply_activation_checkpointing
 from launcher.models.weights import StoredTensors, untie_differing_weights
+from launcher.plugins.loading import origin_of
 from launcher.quantization.convert import Converter, Restorer, metadata_of
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def _build_deferred(
     folder = weights_folder(model, heartbeat=heartbeat)
     config = transformers_config(model)
     if folder is not None:
-        errors = list(validate_model_folder("model.weights", str(folder), architecture=None))
+        own_family = model.family() if origin_of("model", model.kind) else None
+        errors = list(validate_model_folder("model.weights", str(folder), architecture=None, own_family=own_family))
         if errors:
             raise ConfigErrors(errors)
     laid_out = _skeleton(model, config, attention=attention, dtype=dtype)

@@ -1,0 +1,10 @@
+"""Contracts: what every part of one kind keeps, as classes that the tests of a package inherit.
+
+Needs pytest. The launcher's own tests inherit the same classes.
+"""
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"launcher.testing.{name}" for name in ("backend", "data", "model", "optimizer", "plugin", "tracker", "training"))
+)

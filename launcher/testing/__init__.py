@@ -1,4 +1,4 @@
-"""Contracts: what every part of one kind keeps, as classes that the tests of a package inherit.
+"""Contracts: checks of every part of one kind, as classes that tests inherit.
 
 Needs pytest. The launcher's own tests inherit the same classes.
 """

@@ -62,7 +62,7 @@ def wait_until_empty(look: Callable[[], object], *, seconds: float) -> None:
 
 
 class BackendContract:
-    """Checks of one backend; a subclass gives the fixture ``words``, and ``run`` and ``left`` where they differ."""
+    """Checks of one backend; a subclass gives ``words``; ``run``, ``left`` if they differ."""
 
     takes_part: ClassVar[tuple[str, ...] | None] = None
     """What the submission says of who takes part, where it is not the name of every host."""
@@ -77,7 +77,7 @@ class BackendContract:
 
     @pytest.fixture
     def run(self, words: tuple[str, ...], tmp_path: Path) -> Callable[..., Ended]:
-        """Return a function that starts a run with more overrides and returns once it has ended."""
+        """Return a function that runs to the end with more overrides."""
         return lambda *more: train(tmp_path / "run", *words, *more)
 
     @pytest.fixture
@@ -91,7 +91,7 @@ class BackendContract:
         return list
 
     def check_syntax(self, submission: str) -> None:
-        """Fail where a submission is not what its reader can read: a shell, unless a subclass says otherwise."""
+        """Fail if a submission cannot be parsed: by a shell, unless a subclass overrides it."""
         subprocess.run(["/bin/sh", "-n"], input=submission, text=True, check=True, timeout=20)
 
     @pytest.fixture

@@ -61,7 +61,7 @@ class OptimizerContract(PartContract):
         assert torch.equal(module[2].weight, unused)
 
     def test_its_state_has_the_names_that_its_options_declare(self, configured: Run) -> None:
-        """FSDP saves the state by these names; ``step`` is a scalar, others have the parameter's shape."""
+        """FSDP saves by these names: ``step`` is a scalar, others have the parameter's shape."""
         declared = configured.optimizer.state_names
         if not declared:
             return  # the plan rejects FSDP

@@ -69,7 +69,7 @@ class MetricContract(PartContract):
     """As ``job.metrics`` names it."""
 
     def test_it_does_not_depend_on_batches(self, configured: Run) -> None:
-        """Sums over parts of sequences, as ranks and micro-batches have them, give the metric of the whole."""
+        """Sums over parts of sequences, as ranks have them, give the metric of the whole."""
         metric, (logits, labels) = executor(METRIC, self.name, {}), _batch()
         found = []
         for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):

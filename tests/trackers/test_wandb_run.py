@@ -25,6 +25,7 @@ class Client:
         self.summary: dict[str, Any] = {}
         self.logged: list[dict[str, Any]] = []
         self.exit_code: int | None = None
+        self.dir = "wandb/offline-run/files"
 
     def define_metric(self, name: str, **options: str) -> None:
         """Do nothing."""

@@ -27,7 +27,8 @@ from launcher.models.plugin_transforms import apply_transforms
 from launcher.models.pretrained import transformers_config, weights_folder
 from launcher.models.transforms import apply_activation_checkpointing
 from launcher.models.weights import StoredTensors, untie_differing_weights
-from launcher.plugins.loading import origin_of
+from launcher.plugins.base import TRANSFORM
+from launcher.plugins.loading import origin_of, plugin_kinds
 from launcher.quantization.convert import Converter, Restorer, metadata_of
 
 if TYPE_CHECKING:
@@ -207,7 +208,10 @@ def _source(
     ]
     if parts:
         why = f"{folder} does not hold this model: it {', and it '.join(parts)}"
-        raise ConfigError("model.weights", model.weights, why=why, fix="choose the model of these weights")
+        fix = "choose the model of these weights"
+        if plugin_kinds(TRANSFORM):
+            fix += ", with the job.transforms that they were trained with"
+        raise ConfigError("model.weights", model.weights, why=why, fix=fix)
     if untied := untie_differing_weights(laid_out, stored):
         names = _listed(untied)
         print(f"weights: {folder} holds {names} apart, though its config ties them: they stay apart", flush=True)

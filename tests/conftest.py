@@ -34,8 +34,6 @@ from .markers import mark, refusing_processes
 from .preloading import PreloadingProcess, preloading_modules
 from .processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
-pytest.register_assert_rewrite("tests.backends.contract")  # it holds tests, and is imported by files of tests
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 _INHERITED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
 """Signals that a process passes on ignored to those it starts, where it ignores them."""

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
-from launcher.protocol.wire import check_message_fields
+import msgspec
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 """Versions that must agree on all hosts."""
@@ -24,6 +24,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "collective": {"exit_code": int},
 }
 """Required fields of each kind of message; nested values are checked where they are used."""
+_FORMS = {kind: msgspec.defstruct(kind, fields.items()) for kind, fields in _FIELDS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +164,8 @@ def parse_message(line: bytes) -> dict[str, Any] | None:
     if not line.startswith(_MESSAGE_PREFIX):
         return None
     try:
-        message = json.loads(line)
-        kind = message["doctor"] if isinstance(message, dict) else None
-        fields = _FIELDS.get(kind) if isinstance(kind, str) else None
-        if fields is None:
-            return None
-        check_message_fields(message, fields)
-    except (ValueError, RecursionError):
+        message = msgspec.convert(json.loads(line), dict[str, Any])
+        msgspec.convert(message, _FORMS[msgspec.convert(message["doctor"], str)])
+    except (ValueError, RecursionError, KeyError, msgspec.ValidationError):
         return None
-    return dict(message)
+    return message

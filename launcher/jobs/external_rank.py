@@ -22,9 +22,9 @@ from launcher.protocol.plan import Command, HostPlan, Plan, plan_from_json
 from launcher.protocol.rank_env import RankEnv, read_rank_env
 from launcher.protocol.rundir import RunDir, decode_run_dir
 from launcher.supervision.file_channel import (
-    AGENT_FIELDS,
-    START_FIELDS,
+    AgentFile,
     FileChannel,
+    StartFile,
     agent_file,
     channel_folder,
     read_channel_file,
@@ -55,13 +55,13 @@ def _read_channel(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv,
         EnvironmentProblem: the run directory is absent, the run is over, or the launcher numbers ranks differently.
     """
     folder = channel_folder(run_dir)
-    start = read_channel_file(folder / "start.json", START_FIELDS)
-    agent = read_channel_file(agent_file(folder), AGENT_FIELDS)
+    start = read_channel_file(folder / "start.json", StartFile)
+    agent = read_channel_file(agent_file(folder), AgentFile)
     if start is None or agent is None:
         raise EnvironmentProblem(
             f"{run_dir.path} cannot be read here: this backend needs it on a disk shared by all hosts"
         )
-    if agent["is_over"] or agent["token"] != start["token"]:
+    if agent.is_over or agent.token != start.token:
         raise EnvironmentProblem(f"the run in {run_dir.path} has ended already")
     plan = plan_from_json(read_json(run_dir.plan))
     rank = _number(environ, _RANKS)
@@ -72,15 +72,15 @@ def _read_channel(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv,
         raise EnvironmentProblem(
             f"the launcher numbers ranks differently from the plan: {difference}; sort the hostfile as it does"
         )
-    os.environ.update(start["env"])
+    os.environ.update(start.env)
     if host.host.slot_ids and "CUDA_VISIBLE_DEVICES" not in host.agent_command.env:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.host.slot_ids))
     os.environ.update(host.agent_command.env)
     os.environ.update(_identity(plan, rank))
     if host.build_commands or "DS_ACCELERATOR" in host.agent_command.env:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
-    _enter(start["cwd"])
-    channel = FileChannel(folder, rank=rank, token=start["token"], timeout_s=plan.heartbeat_timeout_s)
+    _enter(start.cwd)
+    channel = FileChannel(folder, rank=rank, token=start.token, timeout_s=plan.heartbeat_timeout_s)
     return read_rank_env(run_dir.path, os.environ), host, channel
 
 

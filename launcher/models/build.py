@@ -27,6 +27,8 @@ from launcher.models.plugin_transforms import apply_transforms
 from launcher.models.pretrained import transformers_config, weights_folder
 from launcher.models.transforms import apply_activation_checkpointing
 from launcher.models.weights import find_tensors, untie_differing_weights
+from launcher.plugins.base import TRANSFORM
+from launcher.plugins.loading import origin_of, plugin_kinds
 from launcher.quantization.convert import Converter, Restorer, metadata_of
 
 if TYPE_CHECKING:
@@ -130,7 +132,8 @@ def _build_deferred(
     folder = weights_folder(model, heartbeat=heartbeat)
     config = transformers_config(model)
     if folder is not None:
-        errors = list(validate_model_folder("model.weights", str(folder), architecture=None))
+        own_family = model.family() if origin_of("model", model.kind) else None
+        errors = list(validate_model_folder("model.weights", str(folder), architecture=None, own_family=own_family))
         if errors:
             raise ConfigErrors(errors)
     laid_out = _skeleton(model, config, attention=attention, dtype=dtype)
@@ -205,7 +208,10 @@ def _source(
     ]
     if parts:
         why = f"{folder} does not hold this model: it {', and it '.join(parts)}"
-        raise ConfigError("model.weights", model.weights, why=why, fix="choose the model of these weights")
+        fix = "choose the model of these weights"
+        if plugin_kinds(TRANSFORM):
+            fix += ", with the job.transforms that they were trained with"
+        raise ConfigError("model.weights", model.weights, why=why, fix=fix)
     if untied := untie_differing_weights(laid_out, stored):
         names = _listed(untied)
         print(f"weights: {folder} holds {names} apart, though its config ties them: they stay apart", flush=True)

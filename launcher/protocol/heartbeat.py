@@ -13,22 +13,21 @@ import struct
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.protocol.wire import check_message_fields
+import msgspec
+
+from launcher.protocol.wire import MalformedMessage, decode
 
 _STATE_BYTES, _RECORD_BYTES = 4096, 8192
 HEARTBEAT_BYTES = _STATE_BYTES + _RECORD_BYTES
 """Size of a rank's slot: newest state, then its exception if the disk is full."""
 _HEADER = struct.Struct("<II")
 """CRC-32 and length of the JSON that follows; a half-written state fails the checksum."""
-HEARTBEAT_FIELDS: dict[str, Any] = {"phase": str, "step": int | None, "at": float, "numbers": dict[str, float]}
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeartbeatState:
+class HeartbeatState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The newest state that a rank wrote."""
 
     phase: str
@@ -37,7 +36,7 @@ class HeartbeatState:
     """Optimizer step, ``None`` before the first."""
     at: float
     """``time.monotonic()`` of its host."""
-    numbers: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, float]
     """The newest value of each number it reported (``loss``)."""
 
 
@@ -102,11 +101,10 @@ def read_heartbeat(memory: mmap.mmap) -> HeartbeatState | None:
     if payload is None:
         return None
     try:
-        state = json.loads(payload)
-        check_message_fields(state, HEARTBEAT_FIELDS)
-        return HeartbeatState(**state)
-    except (ValueError, TypeError, RecursionError):  # the user's code has overwritten the memory
+        state: HeartbeatState = decode(payload, HeartbeatState)
+    except MalformedMessage:  # the user's code has overwritten the memory
         return None
+    return state
 
 
 def read_exception_record(memory: mmap.mmap) -> bytes | None:

@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from launcher.errors import EnvironmentProblem
 from launcher.protocol.rundir import RunDir
 
-EXCEPTION_RECORD_FIELDS: dict[str, type] = {"pid": int, "time": float, "code": int, "error": str, "traceback": str}
-"""Fields of the record of a rank's exception."""
+
+class ExceptionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The exception that ends a rank."""
+
+    pid: int
+    time: float
+    code: int
+    """Exit code that the rank will return."""
+    error: str
+    """Type and message."""
+    traceback: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,30 +1,22 @@
-"""Encoding of messages: one checked JSON object a line, so that any pipe can carry it.
+"""Decoding of messages and files of other processes, with every field checked.
 
-Other output on the pipe (a banner that a login shell prints) is returned separately.
+A message is one JSON object a line, so that any pipe can carry it. Other output on the pipe (a banner that a login
+shell prints) is returned separately.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import math
-import signal
-import types
-import typing
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NoReturn
 
-from launcher.errors import ConfigError
-from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage, RankRaised
-from launcher.protocol.session_file import ProcessLocation
-from launcher.utils.schema import build
+import msgspec
 
-_KINDS: dict[str, type[AgentMessage]] = {cls.kind: cls for cls in TO_AGENT | FROM_AGENT}
+from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage
+
+_KINDS = {cls.__struct_config__.tag: cls for cls in TO_AGENT | FROM_AGENT}
 _MAX_INT = 2**63
-_SIGNAL_FIELDS = ("signal",)
-_EXIT_CODE_FIELDS = ("code", "exit_code")
-_MAX_EXIT_CODE = 255
 _MAX_CHARS_SHOWN = 80
 _MESSAGE_PREFIX = b'{"kind": '
 _MAX_LINE_BYTES = 1 << 28
@@ -35,10 +27,25 @@ class MalformedMessage(ValueError):
     """A peer sent data that is not a valid message; the text says why."""
 
 
+def decode(data: bytes | str, wanted: Any) -> Any:
+    """Return the value of a declared type that JSON holds.
+
+    Only whole numbers become ``float`` and lists become tuples; nothing else is converted.
+
+    Args:
+        data: the JSON. Its numbers must be finite, and whole ones fit into 64 bits.
+        wanted: a ``msgspec.Struct``, a dataclass, or any other type or union that ``msgspec.convert`` takes.
+
+    Raises:
+        MalformedMessage: it is not JSON, or of another form.
+    """
+    return _convert(_parse(data), wanted, name="a malformed message")
+
+
 def decode_message(
     line: bytes | str, *, accepts: Collection[type[AgentMessage]] = TO_AGENT | FROM_AGENT
 ) -> AgentMessage:
-    """Return the message in a line, with every field checked against its declared type.
+    """Return the message in a line.
 
     Args:
         line: a JSON object.
@@ -47,80 +54,52 @@ def decode_message(
     Raises:
         MalformedMessage: the line is not such a message.
     """
-    try:
-        tree = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MalformedMessage(f"a line that is not JSON: {_shorten(line)}") from error
-    if not isinstance(tree, dict):
-        raise MalformedMessage(f"a line that is not an object: {_shorten(line)}")
-    kind = tree.pop("kind", None)
+    tree = _parse(line)
+    kind = tree.get("kind") if isinstance(tree, dict) else None
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in accepts:
         raise MalformedMessage(f"a message of the kind {_shorten(repr(kind))}, which that side may not send")
-    fields = _field_checks(cls.kind)
-    if wrong := [name for name, check in fields.items() if name in tree and not check(tree[name])]:
-        raise MalformedMessage(f"a message {kind} whose {wrong[0]} is {_shorten(repr(tree[wrong[0]]))}")
+    message: AgentMessage = _convert(tree, cls, name=f"a malformed message {kind}")
+    return message
+
+
+def _parse(data: bytes | str) -> Any:
     try:
-        return cls(**tree)
-    except TypeError as error:  # a field too many or too few
-        raise MalformedMessage(f"a message {kind} with other fields than {', '.join(fields) or 'none'}") from error
+        return _JSON.decode(data if isinstance(data, str) else data.decode())
+    except (ValueError, RecursionError) as error:
+        raise MalformedMessage(f"a line that is not JSON ({_shorten(str(error))}): {_shorten(data)}") from error
 
 
-def check_message_fields(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Check that ``tree`` has every field of ``wanted``, each of its type.
-
-    Raises:
-        MalformedMessage: a field is missing or has another type.
-    """
-    for name, hint in wanted.items():
-        if name not in tree or not _type_check(hint)(tree[name]):
-            raise MalformedMessage(f"a message whose {name} is {_shorten(repr(tree.get(name)))}")
+def _convert(tree: Any, wanted: Any, *, name: str) -> Any:
+    try:
+        return msgspec.convert(tree, wanted)
+    except msgspec.ValidationError as error:  # names the field and both types; its value could be a secret
+        raise MalformedMessage(f"{name}: {_shorten(str(error))}") from error
 
 
-@functools.cache
-def _field_checks(kind: str) -> dict[str, Callable[[Any], bool]]:
-    """Return the check of each field of a kind of message."""
-    cls = _KINDS[kind]
-    hints = typing.get_type_hints(cls)
-    checks = {field.name: _type_check(hints[field.name]) for field in dataclasses.fields(cls)}
-    for name in checks.keys() & set(_SIGNAL_FIELDS):
-        checks[name] = functools.partial(_is_signal, optional=hints[name] is not int)
-    for name in checks.keys() & set(_EXIT_CODE_FIELDS):
-        if hints[name] is not str:  # the code that an agent runs is a folder
-            lowest = 1 if cls is RankRaised else 0
-            checks[name] = functools.partial(_is_exit_code, lowest=lowest, optional=hints[name] is not int)
-    return checks
+def _whole_number(text: str) -> int:
+    number = int(text)
+    if not -_MAX_INT <= number < _MAX_INT:
+        raise ValueError("does not fit into 64 bits")
+    return number
 
 
-@functools.cache
-def _type_check(hint: Any) -> Callable[[Any], bool]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        choices = [_type_check(choice) for choice in arguments]
-        return lambda value: any(choice(value) for choice in choices)
-    if origin is list:
-        element = _type_check(arguments[0])
-        return lambda value: isinstance(value, list) and all(map(element, value))
-    if origin is dict:
-        item = _type_check(arguments[1])
-        return lambda value: isinstance(value, dict) and all(map(item, value.values()))
-    if hint is Any:
-        return lambda value: True
-    if hint is float:
-        return lambda value: (type(value) is float and math.isfinite(value)) or _is_int(value)
-    return _is_int if hint is int else lambda value: type(value) is hint
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("overflows a float")
+    return number
 
 
-def _is_int(value: Any) -> bool:
-    return type(value) is int and -_MAX_INT <= value < _MAX_INT
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
-def _is_signal(value: Any, *, optional: bool) -> bool:
-    return (value is None and optional) or (_is_int(value) and 0 < value < signal.NSIG)
+_JSON = json.JSONDecoder(parse_int=_whole_number, parse_float=_finite_number, parse_constant=_refuse_constant)
+"""Of the standard library: msgspec neither reads nor writes lone surrogates.
 
-
-def _is_exit_code(value: Any, *, lowest: int, optional: bool) -> bool:
-    return (value is None and optional) or (_is_int(value) and lowest <= value <= _MAX_EXIT_CODE)
+Names of files and values of variables may hold them.
+"""
 
 
 def _shorten(line: bytes | str) -> str:
@@ -167,16 +146,3 @@ class MessageReader:
 
 def _is_message(line: bytes) -> bool:
     return line.startswith(_MESSAGE_PREFIX) and line.endswith(b"}")
-
-
-def process_location_from_tree(tree: dict[str, Any]) -> ProcessLocation:
-    """Return the location that an agent sent.
-
-    Raises:
-        MalformedMessage: ``tree`` is not a location.
-    """
-    mistakes: list[ConfigError] = []
-    location = build(ProcessLocation, tree, path="location", report=mistakes.append)
-    if location is None:
-        raise MalformedMessage(f"a malformed location of a process: {mistakes[0]}")
-    return location

@@ -18,7 +18,6 @@ from launcher.supervision.connection import SessionConnection
 from launcher.supervision.host_agent import HostAgent, stage_run_dir, staging_failure
 from launcher.supervision.socket_channel import scratch_folder
 from launcher.utils.processes import become_subreaper
-from launcher.utils.schema import to_tree
 from launcher.utils.system import code_root
 
 
@@ -39,7 +38,7 @@ def serve_assignment(*, read_fd: int, write_fd: int, scratch: Path, agent: type[
         os.dup2(sys.stderr.fileno(), write_fd)  # a stray print must not look like an event
     assignment = session.receive_assignment()
     session.keep_alive(assignment.heartbeat_timeout_s)
-    session.send(AgentReady(scratch=str(scratch), location=to_tree(locate_this_process()), code=str(code_root())))
+    session.send(AgentReady(scratch=str(scratch), location=locate_this_process(), code=str(code_root())))
     try:
         stage_run_dir(assignment)
     except (LauncherError, OSError) as problem:

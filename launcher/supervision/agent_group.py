@@ -30,13 +30,12 @@ from launcher.protocol.session_file import (
     ProcessLocation,
     locate_this_process,
 )
-from launcher.protocol.wire import MalformedMessage, process_location_from_tree
+from launcher.protocol.wire import MalformedMessage
 from launcher.supervision.connection import AgentConnection, Keepalive
 from launcher.supervision.socket_channel import is_scratch_folder, remove_scratch
 from launcher.utils.files import open_append
 from launcher.utils.logs import LogTail
 from launcher.utils.processes import describe_exit, shell_exit_code
-from launcher.utils.schema import to_tree
 
 _TICK_S = 0.1
 _CONNECT_S = 60.0
@@ -132,7 +131,7 @@ class AgentGroup:
             path.name: path.read_text(encoding="utf-8") for path in _files_to_stage(self._run_dir) if path.is_file()
         }
         env = {name: environ[name] for name in self._plan.forwarded_env if name in environ}
-        session = to_tree(locate_this_process())
+        session = locate_this_process()
         for number, host in enumerate(self._plan.hosts):
             log, now = LogTail(self._run_dir.log_of(host.host.name, "agent")), time.monotonic()
             connection = connect(host)
@@ -143,7 +142,7 @@ class AgentGroup:
             self._selector.register(connection, selectors.EVENT_READ, agent)
             connection.send(
                 Assignment(
-                    host=to_tree(host),
+                    host=host,
                     run_dir=self._plan.run_dir,
                     run_id=self._plan.run_id,
                     run_hash=self._plan.run_hash,
@@ -175,13 +174,9 @@ class AgentGroup:
             agent.connection.send(message)
 
     def agent_ready(self, host: str, message: AgentReady) -> None:
-        """Record that the agent of ``host`` runs, and where.
-
-        Raises:
-            MalformedMessage: the message holds no valid location.
-        """
+        """Record that the agent of ``host`` runs, and where."""
         agent = self._agents[host]
-        agent.is_ready, agent.location = True, process_location_from_tree(message.location)
+        agent.is_ready, agent.location = True, message.location
         is_here = agent.connection.program is not None and not agent.host.host.ssh_destination
         agent.scratch = Path(message.scratch) if is_here and is_scratch_folder(message.scratch) else None
 

@@ -18,27 +18,25 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from launcher.errors.secrets import is_secret
 from launcher.plugins.loading import PLUGIN_PATH
-from launcher.protocol.heartbeat import HEARTBEAT_FIELDS
-from launcher.protocol.messages import CommandExited, LauncherStarted, RankHeartbeat, UserNote
+from launcher.protocol.messages import CommandExited, LauncherStarted, UserNote
 from launcher.protocol.plan import Command, HostPlan, Plan, plan_from_json
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.wire import MalformedMessage, check_message_fields
+from launcher.protocol.wire import MalformedMessage, decode
 from launcher.supervision.agent_entry import serve_assignment
 from launcher.supervision.child_process import ChildProcess
 from launcher.supervision.file_channel import (
-    RANK_FIELDS,
     WRITE_EVERY_S,
+    AgentFile,
     Lease,
+    MonitorFile,
+    StartFile,
     agent_file,
     channel_folder,
     rank_file,
-    read_channel_file,
     write_channel_file,
 )
 from launcher.supervision.host_agent import HostAgent
@@ -128,36 +126,40 @@ class FileChannelRanks(HostRanks):
     def _write(self, *, is_over: bool = False) -> None:
         self._sequence += 1
         self._write_at = time.monotonic() + WRITE_EVERY_S
-        content = {"token": self._token, "sequence": self._sequence, "signals": self._signals, "is_over": is_over}
+        content = AgentFile(token=self._token, sequence=self._sequence, signals=self._signals, is_over=is_over)
         with contextlib.suppress(OSError):  # a full or absent disk: the monitors end their ranks if it lasts
             write_channel_file(agent_file(self._folder), content)
 
     def _read(self, number: int) -> None:
-        rank, content = self._ranks[number], read_channel_file(rank_file(self._folder, number), RANK_FIELDS)
-        if rank.has_exited or content is None or content["token"] != self._token or "monitor_pid" not in content:
+        rank, code = self._ranks[number], None
+        if rank.has_exited:
             return
         try:
-            _check_content(content)
+            content: MonitorFile = decode(rank_file(self._folder, number).read_bytes(), MonitorFile)
+            if content.token != self._token or content.monitor_pid is None or content.pid is None:
+                return
+            if content.status is not None:
+                code = exit_code_of_status(content.status)
+                if content.time is None:
+                    raise MalformedMessage("an exit without its time")
+        except OSError:  # not written yet
+            return
         except MalformedMessage as problem:  # its lease is not renewed, so a monitor that keeps doing so times out
             if number not in self._malformed:
                 self._malformed.add(number)
                 self._emit(UserNote(text=f"the rank monitor of rank {number} wrote {problem}"))
             return
-        self._leases[number].renew(content["sequence"])
+        self._leases[number].renew(content.sequence)
         # processes of another machine, known by their PIDs there
-        rank.monitor, rank.process = Process(content["monitor_pid"], 0), Process(content["pid"], 0)
-        heartbeat = content["heartbeat"]
-        if heartbeat is not None and heartbeat["at"] != rank.heartbeat_at:
-            rank.heartbeat_at = heartbeat.pop("at")
-            self._emit(RankHeartbeat(rank=number, age_s=content["age_s"], **heartbeat))
-        if "launcher_exited_at" in content and number not in self._without_launcher:
+        rank.monitor, rank.process = Process(content.monitor_pid, 0), Process(content.pid, 0)
+        self._send_heartbeat(rank, content.heartbeat, age_s=content.age_s)
+        if content.launcher_exited_at is not None and number not in self._without_launcher:
             self._without_launcher.add(number)
             host = self._host_of[number]
             reason = f"the launcher of the ranks on {host} was killed, so they were ended"
-            self._report_host(host, reason, at=content["launcher_exited_at"])
-        if "status" in content:
-            code = exit_code_of_status(content["status"])
-            self._report_exit(rank, time=content["time"], code=code, by_launcher=content["by_launcher"])
+            self._report_host(host, reason, at=content.launcher_exited_at)
+        if code is not None and content.time is not None:
+            self._report_exit(rank, time=content.time, code=code, by_launcher=content.by_launcher)
 
     def _drop_silent_hosts(self) -> None:
         """Report hosts whose monitors are silent, and count their ranks as exited."""
@@ -178,20 +180,6 @@ class FileChannelRanks(HostRanks):
         self._emit(CommandExited(name=host, role=role, time=at, code=1, signal=None, tail="", reason=reason))
 
 
-def _check_content(content: Mapping[str, Any]) -> None:
-    """Raise ``MalformedMessage`` for a monitor's file with fields of the wrong form."""
-    check_message_fields(content, {"monitor_pid": int, "pid": int})
-    if content["heartbeat"] is not None:
-        check_message_fields(content["heartbeat"], HEARTBEAT_FIELDS)
-        if content["heartbeat"].keys() != HEARTBEAT_FIELDS.keys():
-            raise MalformedMessage("a heartbeat with unknown fields")
-    if "launcher_exited_at" in content:
-        check_message_fields(content, {"launcher_exited_at": float})
-    if "status" in content:
-        check_message_fields(content, {"status": int, "time": float, "by_launcher": bool})
-        exit_code_of_status(content["status"])
-
-
 class ExternalLauncherAgent(HostAgent):
     """Supervises ranks on other machines."""
 
@@ -206,7 +194,7 @@ class ExternalLauncherAgent(HostAgent):
         sent = (*self._run_plan.forwarded_env, PLUGIN_PATH)
         env = {name: os.environ[name] for name in sent if name in os.environ}
         env = {name: value for name, value in env.items() if not is_secret(name, value)}
-        write_channel_file(folder / "start.json", {"token": token, "cwd": str(cwd), "env": env})
+        write_channel_file(folder / "start.json", StartFile(token=token, cwd=str(cwd), env=env))
         self._channel_ranks = FileChannelRanks(
             self._plan,
             plan=self._run_plan,

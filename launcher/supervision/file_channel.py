@@ -14,18 +14,53 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from launcher.protocol.heartbeat import HEARTBEAT_BYTES, read_heartbeat
+import msgspec
+
+from launcher.protocol.heartbeat import HEARTBEAT_BYTES, HeartbeatState, read_heartbeat
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.wire import check_message_fields
+from launcher.protocol.wire import MalformedMessage, decode
+from launcher.supervision.socket_channel import MonitorMessage
 
 WRITE_EVERY_S = 1.0
 """Time between two writes of a side."""
 
-AGENT_FIELDS: dict[str, Any] = {"token": str, "sequence": int, "signals": list[int], "is_over": bool}
-START_FIELDS: dict[str, Any] = {"token": str, "cwd": str, "env": dict[str, str]}
-RANK_FIELDS: dict[str, Any] = {"token": str, "sequence": int, "age_s": float, "heartbeat": dict[str, Any] | None}
+T = TypeVar("T")
+
+
+class StartFile(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of ``start.json``, which the agent writes once."""
+
+    token: str
+    """Of this start; files of another one are ignored."""
+    cwd: str
+    env: dict[str, str]
+
+
+class AgentFile(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of the agent's file."""
+
+    token: str
+    sequence: int
+    signals: list[int]
+    """All signals for the ranks since the start."""
+    is_over: bool
+
+
+class MonitorFile(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of a monitor's file; each group of fields that may be ``None`` is added later."""
+
+    token: str
+    sequence: int
+    age_s: float
+    heartbeat: HeartbeatState | None
+    monitor_pid: int | None = None
+    pid: int | None = None
+    launcher_exited_at: float | None = None
+    status: int | None = None
+    time: float | None = None
+    by_launcher: bool = False
 
 
 def channel_folder(run_dir: RunDir) -> Path:
@@ -34,45 +69,37 @@ def channel_folder(run_dir: RunDir) -> Path:
 
 
 def agent_file(folder: Path) -> Path:
-    """Return the agent's file, which holds ``AGENT_FIELDS``."""
+    """Return the agent's file, an ``AgentFile``."""
     return folder / "agent.json"
 
 
 def rank_file(folder: Path, rank: int) -> Path:
-    """Return a monitor's file: ``RANK_FIELDS``, the PIDs, and in the end the exit status."""
+    """Return the file of a rank's monitor, a ``MonitorFile``."""
     return folder / f"rank{rank}.json"
 
 
-def write_channel_file(path: Path, content: Mapping[str, Any]) -> None:
+def write_channel_file(path: Path, content: msgspec.Struct | Mapping[str, Any]) -> None:
     """Replace a file atomically, without waiting until it is on the disk."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.write_text(json.dumps(msgspec.to_builtins(content)), encoding="utf-8")
     temporary.replace(path)
 
 
-def read_channel_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the content of a file; ``None`` when it is absent, incomplete or invalid.
-
-    Args:
-        path: of the file.
-        fields: required fields with their types.
-    """
+def read_channel_file(path: Path, wanted: type[T]) -> T | None:
+    """Return the content of a file; ``None`` when it is absent or invalid."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            return None
-        check_message_fields(content, fields)
-    except (OSError, ValueError, RecursionError):
+        content: T = decode(path.read_bytes(), wanted)
+    except (OSError, MalformedMessage):
         return None
     return content
 
 
 def mark_run_over(run_dir: RunDir) -> None:
     """Mark the run as over, in case its agent could not."""
-    content = read_channel_file(agent_file(channel_folder(run_dir)), AGENT_FIELDS)
-    if content is not None and not content["is_over"]:
+    content = read_channel_file(agent_file(channel_folder(run_dir)), AgentFile)
+    if content is not None and not content.is_over:
         with contextlib.suppress(OSError):  # then the monitors time out and end their ranks
-            write_channel_file(agent_file(channel_folder(run_dir)), {**content, "is_over": True})
+            write_channel_file(agent_file(channel_folder(run_dir)), msgspec.structs.replace(content, is_over=True))
 
 
 class Lease:
@@ -117,9 +144,9 @@ class FileChannel:
         self._write_at = 0.0
         self._is_over = False
 
-    def send(self, *, kind: str, **message: Any) -> None:
+    def send(self, message: MonitorMessage) -> None:
         """Add the fields of a message to the monitor's file."""
-        self._fields.update(message)
+        self._fields |= msgspec.structs.asdict(message)
         self._write()
 
     def signals(self) -> list[int]:
@@ -127,12 +154,12 @@ class FileChannel:
         if time.monotonic() >= self._write_at:
             self._write_at = time.monotonic() + WRITE_EVERY_S
             self._write()
-        content = read_channel_file(agent_file(self._folder), AGENT_FIELDS)
+        content = read_channel_file(agent_file(self._folder), AgentFile)
         if content is None:
             return []
-        self._is_over = content["is_over"] or content["token"] != self._token
-        self._lease.renew(content["sequence"])
-        new: list[int] = content["signals"][self._num_signals :] if not self._is_over else []
+        self._is_over = content.is_over or content.token != self._token
+        self._lease.renew(content.sequence)
+        new = content.signals[self._num_signals :] if not self._is_over else []
         self._num_signals += len(new)
         return new
 
@@ -151,14 +178,7 @@ class FileChannel:
     def _write(self) -> None:
         self._sequence += 1
         state, now = read_heartbeat(self.heartbeat), time.monotonic()
-        fields = state and {"phase": state.phase, "step": state.step, "at": state.at, "numbers": state.numbers}
         age_s = max(0.0, now - state.at) if state else 0.0
-        content = {
-            "token": self._token,
-            "sequence": self._sequence,
-            "heartbeat": fields,
-            "age_s": age_s,
-            **self._fields,
-        }
+        content = {"token": self._token, "sequence": self._sequence, "heartbeat": state, "age_s": age_s, **self._fields}
         with contextlib.suppress(OSError):  # a full or absent disk: the agent will detect the silence
             write_channel_file(rank_file(self._folder, self._rank), content)

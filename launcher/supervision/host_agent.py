@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from launcher.errors import EXIT_USER_ERROR, ConfigError, ConfigErrors, EnvironmentProblem
+from launcher.errors import EXIT_USER_ERROR, EnvironmentProblem
 from launcher.protocol.messages import (
     AgentIdle,
     AgentSignalled,
@@ -29,10 +29,9 @@ from launcher.protocol.messages import (
     UserNote,
 )
 from launcher.protocol.native_ops import ops_folder
-from launcher.protocol.plan import Command, HostPlan
+from launcher.protocol.plan import Command
 from launcher.protocol.rundir import RunDir, remove_unfinished_checkpoints
 from launcher.protocol.session_file import read_session_file
-from launcher.protocol.wire import process_location_from_tree
 from launcher.supervision.child_process import ChildProcess, Sidecars
 from launcher.supervision.connection import SessionConnection
 from launcher.supervision.file_sync import FileSyncSender
@@ -42,7 +41,6 @@ from launcher.supervision.socket_channel import listen_for_monitors
 from launcher.utils.files import StagedFiles, sha256_of, write_atomic
 from launcher.utils.logs import open_log
 from launcher.utils.processes import Process, end_descendants
-from launcher.utils.schema import build
 
 _TICK_S = 0.1
 _BUSY_S = 0.01
@@ -58,7 +56,7 @@ class HostAgent:
 
     def __init__(self, assignment: Assignment, *, session: SessionConnection, scratch: Path) -> None:
         self._assignment, self._session = assignment, session
-        self._plan = host_plan_of(assignment)
+        self._plan = assignment.host
         self._run_dir = RunDir(Path(assignment.run_dir))
         self._file_sender: FileSyncSender | None = None
         if not shares_disk(assignment):
@@ -323,7 +321,7 @@ def stage_run_dir(assignment: Assignment) -> None:
     if foreign and not shares_disk(assignment):
         staged.undo()
         shown = ", ".join(foreign[:3])
-        problem = f"{run_dir.path} holds files that no run has put there ({shown}) on {assignment.host['host']['name']}"
+        problem = f"{run_dir.path} holds files that no run has put there ({shown}) on {assignment.host.host.name}"
         raise EnvironmentProblem(f"{problem}; choose another run.dir")
     snapshot = assignment.files.get(run_dir.snapshot.name)
     if snapshot is not None and (found := sha256_of(snapshot.encode())) != assignment.run_hash:
@@ -341,28 +339,15 @@ def shares_disk(assignment: Assignment) -> bool:
     Creating the directory asks its server; an NFS client may cache its content for half a minute.
     """
     found = read_session_file(RunDir(Path(assignment.run_dir)))
-    return found is not None and found.session == process_location_from_tree(assignment.session)
+    return found is not None and found.session == assignment.session
 
 
 def staging_failure(assignment: Assignment, problem: Exception) -> CommandExited:
     """Return the message about a failure of ``stage_run_dir``."""
-    host = assignment.host["host"]["name"]
+    host = assignment.host.host.name
     if isinstance(problem, OSError):
         reason = f"{assignment.run_dir} cannot be written on {host}: {problem.strerror}; choose run.root where it can"
     else:
         reason = str(problem)
     name, now = "preparing the run directory", time.time()
     return CommandExited(name=name, role="prepare", time=now, code=EXIT_USER_ERROR, signal=None, tail=reason)
-
-
-def host_plan_of(assignment: Assignment) -> HostPlan:
-    """Return the typed plan of this host.
-
-    Raises:
-        ConfigErrors: another version wrote it.
-    """
-    mistakes: list[ConfigError] = []
-    plan = build(HostPlan, assignment.host, path="host", report=mistakes.append)
-    if plan is None:
-        raise ConfigErrors(mistakes)
-    return plan

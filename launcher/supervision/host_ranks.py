@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import EXIT_PREEMPTED
 from launcher.protocol.heartbeat import (
+    HeartbeatState,
     create_heartbeat_file,
     heartbeat_file,
     map_heartbeat_file,
@@ -33,12 +32,17 @@ from launcher.protocol.messages import (
     UserNote,
 )
 from launcher.protocol.plan import HostPlan
-from launcher.protocol.rank_env import EXCEPTION_RECORD_FIELDS, exception_record_file, exception_text_file
+from launcher.protocol.rank_env import ExceptionRecord, exception_record_file, exception_text_file
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.wire import MalformedMessage, check_message_fields
-from launcher.supervision.socket_channel import receive_from_monitor
+from launcher.protocol.wire import MalformedMessage, decode
+from launcher.supervision.socket_channel import (
+    MonitorExited,
+    MonitorMessage,
+    MonitorSignalled,
+    MonitorStarted,
+    receive_from_monitor,
+)
 from launcher.supervision.stack_dump import StackDump
-from launcher.utils.files import read_json
 from launcher.utils.logs import LogTail
 from launcher.utils.processes import Process, identify
 
@@ -178,7 +182,7 @@ class HostRanks:
         if now >= self._next_heartbeats:
             self._next_heartbeats = now + _HEARTBEAT_EVERY_S
             for rank in self._ranks.values():
-                self._send_heartbeat(rank)
+                self._read_heartbeat(rank)
                 self._send_exception(rank)
         return logs and sum(self._send_lines(rank, rank.log.read()) for rank in self._ranks.values()) > 0
 
@@ -189,25 +193,25 @@ class HostRanks:
             self._send_lines(rank, rank.log.drain())
             rank.log.close()
 
-    def _handle(self, peer: socket.socket, message: dict[str, Any]) -> None:
-        if message["kind"] == "started":
-            if message["rank"] not in self._ranks:
-                raise MalformedMessage(f"the number of a rank that is not on this host, {message['rank']}")
-            rank = self._ranks[message["rank"]]
-            self._peers[peer] = rank.number
-            rank.monitor, rank.process = identify(message["monitor_pid"]), identify(message["pid"])
-            return
-        if message["kind"] == "signalled":
-            self._launcher_signal = self._launcher_signal or LauncherSignal(message["signal"], message["signalled_at"])
-            return
-        if peer not in self._peers:
-            raise MalformedMessage("an exit before the number of its rank")
-        rank, code = self._ranks[self._peers[peer]], exit_code_of_status(message["status"])
-        self._report_exit(rank, time=message["time"], code=code, by_launcher=message["by_launcher"])
+    def _handle(self, peer: socket.socket, message: MonitorMessage) -> None:
+        match message:
+            case MonitorStarted():
+                if message.rank not in self._ranks:
+                    raise MalformedMessage(f"the number of a rank that is not on this host, {message.rank}")
+                rank = self._ranks[message.rank]
+                self._peers[peer] = rank.number
+                rank.monitor, rank.process = identify(message.monitor_pid), identify(message.pid)
+            case MonitorSignalled():
+                self._launcher_signal = self._launcher_signal or LauncherSignal(message.signal, message.signalled_at)
+            case MonitorExited():
+                if peer not in self._peers:
+                    raise MalformedMessage("an exit before the number of its rank")
+                rank, code = self._ranks[self._peers[peer]], exit_code_of_status(message.status)
+                self._report_exit(rank, time=message.time, code=code, by_launcher=message.by_launcher)
 
     def _report_exit(self, rank: _Rank, *, time: float, code: int, by_launcher: bool = False) -> None:
         """Report an exit; ``code`` is negative for a signal. If unexplained, dump other stacks."""
-        self._send_heartbeat(rank)
+        self._read_heartbeat(rank)
         self._send_exception(rank)
         if rank.dump is not None and not rank.is_stack_sent:
             self._send_stack(rank, rank.dump)
@@ -223,11 +227,13 @@ class HostRanks:
             self._emit(OutputLine(source=rank.number, text=line))
         return len(lines)
 
-    def _send_heartbeat(self, rank: _Rank) -> None:
+    def _read_heartbeat(self, rank: _Rank) -> None:
         state = read_heartbeat(rank.heartbeat)
+        self._send_heartbeat(rank, state, age_s=max(0.0, time.monotonic() - state.at) if state else 0.0)
+
+    def _send_heartbeat(self, rank: _Rank, state: HeartbeatState | None, *, age_s: float) -> None:
         if state is not None and state.at != rank.heartbeat_at:
-            rank.heartbeat_at = state.at
-            age_s, numbers = max(0.0, time.monotonic() - state.at), state.numbers
+            rank.heartbeat_at, numbers = state.at, state.numbers
             self._emit(
                 RankHeartbeat(rank=rank.number, phase=state.phase, step=state.step, age_s=age_s, numbers=numbers)
             )
@@ -243,21 +249,19 @@ class HostRanks:
         if from_slot is None and not rank.record.exists():
             return
         try:
-            record = read_json(rank.record) if from_slot is None else json.loads(from_slot)
-            if not isinstance(record, dict):
-                raise MalformedMessage("a record that is not an object")
-            check_message_fields(record, EXCEPTION_RECORD_FIELDS)
-        except (OSError, ValueError, RecursionError) as problem:
+            found = rank.record.read_bytes() if from_slot is None else from_slot
+            record: ExceptionRecord = decode(found, ExceptionRecord)
+        except (OSError, MalformedMessage) as problem:
             rank.has_raised = True  # do not read it again
             self._emit(UserNote(text=f"the record of rank {rank.number}'s exception cannot be read: {problem}"))
             return
-        if record["pid"] != rank.process.pid:  # left by an earlier attempt in this run directory
+        if record.pid != rank.process.pid:  # left by an earlier attempt in this run directory
             return
         rank.has_raised = True
-        fields = {name: record[name] for name in EXCEPTION_RECORD_FIELDS if name != "pid"}
-        if not 0 < fields["code"] < 256:  # the session would reject it, and with it this host
-            fields["code"] = 1
-        self._emit(RankRaised(rank=rank.number, **fields))
+        code = record.code if 0 < record.code < 256 else 1  # the session would reject it, and with it this host
+        self._emit(
+            RankRaised(rank=rank.number, time=record.time, code=code, error=record.error, traceback=record.traceback)
+        )
 
 
 def exit_code_of_status(status: int) -> int:

@@ -25,7 +25,7 @@ from launcher.protocol.heartbeat import Heartbeat, heartbeat_file
 from launcher.protocol.messages import MAX_TEXT_CHARS
 from launcher.protocol.rank_env import RankEnv, exception_text_file
 from launcher.supervision.file_channel import FileChannel
-from launcher.supervision.socket_channel import SocketChannel
+from launcher.supervision.socket_channel import MonitorExited, MonitorSignalled, MonitorStarted, SocketChannel
 from launcher.utils.files import open_append, write_json
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import become_subreaper, die_with_parent, end_descendants, exit_like, signal_main_thread
@@ -191,12 +191,12 @@ def fork_monitor(rank: int, channel: SocketChannel | FileChannel) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         channel.close()
         return
-    channel.send(kind="started", rank=rank, monitor_pid=monitor, pid=child)
+    channel.send(MonitorStarted(rank=rank, monitor_pid=monitor, pid=child))
     launcher_signals: set[int] = set()
     status = _wait_for(child, channel, launcher_signals)
     wall_s = time.monotonic() - started
     by_launcher = os.WIFSIGNALED(status) and _was_sent(os.WTERMSIG(status), launcher_signals)
-    channel.send(kind="exited", status=status, time=time.time(), wall_s=wall_s, by_launcher=by_launcher)
+    channel.send(MonitorExited(status=status, time=time.time(), wall_s=wall_s, by_launcher=by_launcher))
     end_descendants(monitor)
     exit_like(status)
 
@@ -213,7 +213,7 @@ def _wait_for(child: int, channel: SocketChannel | FileChannel, launcher_signals
             os.kill(child, arrived.si_signo)  # not waited for yet, so the PID is still its own
             if arrived.si_pid == os.getppid():
                 launcher_signals.add(arrived.si_signo)
-                channel.send(kind="signalled", signal=arrived.si_signo, signalled_at=time.time())
+                channel.send(MonitorSignalled(signal=arrived.si_signo, signalled_at=time.time()))
         for number in channel.signals():
             send = signal_main_thread if number == signal.SIGUSR2 else os.kill  # the stacks that are asked for
             send(child, number)

@@ -212,7 +212,7 @@ class Session:
         if not living:
             return
         if agent not in self._launcher_exited:
-            raise MalformedMessage(f"a message {AgentIdle.kind} before rank {living[0]} had exited")
+            raise MalformedMessage(f"a message agent_idle before rank {living[0]} had exited")
         self._analysis.ranks_missing(living, now=time.monotonic())
 
     def _check_host(self, host: str) -> str:

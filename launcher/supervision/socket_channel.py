@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -11,25 +10,48 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from launcher.protocol.session_file import ProcessLocation, locate_this_process
-from launcher.protocol.wire import MalformedMessage, check_message_fields, process_location_from_tree
-from launcher.utils.files import read_object, write_json
+from launcher.protocol.wire import decode
+from launcher.utils.files import read_regular, write_json
 from launcher.utils.schema import to_tree
 
 _SHORT_PARENT = Path("/tmp")  # noqa: S108 (mkdtemp makes a private folder in it)
 _PREFIX, _OWNER = "launcher-", "owner.json"
 _SEND_S = 2.0
 
-MONITOR_FIELDS: dict[str, dict[str, type]] = {
-    "started": {"rank": int, "monitor_pid": int, "pid": int},
-    "signalled": {"signal": int, "signalled_at": float},
-    "exited": {"status": int, "time": float, "wall_s": float, "by_launcher": bool},
-}
-"""Fields of a rank monitor's messages, by ``kind``."""
-
 _MAX_MESSAGE_BYTES = 4096
+
+
+class MonitorStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="started"):
+    """From a rank monitor: its rank has started."""
+
+    rank: int
+    monitor_pid: int
+    pid: int
+
+
+class MonitorSignalled(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="signalled"):
+    """From a rank monitor: the launcher of its rank sent it a signal."""
+
+    signal: int
+    signalled_at: float
+
+
+class MonitorExited(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="exited"):
+    """From a rank monitor: its rank has exited."""
+
+    status: int
+    """Wait status."""
+    time: float
+    wall_s: float
+    by_launcher: bool
+    """Whether the launcher of the rank sent it the signal that ended it."""
+
+
+MonitorMessage = MonitorStarted | MonitorSignalled | MonitorExited
 
 
 @contextmanager
@@ -63,9 +85,10 @@ def _owner_of(folder: Path) -> ProcessLocation | None:
         found = folder.lstat()
         if not (folder.name.startswith(_PREFIX) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()):
             return None
-        return process_location_from_tree(read_object(folder / _OWNER))
+        owner: ProcessLocation = decode(read_regular(folder / _OWNER), ProcessLocation)
     except (OSError, ValueError):  # gone, or created by another program
         return None
+    return owner
 
 
 def is_scratch_folder(path: str) -> bool:
@@ -88,7 +111,7 @@ def listen_for_monitors(scratch: Path) -> socket.socket:
     return listener
 
 
-def receive_from_monitor(peer: socket.socket) -> dict[str, Any] | None:
+def receive_from_monitor(peer: socket.socket) -> MonitorMessage | None:
     """Return the next message of a rank monitor; ``None`` once it is gone.
 
     Raises:
@@ -101,16 +124,8 @@ def receive_from_monitor(peer: socket.socket) -> dict[str, Any] | None:
         return None
     if not data:
         return None
-    try:
-        message = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise MalformedMessage("a message that is not JSON") from error
-    kind = message.get("kind") if isinstance(message, dict) else None
-    fields = MONITOR_FIELDS.get(kind) if isinstance(kind, str) else None
-    if fields is None:
-        raise MalformedMessage("a message of no known kind")
-    check_message_fields(message, fields)
-    return dict(message)
+    message: MonitorMessage = decode(data, MonitorMessage)
+    return message
 
 
 class SocketChannel:
@@ -129,13 +144,13 @@ class SocketChannel:
             self._was_closed = True
             self.close()
 
-    def send(self, **message: Any) -> None:
+    def send(self, message: MonitorMessage) -> None:
         """Send one message, unless the agent is gone."""
         if self._socket is None:
             return
         try:
             self._socket.settimeout(_SEND_S)
-            self._socket.send(json.dumps(message).encode())
+            self._socket.send(msgspec.json.encode(message))
         except OSError:
             self._was_closed = True
             self.close()

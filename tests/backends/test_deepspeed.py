@@ -26,7 +26,7 @@ from tests.helpers import wait_for
 from tests.processes import left_after, marked_environment, new_mark
 from tests.torchless import ECHO, endless, wait_for_answers
 
-from .contract import SMALL, BackendContract, Ended
+from .contract import SMALL, Ended, ForkedBackendContract
 
 HOSTS = (
     Host(name="node1", slots=2, ssh_destination="node1", address="node1", python="python"),
@@ -207,7 +207,7 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         run.process.wait()
 
 
-class TestContract(BackendContract):
+class TestContract(ForkedBackendContract):
     @pytest.fixture
     def words(self, tmp_path: Path, on_path: Any) -> tuple[str, ...]:
         on_path("pdsh")

@@ -6,7 +6,7 @@ from launcher.config.backend.local import LocalBackend
 from launcher.errors import ConfigErrors
 from launcher.protocol.rundir import RunDir
 
-from .contract import SMALL, BackendContract
+from .contract import SMALL, ForkedBackendContract
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ def test_impossible_values_are_refused(option, value):
         LocalBackend(**{option: value})
 
 
-class TestContract(BackendContract):
+class TestContract(ForkedBackendContract):
     takes_part = ()  # nothing is submitted to a scheduler
 
     @pytest.fixture

@@ -14,7 +14,7 @@ from tests.helpers import losses, wait_until_empty
 from tests.torchless import ECHO, endless, wait_for_answers
 
 from .contract import SMALL as SMALL_FOR_ALL
-from .contract import BackendContract
+from .contract import ForkedBackendContract
 
 SMALL = (
     *("backend.threads=1", "tracker=local", "data=synthetic", "job.log_every=1", "job.eval_every=0"),
@@ -66,7 +66,7 @@ def wait_until_nothing_is_left(lab, seconds=10):
     wait_until_empty(lambda: left_on(lab), seconds=seconds)
 
 
-class TestContract(BackendContract):
+class TestContract(ForkedBackendContract):
     @pytest.fixture
     def words(self, tmp_path):
         (tmp_path / "hosts").write_text("node1 slots=1\nada@node2:2222 slots=1\n")

@@ -27,7 +27,9 @@ from launcher.execution.validate import validate_run_dir
 from launcher.inference.batch.output import PartIndex, PartWriter, claim_output, merge_parts
 from launcher.protocol.messages import Assignment
 from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.plan import Command, Host, HostPlan
 from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import locate_this_process
 from launcher.runs.lock import RunLock
 from launcher.supervision.finalize import result_files
 from launcher.supervision.host_agent import stage_run_dir
@@ -265,9 +267,8 @@ def test_a_run_that_ends_while_this_one_waits_for_the_lock_is_kept(
 def test_a_host_without_the_shared_disk_leaves_files_of_others(tmp_path: Path) -> None:
     fill(tmp_path / "mine", USERS["a_run_yaml_of_another_program"])
     before = tree_of(tmp_path)
-    host = {"host": {"name": "node2"}}
     sent = Assignment(
-        host=host,
+        host=HostPlan(host=Host(name="node2", slots=1), first_rank=0, agent_command=Command(argv=("true",))),
         run_dir=str(tmp_path / "mine"),
         run_id="x",
         run_hash="x",
@@ -275,7 +276,7 @@ def test_a_host_without_the_shared_disk_leaves_files_of_others(tmp_path: Path) -
         heartbeat_timeout_s=0.0,
         env={},
         files={"plan.json": "{}"},
-        session={},
+        session=locate_this_process(),
     )
     with pytest.raises(EnvironmentProblem, match=r"mine holds files that no run has put there .* on node2; choose"):
         stage_run_dir(sent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from launcher.engines.optimizer import make_optimizer
 from launcher.errors import ConfigError, JobError, exit_code_of_rank
 from launcher.models.build import build_model
 from launcher.plugins.calls import PluginError
+from launcher.testing.model import save_weights
 from launcher.training.callbacks import Callbacks
 from launcher.training.evaluation_metrics import MetricSums, load_metrics
 from tests.plugins.conftest import WritePlugin
@@ -248,6 +250,20 @@ def test_transforms_change_the_model_before_it_has_weights(load: Load) -> None:
     assert frozen == {name for name, _ in plain.named_parameters() if name.startswith("transformer.h.1.")}
     renamed = {name.replace(".mlp.inner.", ".mlp."): value for name, value in changed.state_dict().items()}
     assert all(torch.equal(value, renamed[name]) for name, value in plain.state_dict().items())
+
+
+def test_weights_must_fit_the_transformed_model(load: Load, tmp_path: Path) -> None:
+    load(TRANSFORMS, transform=dict(zip(NAMES, NAMES, strict=True)))
+    trained = built("scale")
+    with torch.no_grad():
+        trained.get_parameter("transformer.h.0.mlp.scale").fill_(3.0)
+        trained.get_buffer("transformer.h.0.mlp.shift").fill_(0.7)
+    scaled = replace(TINY.model, weights=str(save_weights(trained, tmp_path / "scaled")))
+    again = build_model(scaled, seed=9, attention=TINY.attention, activation=NoCheckpointing(), transforms=("scale",))
+    found = again.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in trained.state_dict().items())
+    with pytest.raises(ConfigError, match=r"also has .*mlp.inner.*, with the job.transforms that they were trained"):
+        build_model(scaled, seed=9, attention=TINY.attention, activation=NoCheckpointing())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_cells_become_a_table(scripts, tmp_path) -> None:
         },
         "machine": ["2026-01-01 00:00 UTC, revision abc\nsome processor"],
         "versions": {"ours": "torch 2.13.0"},
-        "troubles": {"LitServe, batches of 8": "no such file"},
+        "troubles": {"CTranslate2 int8, batches of 16": "no such file"},
     }
     kept["cells"]["ours | mixed | 8 | 2"]["errors"] = 4
     (tmp_path / "cells.json").write_text(json.dumps(kept))
@@ -48,7 +48,7 @@ def test_cells_become_a_table(scripts, tmp_path) -> None:
     assert "| ours | 40.0 (4.00 ×) [30 to 90] 4 errors |" in text
     assert "| generate, one by one | 10.0 (1.00 ×) |" in text
     assert "| ours | 0.05 / 0.05; 50 / 50 |" in text
-    assert "LitServe, batches of 8 did not start: no such file" in text
+    assert "CTranslate2 int8, batches of 16 did not start: no such file" in text
     assert "- load generator: 2.0% of a core, at most 2.0%" in text
 
 

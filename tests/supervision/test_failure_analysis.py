@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from rich.console import Console as RichConsole
 from rich.progress import Progress, TimeRemainingColumn
@@ -301,7 +302,9 @@ def test_a_progress_bar_gets_a_number_of_steps_that_it_can_compute_with(plan_of,
     session = Session(plan, console=TerminalConsole(shown, bar), signals=[], job={})
     with bar:
         for step in range(1, 4):
-            session.dispatch("box", replace(heartbeat(0, step), numbers={"steps": number}), now=float(step))
+            session.dispatch(
+                "box", msgspec.structs.replace(heartbeat(0, step), numbers={"steps": number}), now=float(step)
+            )
     assert shown.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import subprocess
@@ -19,7 +18,9 @@ from launcher.protocol.messages import AgentMessage, CommandExited, RankExited, 
 from launcher.protocol.rundir import RunDir
 from launcher.supervision.external_launcher import FileChannelRanks
 from launcher.supervision.file_channel import (
+    AgentFile,
     Lease,
+    MonitorFile,
     agent_file,
     channel_folder,
     mark_run_over,
@@ -30,12 +31,13 @@ from launcher.supervision.file_channel import (
 from tests.helpers import wait_for
 
 RANK = """
-import os, sys, time
+import faulthandler, os, signal, sys, time
 from pathlib import Path
 from launcher.supervision.file_channel import FileChannel
 from launcher.supervision.rank_monitor import fork_monitor
 from launcher.protocol.heartbeat import Heartbeat
 channel = FileChannel(Path(sys.argv[1]), rank=int(sys.argv[2]), token=sys.argv[3], timeout_s=3.0)
+faulthandler.register(signal.SIGUSR2)  # as in every rank: the agent asks the others for stacks when one has failed
 fork_monitor(int(sys.argv[2]), channel)
 Heartbeat(channel.heartbeat).update("forward", step=7, loss=1.5)
 time.sleep(float(sys.argv[4]))
@@ -225,13 +227,16 @@ def test_lease_uses_the_local_clock_only() -> None:
 
 def test_incomplete_file_is_ignored(tmp_path: Path) -> None:
     path = agent_file(tmp_path)
-    assert read_channel_file(path, {"sequence": int}) is None
-    write_channel_file(path, {"sequence": 1})
-    assert read_channel_file(path, {"sequence": int}) == {"sequence": 1}
-    assert read_channel_file(path, {"sequence": str}) is None
+    assert read_channel_file(path, AgentFile) is None
+    written = AgentFile(token="now", sequence=1, signals=[15], is_over=False)
+    write_channel_file(path, written)
+    assert read_channel_file(path, AgentFile) == written
+    assert read_channel_file(path, MonitorFile) is None
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
-    path.write_text(json.dumps({"sequence": 2})[:-1])
-    assert read_channel_file(path, {"sequence": int}) is None
-    for damaged in ("[" * 100_000, "[1]", '{"sequence": 1e999}', '{"sequence": true}', "\udcff"):
+    content = path.read_text()
+    path.write_text(content[:-1])
+    assert read_channel_file(path, AgentFile) is None
+    sequences = [content.replace('"sequence": 1', f'"sequence": {value}') for value in ("1e999", "true", "1.5", 2**64)]
+    for damaged in ("[" * 100_000, "[1]", *sequences, "\udcff"):
         path.write_text(damaged, errors="surrogateescape")
-        assert read_channel_file(path, {"sequence": int}) is None, damaged[:20]
+        assert read_channel_file(path, AgentFile) is None, damaged[:20]

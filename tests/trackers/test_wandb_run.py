@@ -14,6 +14,7 @@ import wandb
 from launcher.config.compose import compose
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
+from launcher.testing.tracker import TrackerContract
 from launcher.trackers.wandb_run import WandbRun
 
 
@@ -24,6 +25,7 @@ class Client:
         self.summary: dict[str, Any] = {}
         self.logged: list[dict[str, Any]] = []
         self.exit_code: int | None = None
+        self.dir = "wandb/offline-run/files"
 
     def define_metric(self, name: str, **options: str) -> None:
         """Do nothing."""
@@ -33,6 +35,17 @@ class Client:
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
+
+
+class TestContract(TrackerContract):
+    overrides = ("tracker=wandb",)
+
+    @pytest.fixture(autouse=True)
+    def client(self, monkeypatch: pytest.MonkeyPatch) -> Client:
+        client = Client()
+        monkeypatch.setattr(wandb, "init", lambda **options: client)
+        monkeypatch.setattr("launcher.trackers.wandb_run.find_revision", lambda *folders: None)
+        return client
 
 
 def test_the_time_of_a_line_is_no_metric(

@@ -19,6 +19,7 @@ from launcher.profiling.performance import StepClock
 from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.results import read_metrics
 from launcher.protocol.rundir import RunDir
+from launcher.training.callbacks import Callbacks
 from launcher.training.trainer import Trainer
 from launcher.utils.files import read_json, write_json
 from tests.helpers import wait_for
@@ -122,6 +123,15 @@ def leave(preemption, tmp_path):
         return SimpleNamespace(code=code, lines=lines, saved=saved, store=run_dir.checkpoints)
 
     return train
+
+
+@pytest.mark.parametrize(("at", "code", "step"), [(("step", 4), 75, 4), ((), 0, 9)])
+def test_callbacks_end_with_the_process(leave, monkeypatch, at, code, step):
+    monkeypatch.setattr(Callbacks, "on_end", lambda self, done: {"callback/ended": float(done)})
+    left = leave(*at)
+    assert left.code == code
+    ended = [line for line in left.lines if "callback/ended" in line]
+    assert [(line["train/step"], line["callback/ended"]) for line in ended] == [(step, step)]
 
 
 class TestWhere:

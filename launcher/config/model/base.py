@@ -155,7 +155,10 @@ class Model(Component):
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield errors of the files of this model, without importing torch."""
         if self.weights not in ("random", "pretrained"):
-            yield from validate_model_folder("model.weights", self.weights, architecture=self.architecture())
+            architecture = self.architecture()
+            yield from validate_model_folder(
+                "model.weights", self.weights, architecture=architecture, own_family=self.family()
+            )
 
     @property
     def local_weights(self) -> Path | None:

@@ -162,13 +162,16 @@ def _samples(file: Path, name: str) -> Iterator[bytes]:
             yield stream.read(min(_SAMPLE_BYTES, end - place))
 
 
-def validate_model_folder(option: str, value: str, *, architecture: Mapping[str, Any] | None) -> Iterator[ConfigError]:
+def validate_model_folder(
+    option: str, value: str, *, architecture: Mapping[str, Any] | None, own_family: str | None = None
+) -> Iterator[ConfigError]:
     """Yield why ``value`` is not a folder that weights of ``architecture`` can be loaded from.
 
     Args:
         option: the option as the user types it.
         value: what it is set to.
         architecture: what the folder must hold; ``None`` accepts any.
+        own_family: family of a model that brings its class, as a plugin's does, so that Transformers need not have it.
     """
     folder = Path(value).expanduser()
     instead = f"or {option}=random" if option.endswith(".weights") else "or a name on the hub (org/model)"
@@ -198,7 +201,8 @@ def validate_model_folder(option: str, value: str, *, architecture: Mapping[str,
     elif (folder / "adapter_config.json").is_file():
         why = "holds a PEFT adapter beside the weights, which would not be applied"
         yield ConfigError(option, value, why=why, fix="merge it into the weights, or remove adapter_config.json")
-    yield from validate_config_json(option, value, config, is_quantized_here=(folder / QUANTIZATION_FILE).is_file())
+    is_quantized_here = (folder / QUANTIZATION_FILE).is_file()
+    yield from validate_config_json(option, value, config, is_quantized_here=is_quantized_here, own_family=own_family)
     sizes = sizes_from_config(config)
     found = sizes.architecture() if sizes else {"family": config.get("model_type")}
     if architecture is not None and (different := _differences(found, architecture)):
@@ -221,7 +225,12 @@ def _run_in(folder: Path) -> Path | None:
 
 
 def validate_config_json(
-    option: str, value: object, config: Mapping[str, Any], *, is_quantized_here: bool = False
+    option: str,
+    value: object,
+    config: Mapping[str, Any],
+    *,
+    is_quantized_here: bool = False,
+    own_family: str | None = None,
 ) -> Iterator[ConfigError]:
     """Yield what a ``config.json`` needs that the installed Transformers or the launcher lacks.
 
@@ -230,12 +239,13 @@ def validate_config_json(
         value: what it is set to.
         config: the content of the file.
         is_quantized_here: job=quantize wrote the folder, and its own file says how to read the weights.
+        own_family: family of a model that brings its class.
     """
     family, known = config.get("model_type"), causal_lm_types()
     if not isinstance(family, str):
         fix = "give a folder that save_pretrained wrote"
         yield ConfigError(option, value, why="config.json names no model_type", fix=fix)
-    elif known is not None and family not in known:
+    elif known is not None and family not in known and family != own_family:
         why = f"the installed Transformers has no causal language model of type {family}"
         fix = "choose another model, or install a Transformers that has it"
         if "auto_map" in config:

@@ -290,7 +290,7 @@ def reasons(plan_of, tmp_path_factory):
             return TcpConnection(host.host.name, listener.accept()[0])
 
     agents.connect(connect)
-    location = dataclasses.asdict(locate_this_process())
+    location = locate_this_process()
     peers["good"].sendall(AgentReady(scratch=str(folder / "precious"), location=location, code="").encode())
     for number, payload in enumerate(BROKEN_MESSAGES.values()):
         peers[f"bad{number}"].sendall(payload)
@@ -371,7 +371,7 @@ def test_an_error_of_this_program_is_not_hidden(pair, monkeypatch):
         exchange(session)
 
 
-READY = AgentReady(scratch="/", location=dataclasses.asdict(locate_this_process()), code="").encode()
+READY = AgentReady(scratch="/", location=locate_this_process(), code="").encode()
 PREPARED = HostPrepared().encode()
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import read_session_file
-from tests.backends.contract import SMALL, BackendContract
+from tests.backends.contract import SMALL, ForkedBackendContract
 from tests.helpers import wait_for
 from tests.torchless import wait_for_answers
 
@@ -31,7 +31,7 @@ def rank_in(pod, rank):
     return next(process for process in found if process.parent() in found)
 
 
-class TestContract(BackendContract):
+class TestContract(ForkedBackendContract):
     takes_part = ("completions: 2\n", "parallelism: 2\n")  # names are indices
     # A pod that is replaced just before the run fails may be deleted while its first process cannot handle SIGTERM yet:
     # then Kubernetes ends it after terminationGracePeriodSeconds, here 60 s and 15 of slack.

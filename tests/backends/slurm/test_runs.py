@@ -38,7 +38,7 @@ def is_over(cluster, run_dir: Path) -> bool:
     return cluster.state_of(cluster.job(run_dir)) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
 
-class TestContract(contract.BackendContract):
+class TestContract(contract.ForkedBackendContract):
     takes_part = ("#SBATCH --nodes=2\n",)  # which ones, Slurm decides
 
     @pytest.fixture

@@ -1,6 +1,6 @@
 """What every plugin keeps, as tests that those of a package inherit.
 
-    from launcher.plugins.contract import PluginContract
+    from launcher.testing.plugin import PluginContract
 
     class TestPlugin(PluginContract):
         module = "my_package"
@@ -11,12 +11,15 @@ Runs under pytest; needs no torch.
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import ClassVar
+
+import launcher
+from launcher.config.plugins import load_plugins
+from launcher.config.snapshot import load_run, save_run
 
 _HEAVY = ("torch", "transformers", "deepspeed", "datasets", "wandb")
 
@@ -32,8 +35,7 @@ class PluginContract:
 
     def test_it_loads(self) -> None:
         """Its names resolve, its options are documented and typed, and no name is taken."""
-        # not config.plugins by name: this module stands below the package config
-        importlib.import_module("launcher.config.plugins").load_plugins([self.module])
+        load_plugins([self.module])
 
     def test_loading_it_imports_nothing_heavy(self) -> None:
         """Plans stay fast: torch is imported on ranks only."""
@@ -48,13 +50,10 @@ class PluginContract:
 
     def test_its_experiments_are_planned(self) -> None:
         """Each composes, passes every check, and its saved configuration gives it back."""
-        import launcher
-
-        snapshot = importlib.import_module("launcher.config.snapshot")
         for experiment in self.experiments:
             run = launcher.compose([f"plugins=[{self.module}]", f"+exp={experiment}"])
             assert self.module in run.plugins, f"+exp={experiment} uses nothing of {self.module}"
             assert launcher.render(launcher.plan(run)).startswith("Plan ")
             with tempfile.TemporaryDirectory() as folder:
-                snapshot.save_run(run, Path(folder) / "run.yaml")
-                assert snapshot.load_run(Path(folder) / "run.yaml") == run
+                save_run(run, Path(folder) / "run.yaml")
+                assert load_run(Path(folder) / "run.yaml") == run

@@ -201,11 +201,15 @@ class LossScale:
             self.value *= 2
 
     def state(self) -> dict[str, float]:
-        """Return the state that ``restore`` takes."""
+        """Return the state that ``restore`` takes; other precisions than fp16 have none."""
+        if self._settings is None:
+            return {}
         return {"value": self.value, "hysteresis": self._hysteresis, "good_steps": self._good_steps}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state; a run of another precision, or from one, keeps its own."""
+        if self._settings is None or not state:
+            return
         self.value = state["value"]
         self._hysteresis, self._good_steps = int(state["hysteresis"]), int(state["good_steps"])
 

@@ -25,7 +25,8 @@ SPLITS = {
     "2x4": {"micro_batch": 2, "gradient_accumulation_steps": 4},
 }
 SPLIT_STRATEGIES = ("ddp", "zero1", "zero3")
-SAVED = ("ddp", "zero1", "zero2", "zero3")
+SAVED = tuple(STRATEGIES)
+"""Those whose checkpoints are loaded: by themselves, and by one process, whose own they load then."""
 NUMERICS: dict[str, dict[str, Any]] = {
     "zero3_recomputed": {"parallel": ZERO3, "activation": {"kind": "full"}},
     "zero3_every_k": {"parallel": ZERO3, "activation": {"kind": "every_k"}},
@@ -55,11 +56,14 @@ def case(name: str, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
 def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run all cases of this module on one pair of processes."""
     folder: Path = tmp_path_factory.mktemp("parity")
-    cases = [case("single", {"kind": "single"}, job={"micro_batch": 16}, generate=True) | {"world": 1}]
+    saved = {name: str(folder / f"saved_{name}") for name in ("single", *SAVED)}
+    single = {"parallel": {"kind": "single"}, "job": {"micro_batch": 16}}
+    cases = [case("single", **single, generate=True, save=saved["single"]) | {"world": 1}]
     for name, parallel in STRATEGIES.items():
-        saving = {"save": str(folder / f"saved_{name}")} if name in SAVED else {}
-        cases.append(case(name, parallel, generate=True, **saving))
-    cases += [case(f"{name}_resumed", STRATEGIES[name], load=str(folder / f"saved_{name}"), steps=0) for name in SAVED]
+        cases.append(case(name, parallel, generate=True, save=saved[name]))
+    for name in SAVED:
+        cases.append(case(f"{name}_resumed", STRATEGIES[name], load=[saved[name], saved["single"]]) | {"steps": 0})
+    cases.append(case("reader", **single, load=[saved[name] for name in SAVED]) | {"world": 1, "steps": 0})
     cases += [
         case(f"{name}_{split}", STRATEGIES[name], job=job) for name in SPLIT_STRATEGIES for split, job in SPLITS.items()
     ]
@@ -127,3 +131,11 @@ def test_generation_equals_one_process(answers: dict[str, Any], name: str) -> No
 def test_a_loaded_checkpoint_continues_to_the_bit(answers: dict[str, Any], name: str) -> None:
     assert answers[name]["after"]
     assert answers[f"{name}_resumed"]["after"] == answers[name]["after"]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_one_process_continues_under_a_strategy_and_back(answers: dict[str, Any], name: str) -> None:
+    single = answers["single"]
+    assert losses(answers[f"{name}_resumed"], "after1") == pytest.approx(losses(single, "after"), rel=1e-6)
+    read = losses(answers["reader"], f"after{SAVED.index(name) or ''}")
+    assert read == pytest.approx(losses(answers[name], "after"), rel=1e-6)

@@ -3,7 +3,8 @@
     python worker.py CASES.json OUTPUT_FOLDER      with MASTER_ADDR set
 
 A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults; ``family: llama`` trains
-another model, ``plant`` names an error of ``plants.py``. Each rank writes ``<name>.<rank>.json``. A case takes as many
+another model, ``plant`` names an error of ``plants.py``. ``save`` is a folder and ``load`` one or several: ``after``,
+``after1`` and so on are the steps taken after each. Each rank writes ``<name>.<rank>.json``. A case takes as many
 ranks as its ``world``, from the first on. What a rank prints is in ``log.<rank>``; when one fails the whole
 process group is killed.
 """
@@ -184,9 +185,10 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
             Path(case["save"]).mkdir(exist_ok=True)
             engine.save(Path(case["save"]))
             answer["after"] = train(engine, context, AFTER, lr)
-        if case.get("load"):
-            engine.load(Path(case["load"]))
-            answer["after"] = train(engine, context, AFTER, lr)
+        for number, folder in enumerate([case["load"]] if isinstance(case.get("load"), str) else case.get("load", [])):
+            engine.load(Path(folder))
+            answer[f"after{number or ''}"] = train(engine, context, AFTER, lr)
+        answer["scalars"] = engine.scalars()
     return answer
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 import logging
 import math
 import os
-import pickle
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +15,6 @@ from torch import nn
 
 from launcher.config.optimizer import AdamW
 from launcher.engines.base import Engine, StepResult
-from launcher.engines.checkpoint_io import explain_read_errors, load_rng, save_rng
 from launcher.engines.distributed import (
     all_ranks_agree,
     choose_device,
@@ -30,7 +26,8 @@ from launcher.engines.distributed import (
 )
 from launcher.engines.model_state import deepspeed_state_bytes
 from launcher.engines.optimizer import decay_groups
-from launcher.errors import EXIT_BAD_INPUT, EnvironmentProblem, JobError
+from launcher.engines.state import restore_rng, rng_tensors, shards_of
+from launcher.errors import EnvironmentProblem
 from launcher.protocol.native_ops import is_built, ops_folder, path_with_ninja, read_build_outcome
 from launcher.utils.build_cache import quote_torch_library_path
 
@@ -38,6 +35,7 @@ if TYPE_CHECKING:
     from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.config.parallel.zero import Zero
     from launcher.engines.context import Context
+    from launcher.engines.deepspeed.masters import MasterState
     from launcher.profiling.performance import StepClock
     from launcher.protocol.plan import StateBytes
 
@@ -45,10 +43,6 @@ if TYPE_CHECKING:
 _SETUPTOOLS_MESSAGES = ("Distutils was imported before Setuptools", "Setuptools is replacing distutils")
 """Warnings of setuptools when torch imports it to load an operator.
 They appear if something imported distutils before."""
-
-
-_TAG = "deepspeed"
-"""Tag of its checkpoints."""
 
 
 class DeepSpeedEngineBase(Engine):
@@ -109,41 +103,26 @@ class DeepSpeedEngineBase(Engine):
         """Return the bytes in memory: partitions as such, without those on NVMe."""
         return deepspeed_state_bytes(self._engine, device=self.device)
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's checkpoint and this rank's random generators.
-
-        The checkpoint has weights, optimizer partitions and the loss scale.
-        """
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        save_rng(folder, rank=self._context.rank, device=self.device)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote at the same world size, stages and cut.
-
-        Raises:
-            JobError: the folder holds no checkpoint of DeepSpeed, or objects that could run code; exit code 65.
-        """
-        with explain_read_errors(folder / _TAG), deepspeed_tensors_only():
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if loaded is None:
-            raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads", exit_code=EXIT_BAD_INPUT)
-        load_rng(folder, rank=self._context.rank, device=self.device)
-
     def shards(self) -> list[Shard]:
-        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
-        raise NotImplementedError
+        """Return this rank's parts of master weights and moments, and its generators."""
+        return [*self._master_state().shards(), *shards_of(rng_tensors(self.device))]
 
     def load_shards(self, source: StoredState) -> None:
-        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
-        raise NotImplementedError
+        """Fill master weights and moments in place; the weights of passes follow."""
+        self._master_state().load(source, heartbeat=lambda: self._context.heartbeat.update("load"))
+        restore_rng(source, device=self.device)
 
     def scalars(self) -> dict[str, float]:
-        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
-        raise NotImplementedError
+        """Return the loss scale."""
+        return read_loss_scale(self._engine.optimizer)
 
     def restore_scalars(self, scalars: Mapping[str, float]) -> None:
-        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
-        raise NotImplementedError
+        """Set the loss scale."""
+        set_loss_scale(self._engine.optimizer, scalars)
+
+    @abstractmethod
+    def _master_state(self) -> MasterState:
+        """Return access to master weights and moments by the names of the whole model."""
 
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks, and the process group."""
@@ -197,6 +176,25 @@ def allow_fp16(device: torch.device) -> None:
         get_accelerator().is_fp16_supported = lambda: True
 
 
+def read_parameters_once() -> None:
+    """Make DeepSpeed's reader of parameters on NVMe skip a parameter that one call names twice.
+
+    Its prefetching names the last block's twice, for the forward and for the backward pass, and would fail: "already
+    assigned swap buffer".
+    """
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper as Swapper
+
+    original = Swapper.swap_in
+    if getattr(original, "skips_repeated", False):
+        return
+
+    def swap_in(self: Any, params: Sequence[nn.Parameter], *arguments: Any, **options: Any) -> None:
+        original(self, list(dict.fromkeys(params)), *arguments, **options)
+
+    swap_in.skips_repeated = True  # type: ignore[attr-defined]
+    Swapper.swap_in = swap_in
+
+
 def choose_native_adam(context: Context, zero: Zero, *, device: torch.device) -> bool:
     """Return whether DeepSpeed's Adam runs, the same on every rank; rank 0 prints the reason.
 
@@ -227,38 +225,32 @@ def _reason(adam: str, *, wanted: bool, native: bool) -> str:
     return f"torch's fused AdamW in place of DeepSpeed's {adam}: {why}"
 
 
-def _enum_member(kind: Any, name: Any) -> enum.Enum:
-    """Return a member of an enumeration, in place of ``getattr`` in a pickle.
-
-    Python 3.11.0 to 3.11.3 pickle members by ``getattr``.
-
-    Raises:
-        pickle.UnpicklingError: an attribute of anything else is asked for.
-    """
-    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
-        raise pickle.UnpicklingError("Unsupported GLOBAL getattr of what is no enumeration")
-    return kind[name]
+def read_loss_scale(optimizer: Any) -> dict[str, float]:
+    """Return the dynamic loss scale of one of DeepSpeed's optimizers, in the form of ``LossScale.state``."""
+    scale = _dynamic_loss_scale(optimizer)
+    if scale is None:
+        return {}
+    # wrapped optimizers without ZeRO halve the scale at every overflow
+    hysteresis = getattr(scale, "cur_hysteresis", 1)
+    good_steps = scale.cur_iter - scale.last_overflow_iter - 1
+    return {"value": scale.cur_scale, "hysteresis": hysteresis, "good_steps": good_steps}
 
 
-@contextmanager
-def deepspeed_tensors_only() -> Iterator[None]:
-    """Make DeepSpeed's checkpoint loader load with ``weights_only``.
+def set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
+    """Continue from the dynamic loss scale of any engine; without fp16 on either side do nothing."""
+    scale = _dynamic_loss_scale(optimizer)
+    if scale is None or not state:
+        return
+    scale.cur_scale = state["value"]
+    scale.cur_iter, scale.last_overflow_iter = int(state["good_steps"]), -1
+    if hasattr(scale, "cur_hysteresis"):
+        scale.cur_hysteresis = int(state["hysteresis"])
 
-    It asks torch for full unpickling.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
 
-    full = torch.load
-
-    def load(*arguments: Any, **options: Any) -> Any:
-        return full(*arguments, **{**options, "weights_only": True})
-
-    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (_enum_member, "builtins.getattr")]
-    with torch.serialization.safe_globals(allowed):
-        torch.load = load
-        try:
-            yield
-        finally:
-            torch.load = full
+def _dynamic_loss_scale(optimizer: Any) -> Any:
+    """Return where an optimizer keeps its loss scale: with ZeRO in a scaler, without in a record; perhaps ``None``."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    record = getattr(optimizer, "loss_scale_config", None)
+    if scaler is not None:
+        return scaler if scaler.dynamic else None
+    return record if record is not None and record.dynamic_loss_scale else None

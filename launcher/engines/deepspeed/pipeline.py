@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
+    from launcher.engines.deepspeed.masters import MasterState
     from launcher.profiling.performance import StepClock
 
 
@@ -133,14 +133,14 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
             if not parameter.is_meta:
                 yield name, parameter.detach().to("cpu", torch.float32)
 
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote at the same world size, stages and cut.
+    def _master_state(self) -> MasterState:
+        from launcher.engines.deepspeed.masters import MasterState
+        from launcher.engines.deepspeed.pipeline_module import parameters_counted_here
 
-        Raises:
-            JobError: the folder holds no checkpoint of DeepSpeed.
-        """
-        with torch.no_grad():  # tied weights are broadcast in place
-            super().load(folder)
+        names = {parameter: name for name, parameter in self._laid_out.named_parameters() if not parameter.is_meta}
+        counted = set(parameters_counted_here(self.module))
+        elsewhere = [parameter for parameter in names if parameter not in counted]
+        return MasterState(self._engine.optimizer, names, saved_elsewhere=elsewhere)
 
 
 def _pairs(micro_batches: Sequence[MicroBatch]) -> Any:

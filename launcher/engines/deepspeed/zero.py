@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from launcher.config.parallel.zero import Zero
 from launcher.engines.base import Observer, StepResult, never_preempted
-from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
+from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam, read_parameters_once
 from launcher.engines.deepspeed.nvme import SwapFolder
 from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_labels
 from launcher.engines.generate import generate_greedily
@@ -27,8 +27,10 @@ from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
 if TYPE_CHECKING:
+    from launcher.checkpoint.tensors import StoredState
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
+    from launcher.engines.deepspeed.masters import MasterState
     from launcher.profiling.performance import StepClock
 
 
@@ -40,6 +42,8 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         assert isinstance(zero, Zero), "this engine carries out ZeRO only"
         super().__init__(context, clock)
         self._zero = zero
+        if zero.offload_parameters == "nvme":
+            read_parameters_once()
         self._swap = self._swap_folder()
         config = self._config()
         self._loss = loss_function(context.run.batched_job)
@@ -142,6 +146,17 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
             )
         self._engine.train()
         return ids
+
+    def load_shards(self, source: StoredState) -> None:
+        """Fill master weights and moments in place, on NVMe too."""
+        super().load_shards(source)
+        self._check_swap()
+
+    def _master_state(self) -> MasterState:
+        from launcher.engines.deepspeed.masters import MasterState
+
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return MasterState(self._engine.optimizer, names)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield whole parameters; under ZeRO-3 each is gathered in its turn."""

@@ -1,0 +1,334 @@
+"""DeepSpeed's fp32 weights and moments as parts of whole tensors: saved and loaded under any strategy and world size.
+
+DeepSpeed's optimizers update buffers (master weights), in which parts of parameters lie one behind another: all of them
+without ZeRO, this rank's partition with it. Under Infinity a buffer is in a file on NVMe between steps.
+
+Imports DeepSpeed, so it comes after ``prepare_environment``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from launcher.checkpoint.regions import Box, FlatRange
+from launcher.checkpoint.tensors import Shard, StoredState
+from launcher.engines.state import check_shape
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of each weight, the only optimizer that DeepSpeed runs here."""
+
+_WEIGHTS = ""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a parameter in a buffer."""
+
+    parameter: nn.Parameter
+    start: int
+    """Its first element in the flattened parameter."""
+    numel: int
+    offset: int
+    """Its first element in the buffer."""
+
+
+class MasterBuffer:
+    """A tensor that the optimizer updates on this rank, with its moments.
+
+    Args:
+        optimizer: torch's or DeepSpeed's Adam, whose state it is.
+        weights: the tensor, fp32 or, with ``parallel.low_memory_bf16``, bf16.
+        parameters: of which it has a part, or another rank has.
+        parts: that it consists of.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        weights: Tensor,
+        *,
+        parameters: Sequence[nn.Parameter],
+        parts: Sequence[_Part],
+    ) -> None:
+        self._optimizer, self._weights = optimizer, weights
+        self.parameters, self.parts = parameters, parts
+
+    def read(self, key: str, part: _Part) -> Tensor:
+        """Return a part of the weights or of a moment as fp32, one dimension, on any device."""
+        if key != _WEIGHTS and not self._state:
+            return torch.zeros(part.numel)
+        tensor = self._weights if key == _WEIGHTS else self._state[key]
+        return self._read(tensor, part).float()
+
+    def _read(self, tensor: Tensor, part: _Part) -> Tensor:
+        return tensor.detach().view(-1).narrow(0, part.offset, part.numel)
+
+    @property
+    def step(self) -> int:
+        """Updates so far."""
+        return int(self._state.get("step", 0))
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, Tensor]]:
+        """Bring weights (under an empty key) and moments into memory, one dimension each, and keep what is written."""
+        if not self._state:
+            self._create_state()
+        tensors = {_WEIGHTS: self._weights, **{key: self._state[key] for key in MOMENTS}}
+        yield {key: tensor.detach().view(-1) for key, tensor in tensors.items()}
+
+    def set_step(self, step: int) -> None:
+        """Set the number of updates; call it after :meth:`opened`."""
+        if isinstance(self._state["step"], Tensor):
+            self._state["step"].fill_(step)
+        else:
+            self._state["step"] = step
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._optimizer.state.get(self._weights, {})
+        return found
+
+    def _create_state(self) -> None:
+        """Create what the first step would."""
+        keeps_fp32 = getattr(self._optimizer, "fp32_optimizer_states", False)
+        dtype = torch.float32 if keeps_fp32 else self._weights.dtype
+        is_torch = isinstance(self._optimizer, torch.optim.AdamW)
+        step = torch.zeros((), dtype=torch.float32, device=self._weights.device) if is_torch else 0
+        moments = {key: torch.zeros_like(self._weights, dtype=dtype, requires_grad=False) for key in MOMENTS}
+        self._optimizer.state[self._weights] = {"step": step, **moments}
+
+
+class _Stage3Buffer(MasterBuffer):
+    """A sub-group of ZeRO-3, in memory; the partitioned parameters follow what is written."""
+
+    def __init__(self, zero: DeepSpeedZeroOptimizer_Stage3, number: int) -> None:
+        self._zero, self._number = zero, number
+        parameters = zero.fp16_groups[number]
+        super().__init__(
+            zero.optimizer,
+            zero.fp32_partitioned_groups_flat[number],
+            parameters=parameters,
+            parts=list(_stage3_parts(parameters, rank=dist.get_rank(zero.dp_process_group))),
+        )
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, Tensor]]:
+        with super().opened() as tensors:
+            yield tensors
+            self._zero._reassign_or_swap_out_partitioned_parameters(self._number)  # noqa: SLF001  (as its step does)
+
+
+class _SwappedBuffer(_Stage3Buffer):
+    """A sub-group of ZeRO-Infinity, of which parts are read from files on NVMe as they are asked for."""
+
+    def _read(self, tensor: Tensor, part: _Part) -> Tensor:
+        swapped = self._zero.optimizer_swapper.swap_params_info[self._weights.ds_id]
+        (path,) = (Path(context.swap_path) for context in swapped.tensors if context.compute_tensor is tensor)
+        return _read_file(path, dtype=swapped.dtype(), start=part.offset, numel=part.numel)
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, Tensor]]:
+        swapper = self._zero.optimizer_swapper
+        swapper.swap_in_optimizer_state(parameter=self._weights, async_parameter=None)
+        with super().opened() as tensors:
+            yield tensors
+        swapper.swap_out_optimizer_state(parameter=self._weights, async_swap=False)
+        self._weights.grad = None
+
+
+def _read_file(path: Path, *, dtype: torch.dtype, start: int, numel: int) -> Tensor:
+    """Return elements of a swap file.
+
+    Raises:
+        OSError: it is shorter.
+    """
+    values = torch.empty(numel, dtype=dtype)
+    room = memoryview(values.view(torch.uint8).numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(start * dtype.itemsize)
+        while room:
+            if not (num_read := file.readinto(room)):
+                raise OSError(f"{path} ends early")
+            room = room[num_read:]
+    return values
+
+
+def master_buffers(optimizer: Any) -> list[MasterBuffer]:
+    """Return the buffers of one of DeepSpeed's optimizers, or of torch's that it uses as it is."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return [
+            (_SwappedBuffer if _is_swapped(optimizer, numel) else _Stage3Buffer)(optimizer, number)
+            for number, numel in enumerate(optimizer.fp16_partitioned_groups_flat_numel)
+        ]
+    if isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer | FP16_Optimizer):
+        return [
+            MasterBuffer(
+                optimizer.optimizer,
+                flat,
+                parameters=parameters,
+                parts=list(_flat_parts(parameters, offsets, first=first, last=first + flat.numel())),
+            )
+            for flat, parameters, offsets, first in _flat_groups(optimizer)
+        ]
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        pairs = [pair for one, other in groups for pair in zip(one, other, strict=True)]
+        return [_whole_buffer(optimizer.optimizer, master, parameter) for parameter, master in pairs]
+    assert isinstance(optimizer, torch.optim.Optimizer), type(optimizer)
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [_whole_buffer(optimizer, parameter, parameter) for parameter in updated]
+
+
+def _is_swapped(zero: DeepSpeedZeroOptimizer_Stage3, numel: int) -> bool:
+    return bool(zero.swap_optimizer and zero.optimizer_swapper.is_swappable_tensor(numel=numel))
+
+
+def _whole_buffer(optimizer: torch.optim.Optimizer, weights: Tensor, parameter: nn.Parameter) -> MasterBuffer:
+    part = _Part(parameter, start=0, numel=parameter.numel(), offset=0)
+    return MasterBuffer(optimizer, weights, parameters=[parameter], parts=[part])
+
+
+_Group = tuple[Tensor, Sequence[nn.Parameter], Sequence[int], int]
+
+
+def _flat_groups(optimizer: Any) -> Iterator[_Group]:
+    """Yield buffers with their parameters, where these begin in all ranks' buffers in a row, and where it begins."""
+    if isinstance(optimizer, FP16_Optimizer):
+        for flat, parameters in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+            yield flat, parameters, _offsets(parameters), 0
+        return
+    if isinstance(optimizer, BF16_Optimizer):
+        buffers, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+    else:
+        buffers, groups = optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups
+    padded = getattr(optimizer, "round_robin_bit16_offsets", [_offsets(parameters) for parameters in groups])
+    ranks = map(dist.get_rank, optimizer.real_dp_process_group)
+    for flat, parameters, offsets, rank in zip(buffers, groups, padded, ranks, strict=True):
+        yield flat, parameters, offsets, rank * flat.numel()
+
+
+def _offsets(parameters: Sequence[nn.Parameter]) -> list[int]:
+    sizes = [parameter.numel() for parameter in parameters]
+    return [sum(sizes[:number]) for number in range(len(sizes))]
+
+
+def _flat_parts(
+    parameters: Sequence[nn.Parameter], offsets: Sequence[int], *, first: int, last: int
+) -> Iterator[_Part]:
+    """Yield the parts of parameters that lie from ``first`` to ``last`` (exclusive)."""
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        start, stop = max(first, offset), min(last, offset + parameter.numel())
+        if start < stop:
+            yield _Part(parameter, start=start - offset, numel=stop - start, offset=start - first)
+
+
+def _stage3_parts(parameters: Sequence[Any], *, rank: int) -> Iterator[_Part]:
+    """Yield this rank's partition of each parameter without the padding at the end of the last one."""
+    offset = 0
+    for parameter in parameters:
+        size = parameter.partition_numel()
+        start = rank * size
+        if (numel := min(size, parameter.ds_numel - start)) > 0:
+            yield _Part(parameter, start=start, numel=numel, offset=offset)
+        offset += size
+
+
+class MasterState:
+    """Weights and moments of a DeepSpeed engine by their names in the whole model.
+
+    Args:
+        optimizer: DeepSpeed's, or torch's.
+        names: of parameters in the whole model; a tied one has its first name.
+        saved_elsewhere: parameters of which another rank saves a copy.
+    """
+
+    def __init__(
+        self, optimizer: Any, names: Mapping[nn.Parameter, str], *, saved_elsewhere: Sequence[nn.Parameter] = ()
+    ) -> None:
+        self._optimizer, self._names = optimizer, names
+        self._saved_elsewhere = set(saved_elsewhere)
+
+    def shards(self) -> list[Shard]:
+        """Return this rank's parts."""
+        return [shard for buffer in master_buffers(self._optimizer) for shard in self._shards_of(buffer)]
+
+    def _shards_of(self, buffer: MasterBuffer) -> Iterator[Shard]:
+        step = torch.tensor(float(buffer.step))
+        for part in buffer.parts:
+            if part.parameter in self._saved_elsewhere:
+                continue
+            name, shape = self._names[part.parameter], _shape(part.parameter)
+            region = FlatRange(part.start, part.start + part.numel)
+            for key in (_WEIGHTS, *MOMENTS):
+                read = partial(buffer.read, key, part)
+                yield Shard(name=_name(key, name), shape=shape, region=region, dtype=torch.float32, read=read)
+            yield Shard(name=_name("step", name), shape=(), region=Box((), ()), dtype=torch.float32, read=step.clone)
+
+    def load(self, source: StoredState, *, heartbeat: Callable[[], None] = lambda: None) -> None:
+        """Take this rank's parts out of a checkpoint, one in memory at a time; all ranks call it together.
+
+        Raises:
+            ValueError: the checkpoint does not hold this model and optimizer.
+        """
+        buffers = master_buffers(self._optimizer)
+        for buffer in buffers:
+            for parameter in buffer.parameters:
+                check_shape(source, _name("step", self._names[parameter]), ())
+                for key in (_WEIGHTS, *MOMENTS):
+                    check_shape(source, _name(key, self._names[parameter]), _shape(parameter))
+        if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self._optimizer.checkpoint_event_prologue()  # partitions all parameters
+        with torch.no_grad():
+            for buffer in buffers:
+                self._fill(buffer, source, heartbeat)
+            _update_copies(self._optimizer)
+
+    def _fill(self, buffer: MasterBuffer, source: StoredState, heartbeat: Callable[[], None]) -> None:
+        with buffer.opened() as tensors:
+            for part in buffer.parts:
+                region = FlatRange(part.start, part.start + part.numel)
+                for key, tensor in tensors.items():
+                    name = _name(key, self._names[part.parameter])
+                    tensor.narrow(0, part.offset, part.numel).copy_(source.read(name, region))
+                heartbeat()
+        # of torch's optimizers each parameter counts for itself, and one without a gradient does not count at all
+        steps = [source.read(_name("step", self._names[parameter])).item() for parameter in buffer.parameters]
+        buffer.set_step(int(max(steps)))
+
+
+def _update_copies(optimizer: Any) -> None:
+    """Make the weights that passes use equal to the master weights, on all ranks."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.checkpoint_event_epilogue()  # gathers small parameters
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_Optimizer):
+        for buffer in master_buffers(optimizer):
+            for part in buffer.parts:
+                part.parameter.copy_(buffer.read(_WEIGHTS, part).view_as(part.parameter))
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            torch._foreach_copy_(list(parameters), list(masters))
+
+
+def _name(key: str, parameter: str) -> str:
+    return f"{key}.{parameter}" if key else parameter
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    """Return the whole shape; under ZeRO-3 a parameter is empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

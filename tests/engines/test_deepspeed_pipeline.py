@@ -16,8 +16,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp4": (4, {"stages": 4}),
     "pp2_dp2": (4, {"stages": 2}),
 }
-SAVED = "gpt2_pp2_dp2"
-"""The case whose checkpoint is loaded."""
+SAVED = {"gpt2_pp2_dp2": (4, {}), "zero0": (2, {"stage": 0})}
+"""Cases whose checkpoints are loaded, by themselves and by one process, whose own they load then."""
 FAMILIES = {"gpt2": 3e-3, "llama": 1e-3}
 """Learning rates. The one family ties its head to the embedding, the other does not. At 3e-3 the small Llama is so
 unstable that one process taking 2 sequences a pass instead of 16 strays by 1.4e-5, as all pipelines do."""
@@ -54,22 +54,24 @@ def single(name: str, *, family: str = "gpt2", **rest: Any) -> dict[str, Any]:
 def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run all cases of this module on four processes."""
     folder: Path = tmp_path_factory.mktemp("pipeline")
-    cases = [single(f"{family}_single", family=family) for family in FAMILIES]
-    saved = str(folder / "saved")
+    saved = {name: str(folder / f"saved_{name}") for name in ("single", *SAVED)}
+    cases = [single("gpt2_single", save=saved["single"]), single("llama_single", family="llama")]
     for family in FAMILIES:
         for name, (world, parallel) in LAYOUTS.items():
-            more = {"save": saved} if f"{family}_{name}" == SAVED else {}
+            more = {"save": saved[f"{family}_{name}"]} if f"{family}_{name}" in SAVED else {}
             cases.append(case(f"{family}_{name}", world, parallel, family=family, held_out=3, generate=True, **more))
         cases.append(single(f"{family}_evaluated", family=family, held_out=3, job={"micro_batch": 2}, steps=0))
     for name, parallel in VARIANTS.items():
-        cases.append(case(name, 2, parallel, steps=FEW))
+        cases.append(case(name, 2, parallel, steps=FEW, **({"save": saved[name]} if name in SAVED else {})))
+    for name, (world, parallel) in SAVED.items():
+        cases.append(case(f"{name}_resumed", world, parallel, load=[saved[name], saved["single"]], steps=0))
     cases += [
         case("recomputed", 2, {}, activation={"kind": "full"}, steps=FEW),
         case("eager", 2, {}, attention={"kind": "eager"}, steps=FEW),
         case("bf16", 2, {}, precision={"kind": "bf16"}, steps=FEW),
         case("random", 2, {}, model={"weights": "random"}, steps=FEW),
         single("random_single", model={"weights": "random"}, steps=FEW),
-        case("resumed", 4, {}, load=saved, steps=0),
+        single("reader", load=[saved[name] for name in SAVED], steps=0),
     ]
     cases += [case(plant, 2, parallel, plant=plant, steps=FEW) for plant, parallel in PLANTS.items()]
     found: dict[str, Any] = run_cases(cases, folder)
@@ -115,9 +117,18 @@ def test_bf16_is_close(answers: dict[str, Any]) -> None:
     assert losses(answers["bf16"]) != full
 
 
-def test_a_loaded_checkpoint_continues_to_the_bit(answers: dict[str, Any]) -> None:
-    assert answers[SAVED]["after"]
-    assert answers["resumed"]["after"] == answers[SAVED]["after"]
+@pytest.mark.parametrize("name", SAVED)
+def test_a_loaded_checkpoint_continues_to_the_bit(answers: dict[str, Any], name: str) -> None:
+    assert answers[name]["after"]
+    assert answers[f"{name}_resumed"]["after"] == answers[name]["after"]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_one_process_continues_in_stages_and_back(answers: dict[str, Any], name: str) -> None:
+    single = answers["gpt2_single"]
+    assert losses(answers[f"{name}_resumed"], "after1") == pytest.approx(losses(single, "after"), rel=1e-6)
+    read = losses(answers["reader"], f"after{[*SAVED].index(name) or ''}")
+    assert read == pytest.approx(losses(answers[name], "after"), rel=1e-6)
 
 
 def test_planted_errors_are_seen(answers: dict[str, Any]) -> None:

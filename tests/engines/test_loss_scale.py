@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launcher.config.precision import Bf16Precision, Fp16Precision
+from launcher.engines.deepspeed.base import read_loss_scale, set_loss_scale
 from launcher.engines.optimizer import LossScale
 
 
@@ -19,10 +22,13 @@ def test_halves_once_the_hysteresis_is_used_up_and_not_below_the_floor() -> None
     assert values == [8, 4, 2, 2, 2]
 
 
-def test_other_precisions_scale_nothing() -> None:
-    scale = LossScale(Bf16Precision())
+def test_other_precisions_scale_nothing_and_pass_nothing_on() -> None:
+    scale, half = LossScale(Bf16Precision()), LossScale(Fp16Precision(initial_scale_power=4))
     scale.update(overflow=True)
+    scale.restore(half.state())
     assert scale.value == 1.0
+    half.restore(scale.state())
+    assert half.value == 16.0
 
 
 def test_a_restored_scale_continues_alike() -> None:
@@ -46,18 +52,26 @@ def test_moves_as_deepspeeds_does(seed: int, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # it asks, only to log on rank 0
     settings = Fp16Precision(initial_scale_power=16, scale_window=3, hysteresis=2)
-    deepspeed_scale = loss_scaler.DynamicLossScaler(
-        dtype=torch.half,
-        init_scale=2**16,
-        scale_window=3,
-        delayed_shift=2,
-        consecutive_hysteresis=False,
-        min_scale=1.0,
-        raise_error_at_min_scale=False,
-    )
-    ours, draw = LossScale(settings), random.Random(seed)
+
+    def deepspeed_optimizer() -> Any:
+        scaler = loss_scaler.DynamicLossScaler(
+            dtype=torch.half,
+            init_scale=2**16,
+            scale_window=3,
+            delayed_shift=2,
+            consecutive_hysteresis=False,
+            min_scale=1.0,
+            raise_error_at_min_scale=False,
+        )
+        return SimpleNamespace(loss_scaler=scaler)
+
+    theirs, ours, draw = deepspeed_optimizer(), LossScale(settings), random.Random(seed)
     for _ in range(200):
         overflow = draw.random() < 0.2
-        deepspeed_scale.update_scale(overflow)
+        theirs.loss_scaler.update_scale(overflow)
         ours.update(overflow=overflow)
-        assert ours.value == deepspeed_scale.cur_scale
+        assert ours.value == theirs.loss_scaler.cur_scale
+        if draw.random() < 0.1:  # a run that goes on under the other engine
+            kept, theirs, ours = (read_loss_scale(theirs), ours.state()), deepspeed_optimizer(), LossScale(settings)
+            ours.restore(kept[0])
+            set_loss_scale(theirs, kept[1])

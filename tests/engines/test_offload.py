@@ -1,4 +1,4 @@
-"""Offload to RAM and to disk, with DeepSpeed's compiled operators: the same steps and checkpoints, a disk left clean."""
+"""Offload to RAM and disk, with DeepSpeed's compiled operators: the same steps and checkpoints, a disk left clean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.ops.build import build_ops
 
 from .conftest import losses
 
-STEPS = 5
+STEPS = 3
 ZERO3 = {"kind": "zero", "stage": 3, "persistence_threshold": 1000, "sub_group_size": 500_000}
 NATIVE = {"optimizer": {"implementation": "native"}}
 NVME = {"pin_memory": False, "nvme_buffer_size": 600_000}
@@ -26,6 +26,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3_nvme_optimizer": {**ZERO3, **NVME, "offload_optimizer": "nvme", "offload_parameters": "cpu"},
 }
 
+SAVED = ("zero1_cpu", "zero3_nvme", "zero3_nvme_optimizer")
+"""Those whose checkpoints are loaded: by themselves, and by DDP, whose own they load then."""
+
 
 @pytest.fixture(scope="module")
 def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -35,19 +38,20 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     except EnvironmentProblem as problem:
         pytest.skip(str(problem))
     folder: Path = tmp_path_factory.mktemp("offload")
-    saved = {name: str(folder / f"saved_{name}") for name in ("ddp", *STRATEGIES)}
+    saved = {name: str(folder / f"saved_{name}") for name in ("ddp", *SAVED)}
 
     def case(name: str, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
         run = {"parallel": parallel, **WIDE, **(NATIVE if parallel["kind"] == "zero" else {})}
-        return {"name": name, "world": 2, "steps": 0, "run": run, **rest}
+        return {"name": name, "world": 2, "steps": 0, "lr": 1e-3, "run": run, **rest}
 
     cases = [case("ddp", {"kind": "ddp"}, steps=STEPS, save=saved["ddp"])]
     for name, parallel in STRATEGIES.items():
         if "nvme" in name:
             parallel = {**parallel, "nvme_path": str(folder / "nvme")}
-        cases.append(case(name, parallel, steps=STEPS, save=saved[name]))
-        cases.append(case(f"{name}_resumed", parallel, load=[saved[name], saved["ddp"]]))
-    cases.append(case("reader", {"kind": "ddp"}, load=[saved[name] for name in STRATEGIES]))
+        cases.append(case(name, parallel, steps=STEPS, **({"save": saved[name]} if name in SAVED else {})))
+        if name in SAVED:
+            cases.append(case(f"{name}_resumed", parallel, load=[saved[name], saved["ddp"]]))
+    cases.append(case("reader", {"kind": "ddp"}, load=[saved[name] for name in SAVED]))
     return {**run_cases(cases, folder), "left": [path.name for path in (folder / "nvme").iterdir()]}
 
 
@@ -56,16 +60,16 @@ def test_offload_changes_no_step(answers: dict[str, Any], name: str) -> None:
     assert losses(answers[name]) == pytest.approx(losses(answers["ddp"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", SAVED)
 def test_a_loaded_checkpoint_continues_to_the_bit(answers: dict[str, Any], name: str) -> None:
     assert answers[name]["after"]
     assert answers[f"{name}_resumed"]["after"] == answers[name]["after"]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", SAVED)
 def test_a_checkpoint_of_ddp_continues_under_offload_and_back(answers: dict[str, Any], name: str) -> None:
     assert losses(answers[f"{name}_resumed"], "after1") == pytest.approx(losses(answers["ddp"], "after"), rel=1e-6)
-    read = losses(answers["reader"], f"after{[*STRATEGIES].index(name) or ''}")
+    read = losses(answers["reader"], f"after{SAVED.index(name) or ''}")
     assert read == pytest.approx(losses(answers[name], "after"), rel=1e-6)
 
 

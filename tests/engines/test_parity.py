@@ -19,6 +19,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero2": {"kind": "zero", "stage": 2},
     "zero3": ZERO3,
     "zero3_offload": {**ZERO3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    "zero3_sub_groups": {"kind": "zero", "stage": 3, "persistence_threshold": 1000, "sub_group_size": 20_000},
 }
 SPLITS = {
     "1x8": {"micro_batch": 1, "gradient_accumulation_steps": 8},
@@ -61,8 +62,8 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     cases = [case("single", **single, generate=True, save=saved["single"]) | {"world": 1}]
     for name, parallel in STRATEGIES.items():
         cases.append(case(name, parallel, generate=True, save=saved[name]))
-    for name in SAVED:
-        cases.append(case(f"{name}_resumed", STRATEGIES[name], load=[saved[name], saved["single"]]) | {"steps": 0})
+    resumed = ((name, [saved[name], saved["single"]]) for name in SAVED)
+    cases += [case(f"{name}_resumed", STRATEGIES[name], load=load) | {"steps": 0} for name, load in resumed]
     cases.append(case("reader", **single, load=[saved[name] for name in SAVED]) | {"world": 1, "steps": 0})
     cases += [
         case(f"{name}_{split}", STRATEGIES[name], job=job) for name in SPLIT_STRATEGIES for split, job in SPLITS.items()

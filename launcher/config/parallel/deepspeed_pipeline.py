@@ -109,8 +109,8 @@ class DeepSpeedPipeline(Parallel):
     ) -> Iterator[ConfigError]:
         """Reject more stages than blocks, unknown models, and what ZeRO's engine does not support."""
         yield from self.zero.validate_run(world_size, precision, optimizer=optimizer, shape=shape)
-        if self.stage == 0 and precision.compute != "fp32":
-            why = f"without ZeRO DeepSpeed has no pipeline in {precision.compute} whose numbers are known to be right"
+        if self.stage == 0 and precision.compute == "bf16":
+            why = "without ZeRO DeepSpeed has no pipeline in bf16 whose numbers are known to be right"
             yield self.error("stage", why, "set parallel.stage=1 or precision=fp32")
         if shape is None:
             return

@@ -137,6 +137,9 @@ class Zero(Parallel):
         if self.low_memory_bf16 and precision.compute != "bf16":
             fix = "set precision=bf16 or parallel.low_memory_bf16=false"
             yield self.error("low_memory_bf16", f"precision is {precision.compute}", fix)
+        if isinstance(precision, Fp16Precision) and self.stage == 0:
+            why = "DeepSpeed does not scale the loss of fp16 without ZeRO, so gradients underflow and are not clipped"
+            yield self.error("stage", why, "set parallel.stage=1, or parallel=ddp, or precision=bf16")
         if isinstance(precision, Fp16Precision) and precision.min_scale != int(precision.min_scale):
             why = "DeepSpeed takes a whole number"
             yield precision.error("min_scale", why, f"set precision.min_scale={int(precision.min_scale)}")

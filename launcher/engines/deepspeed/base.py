@@ -70,6 +70,7 @@ class DeepSpeedEngineBase(Engine):
             config=dict(config),
             dist_init_required=False,
         )
+        undo_trial_update(self._engine.optimizer)
 
     def _step_result(self, own_sum: float, *, tokens: int, norm: float | None, preempted: bool) -> StepResult:
         """Return the result of a step that DeepSpeed has taken, the same on every rank.
@@ -174,6 +175,19 @@ def allow_fp16(device: torch.device) -> None:
 
     if device.type == "cpu":
         get_accelerator().is_fp16_supported = lambda: True
+
+
+def undo_trial_update(optimizer: Any) -> None:
+    """Undo the update by which DeepSpeed's wrappers of half precision without ZeRO create Adam's state.
+
+    It counts as a step, which makes all that follow too small or too large, and decays the master weights.
+    """
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+        optimizer.optimizer.state.clear()
+        optimizer.refresh_fp32_params()
 
 
 def read_parameters_once() -> None:

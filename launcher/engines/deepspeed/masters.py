@@ -33,6 +33,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _WEIGHTS = ""
 
+_NEGLIGIBLE = 2.0**-27
+"""A number that is nothing beside 1 in fp32."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -96,6 +99,28 @@ class MasterBuffer:
             self._state["step"].fill_(step)
         else:
             self._state["step"] = step
+
+    def replay_steps(self, heartbeat: Callable[[], None]) -> None:
+        """Take as many steps with a number of no use as have been taken, where the optimizer multiplies as it counts.
+
+        DeepSpeed's compiled Adam for CPUs does: it keeps powers of the betas, product by product. From a step that is
+        not the next one it computes them at once, which rounds otherwise. Once they no longer change ``1 - power``
+        there is nothing to do.
+        """
+        if isinstance(self._optimizer, torch.optim.AdamW) or self._weights.device.type != "cpu":
+            return
+        groups = self._optimizer.param_groups
+        if max(groups[0]["betas"]) ** self.step < _NEGLIGIBLE:
+            return
+        unused = torch.zeros(1)
+        unused.grad = torch.zeros(1)
+        self._optimizer.param_groups = [{**groups[0], "params": [unused]}]
+        for number in range(self.step):
+            self._optimizer.step()
+            if number % 1000 == 0:
+                heartbeat()
+        self._optimizer.param_groups = groups
+        del self._optimizer.state[unused]
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -296,6 +321,7 @@ class MasterState:
             for buffer in buffers:
                 self._fill(buffer, source, heartbeat)
             _update_copies(self._optimizer)
+            buffers[0].replay_steps(heartbeat)
 
     def _fill(self, buffer: MasterBuffer, source: StoredState, heartbeat: Callable[[], None]) -> None:
         with buffer.opened() as tensors:

@@ -80,6 +80,7 @@ def test_all_mistakes_come_at_once() -> None:
         ),
         (Zero(**NVME), Bf16Precision(), AdamW(), "parallel.nvme_buffer_size"),
         (Zero(), Fp16Precision(min_scale=1.5), AdamW(), "precision.min_scale"),
+        (Zero(stage=0), Fp16Precision(), AdamW(), "parallel.stage"),
     ],
 )
 def test_what_other_groups_rule_out(zero: Zero, precision: Any, optimizer: AdamW, option: str) -> None:

@@ -1,16 +1,15 @@
 """Save and load an engine; unpickle safely what others wrote.
 
 ``torch.save`` writes a pickle, and a pickle can call any function when it is loaded. A checkpoint may come from another
-user, so every one is read with ``weights_only``: tensors, plain values, and the few classes named here. Our own hold
-safetensors, which have no pickle.
+user, so every one is read with ``weights_only``: tensors and plain values. Our own hold safetensors, which have no
+pickle.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from torch import distributed as dist
 
 from launcher.checkpoint.tensors import StoredState, shard_file_name, write_shards
 from launcher.engines.state import divide_copies
-from launcher.errors import EXIT_BAD_INPUT, JobError, LauncherError
+from launcher.errors import EXIT_BAD_INPUT, JobError
 from launcher.protocol.state_files import TENSOR_FOLDER, state_files
 from launcher.utils.files import read_json, write_json
 
@@ -54,59 +53,21 @@ def read_state(folder: Path) -> tuple[StoredState, dict[str, float]]:
     return StoredState(state_files(folder)), read_json(folder / SCALARS)
 
 
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"rng_{rank:05d}.pt"
-
-
-def save_rng(folder: Path, *, rank: int, device: torch.device) -> None:
-    """Write the state of this rank's generators."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    torch.save(state, _file(folder, rank))
-
-
-def load_rng(folder: Path, *, rank: int, device: torch.device) -> None:
-    """Restore them; a rank that did not exist when the checkpoint was written keeps its own."""
-    path = _file(folder, rank)
-    if not path.exists():
-        return
-    state = load_file(path)
-    with explain_read_errors(path):
-        torch.set_rng_state(state["cpu"])
-        if device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], device)
-
-
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|class (?:<class ')?([\w.]+)")
 
 
-def load_file(path: Path, *, device: torch.device | str = "cpu") -> Any:
-    """Return the content of a checkpoint file: tensors and plain values.
+def load_file(path: Path) -> Any:
+    """Return the content of a file of ``torch.save`` on the CPU: tensors and plain values.
 
     Raises:
         JobError: it is missing, damaged, or holds anything else; exit code 65.
     """
-    with explain_read_errors(path):
-        return torch.load(path, weights_only=True, map_location=device)
-
-
-@contextmanager
-def explain_read_errors(place: Path) -> Iterator[None]:
-    """Turn errors of reading ``place``, a file or folder of a checkpoint, into one naming it.
-
-    Raises:
-        JobError: it is missing, damaged, or holds something else than it should; exit code 65.
-    """
     try:
-        yield
+        return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
         what = f"an object of {found[1] or found[2]}, which could run code" if found else "something else than tensors"
-        why = f"{place} holds {what}; it is not loaded. Resume from a checkpoint that this program wrote"
-        raise JobError(why, exit_code=EXIT_BAD_INPUT) from error
-    except (torch.OutOfMemoryError, LauncherError):
-        raise
+        raise JobError(f"{path} holds {what}; it is not loaded", exit_code=EXIT_BAD_INPUT) from error
     except Exception as error:  # damaged bytes make the readers of pickles and archives fail in any way
         first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise JobError(f"{place} cannot be read: {first}", exit_code=EXIT_BAD_INPUT) from error
+        raise JobError(f"{path} cannot be read: {first}", exit_code=EXIT_BAD_INPUT) from error

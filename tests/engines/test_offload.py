@@ -68,9 +68,10 @@ def test_a_loaded_checkpoint_continues_to_the_bit(answers: dict[str, Any], name:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_a_checkpoint_of_ddp_continues_under_offload_and_back(answers: dict[str, Any], name: str) -> None:
-    assert losses(answers[f"{name}_resumed"], "after1") == pytest.approx(losses(answers["ddp"], "after"), rel=1e-6)
+    # torch's Adam and DeepSpeed's round otherwise
+    assert losses(answers[f"{name}_resumed"], "after1") == pytest.approx(losses(answers["ddp"], "after"), rel=5e-6)
     read = losses(answers["reader"], f"after{SAVED.index(name) or ''}")
-    assert read == pytest.approx(losses(answers[name], "after"), rel=1e-6)
+    assert read == pytest.approx(losses(answers[name], "after"), rel=5e-6)
 
 
 def test_nothing_is_left_on_the_disk(answers: dict[str, Any]) -> None:

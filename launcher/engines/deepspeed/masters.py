@@ -19,6 +19,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -163,7 +164,7 @@ class _SwappedBuffer(_Stage3Buffer):
     def _read(self, tensor: Tensor, part: _Part) -> Tensor:
         swapped = self._zero.optimizer_swapper.swap_params_info[self._weights.ds_id]
         (path,) = (Path(context.swap_path) for context in swapped.tensors if context.compute_tensor is tensor)
-        return _read_file(path, dtype=swapped.dtype(), start=part.offset, numel=part.numel)
+        return read_swapped(path, dtype=swapped.dtype(), start=part.offset, numel=part.numel)
 
     @contextmanager
     def opened(self) -> Iterator[dict[str, Tensor]]:
@@ -175,7 +176,7 @@ class _SwappedBuffer(_Stage3Buffer):
         self._weights.grad = None
 
 
-def _read_file(path: Path, *, dtype: torch.dtype, start: int, numel: int) -> Tensor:
+def read_swapped(path: Path, *, dtype: torch.dtype, start: int, numel: int) -> Tensor:
     """Return elements of a swap file.
 
     Raises:
@@ -272,6 +273,43 @@ def _stage3_parts(parameters: Sequence[Any], *, rank: int) -> Iterator[_Part]:
         offset += size
 
 
+def _frozen_region(parameter: Any) -> FlatRange:
+    """Return which part of a parameter that is not trained this rank holds."""
+    if not hasattr(parameter, "ds_tensor"):
+        return FlatRange(0, parameter.numel())
+    size = parameter.partition_numel()
+    start = min(dist.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
+    return FlatRange(start, min(start + size, parameter.ds_numel))
+
+
+def _read_frozen(parameter: Any) -> Tensor:
+    """Return this rank's part of a parameter that is not trained as fp32, one dimension."""
+    numel = _frozen_region(parameter).numel
+    if _is_on_nvme(parameter):
+        path = Path(parameter.nvme_swapper.get_path(parameter, must_exist=True))
+        return read_swapped(path, dtype=parameter.dtype, start=0, numel=numel).float()
+    return _frozen_values(parameter)[:numel].float()
+
+
+def _write_frozen(parameter: Any, values: Tensor) -> None:
+    swapper = parameter.nvme_swapper if _is_on_nvme(parameter) else None
+    if swapper is not None:
+        swapper.swap_in([parameter], async_op=False)
+    _frozen_values(parameter)[: values.numel()].copy_(values)
+    if swapper is not None:
+        swapper.swap_out_and_release([parameter])
+
+
+def _frozen_values(parameter: Any) -> Tensor:
+    values: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return values.detach().view(-1)
+
+
+def _is_on_nvme(parameter: Any) -> bool:
+    partition = getattr(parameter, "ds_tensor", None)
+    return getattr(partition, "status", None) is PartitionedParamStatus.NOT_AVAILABLE
+
+
 class MasterState:
     """Weights and moments of a DeepSpeed engine by their names in the whole model.
 
@@ -289,7 +327,19 @@ class MasterState:
 
     def shards(self) -> list[Shard]:
         """Return this rank's parts."""
-        return [shard for buffer in master_buffers(self._optimizer) for shard in self._shards_of(buffer)]
+        buffers = master_buffers(self._optimizer)
+        shards = [shard for buffer in buffers for shard in self._shards_of(buffer)]
+        for parameter in self._frozen(buffers):
+            region, read = _frozen_region(parameter), partial(_read_frozen, parameter)
+            if region.numel and parameter not in self._saved_elsewhere:
+                name, shape = self._names[parameter], _shape(parameter)
+                shards.append(Shard(name=name, shape=shape, region=region, dtype=torch.float32, read=read))
+        return shards
+
+    def _frozen(self, buffers: Sequence[MasterBuffer]) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer does not update."""
+        updated = {parameter for buffer in buffers for parameter in buffer.parameters}
+        return [parameter for parameter in self._names if parameter not in updated]
 
     def _shards_of(self, buffer: MasterBuffer) -> Iterator[Shard]:
         step = torch.tensor(float(buffer.step))
@@ -315,11 +365,17 @@ class MasterState:
                 check_shape(source, _name("step", self._names[parameter]), ())
                 for key in (_WEIGHTS, *MOMENTS):
                     check_shape(source, _name(key, self._names[parameter]), _shape(parameter))
+        frozen = self._frozen(buffers)
+        for parameter in frozen:
+            check_shape(source, self._names[parameter], _shape(parameter))
         if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
             self._optimizer.checkpoint_event_prologue()  # partitions all parameters
         with torch.no_grad():
             for buffer in buffers:
                 self._fill(buffer, source, heartbeat)
+            for parameter in frozen:
+                _write_frozen(parameter, source.read(self._names[parameter], _frozen_region(parameter)))
+                heartbeat()
             _update_copies(self._optimizer)
             buffers[0].replay_steps(heartbeat)
 

@@ -88,7 +88,7 @@ class MasterBuffer:
 
     @contextmanager
     def opened(self) -> Iterator[dict[str, Tensor]]:
-        """Bring weights (under an empty key) and moments into memory, one dimension each, and keep what is written."""
+        """Bring weights (under an empty key) and moments into memory, to be overwritten."""
         if not self._state:
             self._create_state()
         tensors = {_WEIGHTS: self._weights, **{key: self._state[key] for key in MOMENTS}}
@@ -102,11 +102,11 @@ class MasterBuffer:
             self._state["step"] = step
 
     def replay_steps(self, heartbeat: Callable[[], None]) -> None:
-        """Take as many steps with a number of no use as have been taken, where the optimizer multiplies as it counts.
+        """Have DeepSpeed's compiled Adam for CPUs count the steps taken.
 
-        DeepSpeed's compiled Adam for CPUs does: it keeps powers of the betas, product by product. From a step that is
-        not the next one it computes them at once, which rounds otherwise. Once they no longer change ``1 - power``
-        there is nothing to do.
+        It keeps powers of the betas and multiplies them at each step; at a step that is not the next one it computes
+        them at once, which rounds otherwise. So it takes the steps with a number that nothing uses. Once the powers no
+        longer change ``1 - power`` there is nothing to do.
         """
         if isinstance(self._optimizer, torch.optim.AdamW) or self._weights.device.type != "cpu":
             return
@@ -232,7 +232,10 @@ _Group = tuple[Tensor, Sequence[nn.Parameter], Sequence[int], int]
 
 
 def _flat_groups(optimizer: Any) -> Iterator[_Group]:
-    """Yield buffers with their parameters, where these begin in all ranks' buffers in a row, and where it begins."""
+    """Yield each buffer, its parameters, where these begin, and where the buffer begins.
+
+    Beginnings count from the start of all ranks' buffers in a row.
+    """
     if isinstance(optimizer, FP16_Optimizer):
         for flat, parameters in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
             yield flat, parameters, _offsets(parameters), 0
@@ -354,7 +357,9 @@ class MasterState:
             yield Shard(name=_name("step", name), shape=(), region=Box((), ()), dtype=torch.float32, read=step.clone)
 
     def load(self, source: StoredState, *, heartbeat: Callable[[], None] = lambda: None) -> None:
-        """Take this rank's parts out of a checkpoint, one in memory at a time; all ranks call it together.
+        """Take this rank's parts out of a checkpoint, one in memory at a time.
+
+        All ranks call it together.
 
         Raises:
             ValueError: the checkpoint does not hold this model and optimizer.

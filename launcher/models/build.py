@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from launcher.models.deferred_init import (
 from launcher.models.plugin_transforms import apply_transforms
 from launcher.models.pretrained import transformers_config, weights_folder
 from launcher.models.transforms import apply_activation_checkpointing
-from launcher.models.weights import find_tensors, untie_differing_weights
+from launcher.models.weights import differences, find_tensors, listed, untie_differing_weights
 from launcher.plugins.base import TRANSFORM
 from launcher.plugins.loading import origin_of, plugin_kinds
 from launcher.quantization.convert import Converter, Restorer, metadata_of
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from launcher.config.model.base import Model
     from launcher.config.quantization import Quantization
 
-_SHOWN = 5
 _BAD_CONFIG = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of model constructors for invalid configurations."""
 
@@ -199,26 +198,13 @@ def _source(
         ConfigError: the files do not hold exactly this model.
     """
     stored = find_tensors(laid_out, folder, skip=skip)
-    mismatched = [f"{name} is {found} instead of {wanted}" for name, (found, wanted) in stored.mismatched().items()]
-    mismatched += [f"{name} cannot be converted ({why})" for name, why in stored.unconverted.items()]
-    parts = [
-        f"{what} {_listed(names)}"
-        for what, names in (("lacks", stored.missing), ("also has", stored.unexpected), ("mismatched:", mismatched))
-        if names
-    ]
-    if parts:
-        why = f"{folder} does not hold this model: it {', and it '.join(parts)}"
+    if wrong := differences(stored):
+        why = f"{folder} does not hold this model: {wrong}"
         fix = "choose the model of these weights"
         if plugin_kinds(TRANSFORM):
             fix += ", with the job.transforms that they were trained with"
         raise ConfigError("model.weights", model.weights, why=why, fix=fix)
     if untied := untie_differing_weights(laid_out, stored):
-        names = _listed(untied)
+        names = listed(untied)
         print(f"weights: {folder} holds {names} apart, though its config ties them: they stay apart", flush=True)
     return stored.read
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return ", ".join(ordered[:_SHOWN]) + more

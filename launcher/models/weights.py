@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+_SHOWN = 5
+"""Names that an error lists."""
 _ROWS = 4096
 """Rows of two tensors that are compared at a time."""
 
@@ -66,6 +68,25 @@ def find_tensors(model: PreTrainedModel, folder: Path, *, skip: Callable[[str], 
     if files := checkpoint_files(folder):
         return CheckpointTensors(model, files)
     return StoredTensors(model, folder, skip=skip)
+
+
+def differences(stored: ModelTensors) -> str:
+    """Return how the tensors of files differ from the model's; empty if they are the same."""
+    mismatched = [f"{name} is {found} instead of {wanted}" for name, (found, wanted) in stored.mismatched().items()]
+    mismatched += [f"{name} cannot be converted ({why})" for name, why in stored.unconverted.items()]
+    parts = [
+        f"{what} {listed(names)}"
+        for what, names in (("lacks", stored.missing), ("also has", stored.unexpected), ("mismatched:", mismatched))
+        if names
+    ]
+    return f"it {', and it '.join(parts)}" if parts else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first few of some names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more
 
 
 class CheckpointTensors:

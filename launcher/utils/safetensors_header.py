@@ -32,9 +32,14 @@ class TensorEntry:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Size of the values."""
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
+        return self.numel * _BITS[self.dtype] // 8
 
 
 def header_bytes(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:

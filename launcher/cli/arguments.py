@@ -83,6 +83,9 @@ class Arguments(argparse.Namespace):
     b: str = ""
     groups: Sequence[str] = ()
     action: str = ""
+    folder: str = ""
+    settings: Sequence[str] = ()
+    """Options of the verb itself, as ``name=value``."""
     shell: str | None = None
     words: Sequence[str] | None = None
 

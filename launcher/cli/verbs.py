@@ -341,6 +341,42 @@ signalled: by number and start time, on the machine they run on. A Slurm or Kube
 run on another machine, the command to type there is printed. A session.json of another user is refused: it could name
 your own processes and jobs.""",
     ),
+    "export": Verb(
+        summary="write the weights and tokenizer of a run as a folder that Transformers loads",
+        positionals=(
+            Positional(
+                name="source",
+                metavar="RUN",
+                completes=(Completion.RUN,),
+                help=f"{_RUN_HELP}, or a checkpoint; RUN@best and RUN@step_00000010 choose one of its checkpoints",
+            ),
+            Positional(
+                name="folder",
+                metavar="DIR",
+                completes=(Completion.FILE,),
+                help="the folder to write, which must not exist",
+            ),
+            Positional(
+                name="settings",
+                metavar="OPTION",
+                nargs="*",
+                completes=("format=safetensors", "dtype=fp32", "dtype=bf16", "dtype=fp16", "max_shard_size=5GB"),
+                help="dtype=fp32|bf16|fp16 (default: fp32), max_shard_size=5GB, format=safetensors",
+            ),
+        ),
+        options=(ROOT,),
+        examples="""\
+  launch export 20260101 mymodel              the newest checkpoint of the run whose id begins with 20260101
+  launch export 20260101@best mymodel         the one with the lowest held-out loss
+  launch export 20260101 mymodel dtype=bf16   half the size
+  launch export runs/gpt2_tiny/2026…/checkpoints/step_00000010 mymodel
+""",
+        notes="""\
+Checkpoints of every strategy and number of ranks are exported, one tensor at a time. DIR holds config, generation
+config, safetensors with an index, tokenizer and chat template, under the names that Transformers gives them:
+AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer.from_pretrained(DIR) load it without this program.
+The checkpoint is verified first. DIR appears once it is complete.""",
+    ),
     "benchmark": Verb(
         summary="compare two runs of a benchmark: does any quantity become worse from A to B",
         positionals=(

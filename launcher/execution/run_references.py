@@ -8,19 +8,11 @@ puts the checkpoint's ``model/`` into the run: ranks find the weights, whatever 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.manifest import damaged_files
-from launcher.checkpoint.resume import (
-    BEST,
-    CheckpointReference,
-    find_checkpoint,
-    find_checkpoints,
-    is_checkpoint,
-    parse_reference,
-)
+from launcher.checkpoint.resume import find_checkpoint, parse_reference
 from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.compose import Composition, compose, unused_vocab_size
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
@@ -30,9 +22,9 @@ from launcher.config.plugins import used_plugins
 from launcher.config.run import Run, default_run_name
 from launcher.config.snapshot import load_run, read_snapshot
 from launcher.errors import ConfigError
+from launcher.execution.saved_models import find_model_folder, find_run_or_checkpoint, select_checkpoints
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
-from launcher.runs.index import find_run
+from launcher.protocol.state_files import MODEL_FOLDER
 from launcher.utils.hub import cached_folder
 from launcher.utils.schema import to_tree
 
@@ -63,7 +55,7 @@ def _with_folders(composed: Composition) -> Run:
     folder = _run_or_checkpoint(run.model.weights, run, option=WEIGHTS)
     if folder is None:
         return run
-    weights = _weights_in(folder, run)
+    weights = find_model_folder(folder, run.model.weights, option=WEIGHTS)
     run = replace(run, model=_model_of(weights, composed))
     if run.run.name == default_run_name(composed.run.model.name):  # the default
         run = replace(run, run=replace(run.run, name=default_run_name(run.model.name)))
@@ -164,7 +156,7 @@ def _resumed(run: Run) -> Path:
         return Path(word).expanduser()  # validate_machine reports it
     if reference.selector is None:
         return folder
-    return next(_selected(folder, reference, word, option=RESUME)).folder
+    return next(select_checkpoints(folder, word, option=RESUME)).folder
 
 
 def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
@@ -173,105 +165,14 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
     Raises:
         ConfigError: it is no folder, and no run, or more than one, begins like it.
     """
-    reference = parse_reference(word)
-    folder = Path(reference.source).expanduser()
     if not run.backend.shares_paths:
-        if folder.is_absolute() and reference.selector is None:
+        reference = parse_reference(word)
+        if Path(reference.source).expanduser().is_absolute() and reference.selector is None:
             return None
         why = f"backend={run.backend.kind} runs where this machine's runs are not visible"
         where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
         raise ConfigError(option, word, why=why, fix=f"give {where} as its ranks see it, beginning with /")
-    if not _exists(folder):
-        if reference.source.startswith(("/", "./", "../", "~")):
-            return None
-        try:
-            return find_run(reference.source, Path(run.run.root)).path.absolute()
-        except ConfigError as error:
-            why = error.why.replace("is not a run directory", "is no folder")
-            fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.source else error.fix
-            raise ConfigError(option, word, why=why, fix=fix) from error
-    folder = folder.absolute()
-    if option == WEIGHTS and folder.name == MODEL_FOLDER and is_checkpoint(folder.parent):
-        return folder.parent
-    if _holds_checkpoints(folder):
-        return folder
-    if reference.selector is not None:
-        fix = f"leave @{reference.selector} out, or name a run"
-        raise ConfigError(option, word, why=f"{reference.source} is neither a run nor a checkpoint", fix=fix)
-    return None
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # no permission, or too long a name: opening it raises the error
-        return True
-
-
-def _holds_checkpoints(folder: Path) -> bool:
-    """Whether ``folder`` is a run, a run's checkpoints or one of them, and not a model folder."""
-    try:
-        if (folder / "config.json").is_file():
-            return False
-        run_dir = RunDir(folder)
-        return (
-            is_checkpoint(folder)
-            or run_dir.snapshot.is_file()
-            or run_dir.checkpoints.is_dir()
-            or any(folder.glob("step_*/manifest.json"))
-        )
-    except OSError:
-        return False
-
-
-def _selected(folder: Path, reference: CheckpointReference, word: str, *, option: str) -> Iterator[SavedCheckpoint]:
-    """Yield the checkpoints in ``folder`` that ``reference`` allows, the preferred one first."""
-    if is_checkpoint(folder) and reference.selector is not None:
-        why = f"{reference.source} is one checkpoint already"
-        raise ConfigError(option, word, why=why, fix=f"leave @{reference.selector} out, or name its run")
-    try:
-        saved = list(find_checkpoints(folder, say=_warn, option=option))
-    except ConfigError as error:
-        raise ConfigError(option, word, why=error.why, fix=error.fix) from error
-    if reference.step is not None:
-        chosen = [entry for entry in saved if entry.manifest.step == reference.step]
-        if not chosen:
-            steps = ", ".join(f"@{entry.folder.name}" for entry in saved[:5])
-            raise ConfigError(
-                option, word, why=f"has no complete checkpoint of step {reference.step}", fix=f"it has {steps}"
-            )
-        return iter(chosen)
-    if reference.selector == BEST:
-        rated = [entry for entry in saved if entry.manifest.eval_loss is not None]
-        if not rated:
-            why = f"no checkpoint of {reference.source} has a held-out loss: none was measured at its step"
-            fix = f"leave @{BEST} out for the newest, or train with job.eval_every equal to checkpoint.every"
-            raise ConfigError(option, word, why=why, fix=fix)
-        return iter(sorted(rated, key=lambda entry: entry.manifest.eval_loss or 0.0))
-    return iter(saved)
-
-
-def _weights_in(folder: Path, run: Run) -> Path:
-    """Return the model folder of a run or checkpoint, verified by checksums with its weights."""
-    word, reference = run.model.weights, parse_reference(run.model.weights)
-    quantized = RunDir(folder).path / MODEL_FOLDER
-    if not RunDir(folder).checkpoints.is_dir() and (quantized / "config.json").is_file() and not is_checkpoint(folder):
-        if reference.selector is not None:
-            why, fix = f"{reference.source} holds one model and no checkpoints", f"leave @{reference.selector} out"
-            raise ConfigError(WEIGHTS, word, why=why, fix=fix)
-        return quantized  # written by job=quantize
-    damaged: list[str] = []
-    for saved in _selected(folder, reference, word, option=WEIGHTS):
-        names = [name for name in saved.manifest.files if name.startswith((f"{MODEL_FOLDER}/", f"{TENSOR_FOLDER}/"))]
-        bad = damaged_files(saved.folder, saved.manifest, names)
-        if not bad:
-            if damaged:
-                _warn(f"{WEIGHTS}={word}: {saved.folder} is loaded instead")
-            return saved.folder / MODEL_FOLDER
-        damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (SHA-256)")
-        _warn(damaged[-1])
-    fix = "name another checkpoint or run, or copy an intact one there"
-    raise ConfigError(WEIGHTS, word, why=f"no checkpoint is intact: {'; '.join(damaged)}", fix=fix)
+    return find_run_or_checkpoint(word, Path(run.run.root), option=option)
 
 
 def _model_of(weights: Path, composed: Composition) -> Model:

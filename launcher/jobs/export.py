@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
-import torch
-
-from launcher.engines.distributed import DTYPES
 from launcher.errors import LauncherError
-from launcher.models.export import ModelExport
+from launcher.utils.logs import quiet_libraries
 from launcher.utils.progress import byte_progress
 from launcher.utils.system import disk_full_message
 from launcher.utils.text import bytes_text, counted
@@ -17,13 +15,11 @@ from launcher.utils.text import bytes_text, counted
 
 def main() -> int:
     """Write the folder; print what it holds."""
+    quiet_libraries()
     source, target, dtype, max_shard_bytes = sys.argv[1:]
-    torch.set_num_threads(1)
     folder = Path(target)
     try:
-        export = ModelExport(Path(source), dtype=DTYPES[dtype], max_shard_bytes=int(max_shard_bytes))
-        with byte_progress("writing", export.num_bytes) as written:
-            export.write(folder, written=written)
+        _export(Path(source), folder, dtype=dtype, max_shard_bytes=int(max_shard_bytes))
     except LauncherError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -32,10 +28,22 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {folder} was not written", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _export(source: Path, folder: Path, *, dtype: str, max_shard_bytes: int) -> None:
+    import torch
+
+    from launcher.engines.distributed import DTYPES
+    from launcher.models.export import ModelExport
+
+    torch.set_num_threads(1)
+    export = ModelExport(source, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+    with byte_progress("writing", export.num_bytes) as written:
+        export.write(folder, written=written)
     files = counted(export.num_files, "file")
     print(f"{export.num_params:,} parameters, {dtype}, {bytes_text(export.num_bytes)} in {files}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Find the checkpoint that a user names: a run, ``RUN@best``, ``RUN@step_00000010`` or a folder, verified.
+
+``RUN`` is its newest intact checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from launcher.checkpoint.manifest import damaged_files
+from launcher.checkpoint.resume import BEST, find_checkpoints, is_checkpoint, parse_reference
+from launcher.checkpoint.store import SavedCheckpoint
+from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
+from launcher.runs.index import find_run
+
+
+def find_run_or_checkpoint(word: str, root: Path, *, option: str) -> Path | None:
+    """Return the folder of a run or checkpoint named without ``@…``; ``None`` if it is neither.
+
+    Args:
+        word: as the user typed it.
+        root: the folder of all runs.
+        option: which takes it, for messages.
+
+    Raises:
+        ConfigError: it is no folder, and no run, or more than one, begins like it.
+    """
+    reference = parse_reference(word)
+    folder = Path(reference.source).expanduser()
+    if not _exists(folder):
+        if reference.source.startswith(("/", "./", "../", "~")):
+            return None
+        try:
+            return find_run(reference.source, root).path.absolute()
+        except ConfigError as error:
+            why = error.why.replace("is not a run directory", "is no folder")
+            fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.source else error.fix
+            raise ConfigError(option, word, why=why, fix=fix) from error
+    folder = folder.absolute()
+    if folder.name == MODEL_FOLDER and is_checkpoint(folder.parent):
+        return folder.parent
+    if _holds_checkpoints(folder):
+        return folder
+    if reference.selector is not None:
+        fix = f"leave @{reference.selector} out, or name a run"
+        raise ConfigError(option, word, why=f"{reference.source} is neither a run nor a checkpoint", fix=fix)
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no permission, or too long a name: opening it raises the error
+        return True
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    """Whether ``folder`` is a run, a run's checkpoints or one of them, and not a model folder."""
+    try:
+        if (folder / "config.json").is_file():
+            return False
+        run_dir = RunDir(folder)
+        return (
+            is_checkpoint(folder)
+            or run_dir.snapshot.is_file()
+            or run_dir.checkpoints.is_dir()
+            or any(folder.glob("step_*/manifest.json"))
+        )
+    except OSError:
+        return False
+
+
+def find_model_folder(folder: Path, word: str, *, option: str) -> Path:
+    """Return the model folder of a run or checkpoint, verified by checksums with its weights.
+
+    Args:
+        folder: of the run or checkpoint that ``word`` names.
+        word: as the user typed it.
+        option: which takes it, for messages.
+
+    Raises:
+        ConfigError: there is none that is intact.
+    """
+    selector = parse_reference(word).selector
+    if (quantized := quantized_model(folder)) is not None:
+        if selector is not None:
+            why, fix = f"{folder} holds one model and no checkpoints", f"leave @{selector} out"
+            raise ConfigError(option, word, why=why, fix=fix)
+        return quantized
+    return find_intact_checkpoint(folder, word, option=option).folder / MODEL_FOLDER
+
+
+def quantized_model(folder: Path) -> Path | None:
+    """Return the model folder that ``job=quantize`` left in a run, if ``folder`` is such a run."""
+    model = folder / MODEL_FOLDER
+    if RunDir(folder).checkpoints.is_dir() or is_checkpoint(folder) or not (model / "config.json").is_file():
+        return None
+    return model
+
+
+def find_intact_checkpoint(
+    folder: Path, word: str, *, option: str, heartbeat: Callable[[], None] = lambda: None
+) -> SavedCheckpoint:
+    """Return the first checkpoint that ``word`` allows whose model and tensors are as they were written.
+
+    Args:
+        folder: of the run or checkpoint that ``word`` names.
+        word: as the user typed it.
+        option: which takes it, for messages.
+        heartbeat: called for each block of a file that is read.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    damaged: list[str] = []
+    for saved in select_checkpoints(folder, word, option=option):
+        bad = damaged_files(saved.folder, saved.manifest, files_of_model(saved), heartbeat=heartbeat)
+        if not bad:
+            if damaged:
+                _warn(f"{option}={word}: {saved.folder} is loaded instead")
+            return saved
+        damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (SHA-256)")
+        _warn(damaged[-1])
+    fix = "name another checkpoint or run, or copy an intact one there"
+    raise ConfigError(option, word, why=f"no checkpoint is intact: {'; '.join(damaged)}", fix=fix)
+
+
+def files_of_model(saved: SavedCheckpoint) -> list[str]:
+    """Return the files of a checkpoint that hold the model: config, tokenizer and tensors."""
+    return [name for name in saved.manifest.files if name.startswith((f"{MODEL_FOLDER}/", f"{TENSOR_FOLDER}/"))]
+
+
+def select_checkpoints(folder: Path, word: str, *, option: str) -> Iterator[SavedCheckpoint]:
+    """Return the checkpoints in ``folder`` that ``word`` allows, the preferred one first.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    reference = parse_reference(word)
+    if is_checkpoint(folder) and reference.selector is not None:
+        why = f"{reference.source} is one checkpoint already"
+        raise ConfigError(option, word, why=why, fix=f"leave @{reference.selector} out, or name its run")
+    try:
+        saved = list(find_checkpoints(folder, say=_warn, option=option))
+    except ConfigError as error:
+        raise ConfigError(option, word, why=error.why, fix=error.fix) from error
+    if reference.step is not None:
+        chosen = [entry for entry in saved if entry.manifest.step == reference.step]
+        if not chosen:
+            steps = ", ".join(f"@{entry.folder.name}" for entry in saved[:5])
+            raise ConfigError(
+                option, word, why=f"has no complete checkpoint of step {reference.step}", fix=f"it has {steps}"
+            )
+        return iter(chosen)
+    if reference.selector == BEST:
+        rated = [entry for entry in saved if entry.manifest.eval_loss is not None]
+        if not rated:
+            why = f"no checkpoint of {reference.source} has a held-out loss: none was measured at its step"
+            fix = f"leave @{BEST} out for the newest, or train with job.eval_every equal to checkpoint.every"
+            raise ConfigError(option, word, why=why, fix=fix)
+        return iter(sorted(rated, key=lambda entry: entry.manifest.eval_loss or 0.0))
+    return iter(saved)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from launcher.execution.saved_models import (
 from launcher.protocol.state_files import MODEL_FOLDER
 from launcher.utils.progress import byte_progress
 from launcher.utils.schema import build
-from launcher.utils.system import child_environment
+from launcher.utils.system import run_in_foreground
 from launcher.utils.text import printable, shell_command, short_path
 
 _BLOCK_BYTES = 1 << 20
@@ -36,24 +35,13 @@ def run(arguments: Arguments) -> int:
     saved = _checkpoint(arguments.source, arguments.root)
     source = saved.folder / MODEL_FOLDER
     command = [sys.executable, "-m", "launcher.jobs.export", str(source), str(target), options.dtype]
-    child = subprocess.Popen([*command, str(options.max_shard_bytes)], env=child_environment())
-    code = _wait(child)
+    code = run_in_foreground([*command, str(options.max_shard_bytes)])
     if code == 0:
         folder = short_path(target)
         print(printable(f"exported step {saved.manifest.step} of {short_path(saved.folder.parent.parent)} to {folder}"))
         print(printable(f"use it: AutoModelForCausalLM.from_pretrained({folder!r}), or "), end="")
         print(printable(shell_command(["launch", "chat", folder])))
     return code
-
-
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Return the exit code; Ctrl-C reaches the child too, which then cleans up."""
-    while True:
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            continue
-        return 128 - code if code < 0 else code
 
 
 def _options(words: Sequence[str]) -> ExportOptions:

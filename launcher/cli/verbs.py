@@ -377,6 +377,31 @@ config, safetensors with an index, tokenizer and chat template, under the names 
 AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer.from_pretrained(DIR) load it without this program.
 The checkpoint is verified first. DIR appears once it is complete.""",
     ),
+    "chat": Verb(
+        summary="talk to a model in the terminal: one that a run trained, a folder, or one of the hub",
+        positionals=(
+            Positional(
+                name="source",
+                metavar="RUN|MODEL",
+                completes=(Completion.RUN,),
+                help=f"{_RUN_HELP} (RUN@best and RUN@step_00000010 too), a model folder, an option of the group model, "
+                "or a hub name (org/model)",
+            ),
+            OVERRIDES,
+        ),
+        options=(CONFIG_DIR, ROOT),
+        examples="""\
+  launch chat 20260101                         the newest checkpoint of the run whose id begins with 20260101
+  launch chat 20260101@best job.temperature=0  its best one; the likeliest token each time
+  launch chat smollm2_135m job.max_tokens=64   a pretrained model, short answers
+  launch chat mymodel precision=bf16           a folder that launch export wrote
+""",
+        notes="""\
+The model gets the conversation by the chat template of its tokenizer; without one it continues your text. Options are
+those of job=generate; job.temperature is 0.7 and job.max_tokens 512 unless you set them. Nothing is written.
+
+Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it.""",
+    ),
     "benchmark": Verb(
         summary="compare two runs of a benchmark: does any quantity become worse from A to B",
         positionals=(

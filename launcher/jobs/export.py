@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
 
 from launcher.errors import LauncherError
 from launcher.utils.logs import quiet_libraries
+from launcher.utils.processes import die_with_parent
 from launcher.utils.progress import byte_progress
 from launcher.utils.system import disk_full_message
 from launcher.utils.text import bytes_text, counted
@@ -15,6 +17,7 @@ from launcher.utils.text import bytes_text, counted
 
 def main() -> int:
     """Write the folder; print what it holds."""
+    die_with_parent(os.getppid())
     quiet_libraries()
     source, target, dtype, max_shard_bytes = sys.argv[1:]
     folder = Path(target)

@@ -8,7 +8,8 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import launcher
@@ -35,6 +36,20 @@ def child_environment() -> dict[str, str]:
         known = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))
         environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(code_root()), *known]))
     return environ
+
+
+def run_in_foreground(command: Sequence[str]) -> int:
+    """Run ``python -m launcher…`` in this terminal and return its exit code.
+
+    Ctrl-C reaches the child as well, which decides what it means.
+    """
+    child = subprocess.Popen(command, env=child_environment())
+    while True:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            continue
+        return 128 - code if code < 0 else code
 
 
 def free_port() -> int:

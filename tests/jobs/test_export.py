@@ -1,0 +1,83 @@
+"""``launch export``: what any strategy trained, loaded by Transformers alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.hf import Hf
+from launcher.models.build import build_model
+
+WORDS = (
+    *("tracker=local", "backend.threads=1", "backend.ranks=2", "job.steps=2", "job.sequence_length=32"),
+    *("job.micro_batch=2", "job.eval_every=0", "job.sample_tokens=0", "checkpoint.at_end=true"),
+    *("model.max_position_embeddings=64", "data=text", "data.path=text.txt", "data.cache=cache", "data.vocab_size=300"),
+)
+RUNS = {"ddp": ("model=gpt2_tiny", "parallel=ddp"), "fsdp": ("model=llama_tiny", "parallel=fsdp")}
+STOCK = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+found = {}
+for folder in sys.argv[1:]:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("Some words", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found[folder] = {"ids": ids.tolist(), "logits": model(ids).logits.double().tolist(), "end": tokenizer.eos_token}
+assert not [name for name in sys.modules if name.partition(".")[0] == "launcher"]
+print(json.dumps(found))
+"""
+
+
+def test_transformers_loads_it_with_equal_logits(launch, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Some words of a text, with tokens of its own. " * 200)
+    for name, words in RUNS.items():
+        launch(*WORDS, *words, "model.vocab_size=300", f"run.dir={name}").expect(0)
+        said = launch("export", name, f"out_{name}").expect(0).stdout
+        assert said.splitlines()[-2:] == [
+            f"exported step 2 of {name} to out_{name}",
+            f"use it: AutoModelForCausalLM.from_pretrained('out_{name}'), or launch chat out_{name}",
+        ]
+    alone = [sys.executable, "-I", "-c", STOCK, *(f"out_{name}" for name in RUNS)]
+    ended = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    for name in RUNS:
+        stock = found[f"out_{name}"]
+        folder = tmp_path / name / "checkpoints" / "step_00000002" / "model"
+        ours = build_model(Hf(name=str(folder)), seed=0, attention=SdpaAttention(), activation=NoCheckpointing()).eval()
+        with torch.no_grad():
+            logits = ours(torch.tensor(stock["ids"])).logits.double()
+        assert torch.equal(logits, torch.tensor(stock["logits"], dtype=torch.float64)), name
+        assert stock["end"] == "<|endoftext|>"
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    launch_in_process, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "packed" / "model").mkdir(parents=True)
+    for name in ("run.yaml", "model/config.json"):
+        (tmp_path / "packed" / name).write_text("{}")
+    for words, said in {
+        ("nowhere", "new"): "run=nowhere: is no folder, and no run in runs begins with it",
+        ("there", "new"): "run=there: is neither a run nor a checkpoint",
+        ("packed", "new"): "is a run of job=quantize, whose weights are files already: ",
+        ("packed", "there"): "DIR={}/there: is there already",
+        ("packed", "no/new"): "there is no folder {}/no",
+        ("packed", "new", "dtype=fp8"): "dtype=fp8: is not one of fp32, bf16, fp16",
+        ("packed", "new", "dtyp=fp16"): "dtyp: no such option; did you mean dtype?",
+        ("packed", "new", "bf16"): "bf16: is neither RUN, DIR nor option=value",
+        ("packed", "new", "max_shard_size=5"): "max_shard_size=5: is not a size above 0",
+    }.items():
+        assert said.format(tmp_path) in launch_in_process("export", *words).expect(2).stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "there"]

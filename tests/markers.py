@@ -27,6 +27,7 @@ _BY_PLACE = (
     ("quantization/*", "process"),
     *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
     *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),
+    *((f"models/test_{name}.py*", "process") for name in ("checkpoint_weights", "export")),
     *((f"inference/test_{name}.py*", "process") for name in ("beams", "chat", "engine", "exactness", "invariance")),
     *(
         (f"inference/test_{name}.py*", "process")
@@ -99,7 +100,17 @@ _BY_PLACE = (
 _BY_FIXTURE = {
     **dict.fromkeys(("lab_hosts", "lab_hosts_of_module", "cluster", "doomed_cluster"), "cluster"),
     **dict.fromkeys(
-        ("launch", "launch_in_background", "preloading", "completed", "supervise", "child", "open_page", "browser"),
+        (
+            "launch",
+            "launch_in_background",
+            "preloading",
+            "completed",
+            "supervise",
+            "child",
+            "open_page",
+            "browser",
+            "chat",
+        ),
         "process",
     ),
 }

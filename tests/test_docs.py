@@ -44,6 +44,9 @@ SLOW = {
     "launch job=generate model.weights=20260101-120000-abcd@best": (
         "training/test_train.py::test_a_run_is_continued_in_its_own_directory"
     ),
+    "launch export 20260101-120000-abcd@best mymodel dtype=bf16": (
+        "jobs/test_export.py::test_transformers_loads_it_with_equal_logits"
+    ),
     "launch job=serve model.weights=20260101-120000-abcd": (
         "execution/test_saved_weights.py::test_every_job_takes_the_model_and_the_tokenizer_of_the_run"
     ),

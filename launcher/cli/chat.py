@@ -41,39 +41,48 @@ def run(arguments: Arguments) -> int:
 
 
 def _prepare(arguments: Arguments) -> PreparedRun:
-    given = {word.lstrip("+").partition("=")[0] for word in arguments.overrides}
-    usual = [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in given]
-    words = ["job=generate", *_model_words(arguments), *usual, *arguments.overrides]
-    prepared = prepare(compose(words, config_dir=arguments.config_dir))
-    if prepared.plan.world_size > 1:
-        why = "launch chat runs one engine in one process"
-        raise ConfigError("backend.ranks", prepared.plan.world_size, why=why, fix="use job=serve for several ranks")
+    given = dict(word.lstrip("+").partition("=")[::2] for word in arguments.overrides)
+    if given.get("job", "generate") != "generate":
+        raise _not_here("job", given["job"])
+    usual = {"job": "generate", **_model_options(arguments), **_DEFAULTS}
+    words = [f"{name}={value}" for name, value in usual.items() if name not in given]
+    composed = compose([*words, *arguments.overrides], config_dir=arguments.config_dir)
+    if (backend := composed.run.backend.kind) != "local":
+        raise _not_here("backend", backend)
+    prepared = prepare(composed)
+    if (ranks := prepared.plan.world_size) > 1:
+        raise _not_here("backend.ranks", ranks)
     return prepared
 
 
-def _model_words(arguments: Arguments) -> list[str]:
-    """Return the overrides that choose the model.
+def _not_here(option: str, value: object) -> ConfigError:
+    why = "launch chat runs one engine in one process of this machine"
+    return ConfigError(option, value, why=why, fix=f"leave {option} out; job=serve serves a model in other ways")
+
+
+def _model_options(arguments: Arguments) -> dict[str, str]:
+    """Return the options that choose the model.
 
     Raises:
         ConfigError: the word names none.
     """
     word = arguments.source
     if word in groups(arguments.config_dir).get("model", []):
-        return [f"model={word}", "model.weights=pretrained"]
+        return {"model": word, "model.weights": "pretrained"}
     folder = Path(word).expanduser()
     if is_model_folder(folder):
-        return ["model=hf", f"model.name={quoted_text(str(folder.absolute()), escape=True)}"]
+        return {"model": "hf", "model.name": quoted_text(str(folder.absolute()), escape=True)}
     try:
         found = find_run_or_checkpoint(word, arguments.root, option="run")
     except ConfigError:
         if not _is_hub_name(word):
             raise
-        return ["model=hf", f"model.name={quoted_text(word, escape=True)}"]
+        return {"model": "hf", "model.name": quoted_text(word, escape=True)}
     if found is None:
         fix = "name a run, a model folder, an option of launch list model, or a hub name (org/model)"
         raise ConfigError("run", word, why="is neither a run nor a model", fix=fix)
     selector = parse_reference(word).selector
-    return [f"model.weights={quoted_text(f'{found}@{selector}' if selector else str(found), escape=True)}"]
+    return {"model.weights": quoted_text(f"{found}@{selector}" if selector else str(found), escape=True)}
 
 
 def _is_hub_name(word: str) -> bool:

@@ -37,7 +37,7 @@ class Conversation:
 
     tokenizer: TextTokenizer
     max_tokens: int
-    """Tokens of a prompt at most: the oldest messages, or the beginning of the text, are left out of a longer one."""
+    """Tokens of a prompt at most; a longer one loses its oldest messages, or its beginning."""
     messages: Messages = field(default_factory=list)
 
     def ask(self, text: str) -> None:

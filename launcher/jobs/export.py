@@ -1,4 +1,7 @@
-"""The process of ``launch export``: ``python -m launcher.jobs.export SOURCE TARGET DTYPE MAX_SHARD_BYTES``."""
+"""The process of ``launch export``.
+
+``python -m launcher.jobs.export SOURCE TARGET DTYPE MAX_SHARD_BYTES``
+"""
 
 from __future__ import annotations
 

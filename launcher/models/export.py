@@ -1,4 +1,4 @@
-"""Write a checkpoint of any strategy as a folder that Transformers loads without this program."""
+"""Write a checkpoint of any strategy as a folder that Transformers alone can load."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _GENERATION_FILE = "generation_config.json"
 
 
 class ModelExport:
-    """Weights, config, generation config, tokenizer and chat template of a checkpoint, to be written.
+    """What Transformers needs of a checkpoint: weights, configs, tokenizer and chat template.
 
     Args:
         source: ``model/`` of a checkpoint.

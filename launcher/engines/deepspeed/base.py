@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launcher.config.optimizer import AdamW
 from launcher.engines.base import Engine, StepResult
@@ -26,7 +26,7 @@ from launcher.engines.distributed import (
 )
 from launcher.engines.model_state import deepspeed_state_bytes
 from launcher.engines.optimizer import decay_groups
-from launcher.engines.state import restore_rng, rng_tensors, shards_of
+from launcher.engines.state import fill_tensors, persistent_buffers, restore_rng, rng_tensors, shards_of
 from launcher.errors import EnvironmentProblem
 from launcher.protocol.native_ops import is_built, ops_folder, path_with_ninja, read_build_outcome
 from launcher.utils.build_cache import quote_torch_library_path
@@ -105,12 +105,13 @@ class DeepSpeedEngineBase(Engine):
         return deepspeed_state_bytes(self._engine, device=self.device)
 
     def shards(self) -> list[Shard]:
-        """Return this rank's parts of master weights and moments, and its generators."""
-        return [*self._master_state().shards(), *shards_of(rng_tensors(self.device))]
+        """Return this rank's parts of master weights and moments, buffers, and its generators."""
+        return [*self._master_state().shards(), *shards_of(self._buffers() | rng_tensors(self.device))]
 
     def load_shards(self, source: StoredState) -> None:
         """Fill master weights and moments in place; the weights of passes follow."""
         self._master_state().load(source, heartbeat=lambda: self._context.heartbeat.update("load"))
+        fill_tensors(self._buffers(), source)
         restore_rng(source, device=self.device)
 
     def scalars(self) -> dict[str, float]:
@@ -120,6 +121,14 @@ class DeepSpeedEngineBase(Engine):
     def restore_scalars(self, scalars: Mapping[str, float]) -> None:
         """Set the loss scale."""
         set_loss_scale(self._engine.optimizer, scalars)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return the persistent buffers that this rank has."""
+        return {name: buffer for name, buffer in persistent_buffers(self._named_model()).items() if not buffer.is_meta}
+
+    def _named_model(self) -> nn.Module:
+        """Return the model, or this rank's part of it, under the names of the whole one."""
+        return self.module
 
     @abstractmethod
     def _master_state(self) -> MasterState:

@@ -122,6 +122,9 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         dist.broadcast(tokens, src=self._last, group=self.module.mpu().get_pipe_parallel_group())
         return tokens
 
+    def _named_model(self) -> nn.Module:
+        return self._laid_out
+
     @property
     def model_config(self) -> PreTrainedConfig:
         """Configuration of the whole model."""

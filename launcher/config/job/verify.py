@@ -258,11 +258,11 @@ def select_pairs(job: Verify, run: Run, *, world_size: int) -> ResumePairs:
     sequences = job.batch(run, world_size=world_size).global_batch
     cases, left_out = dict[str, Strategy](), dict[str, str]()
     sizes: dict[str, list[int]] = {}
-    known: set[Parallel] = set()
+    known: list[Parallel] = []
     for name, case in {"single": SINGLE_PROCESS, **_candidates(job, run)}.items():
         if case.parallel in known:
             continue  # with other micro-batches or activations: the same checkpoint
-        known.add(case.parallel)
+        known.append(case.parallel)
         why = {
             ranks: next(case.validate(run, world_size=ranks, sequences=sequences), "")
             for ranks in range(1, world_size + 1)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from launcher.benchmarks.harness import DistributedCase, run_interleaved
 from launcher.benchmarks.instruments import random_batches, tensors_digest
 from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
+from launcher.checkpoint.manifest import TrainingProgress
 from launcher.checkpoint.store import CheckpointStore, silent
 from launcher.config.benchmark.io import NO_SAVING, CheckpointBenchmark
 from launcher.engines.base import make_engine
@@ -89,7 +90,7 @@ class OurSaver:
 
     def save(self, step: int) -> None:
         """Write everything, or copy it."""
-        self._saver.save(step, eval_loss=None)
+        self._saver.save(TrainingProgress(step=step, sequences=0))
 
     def wait(self) -> None:
         """Wait for the thread."""

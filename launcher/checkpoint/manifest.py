@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from launcher.config.checkpoint import LOWEST_LOSS
 from launcher.config.run import Run
 from launcher.errors import ConfigError
 from launcher.protocol.state_files import TENSOR_FOLDER
@@ -55,7 +56,9 @@ class DataCursor:
     sequence_length: int
     """Tokens of a sequence."""
     sequences: int
-    """Drawn so far."""
+    """Drawn so far, also those that were skipped."""
+    skipped: int = 0
+    """Sequences drawn and not trained on: ``job.on_bad_step=rewind`` skipped them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,38 +91,65 @@ class CheckpointManifest:
     """Learning rate of the last step; ``null`` without a step."""
     eval_loss: float | None = None
     """Held-out loss in nats a token at this step, where it was measured."""
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of plugins at this step, where they were measured."""
+    best_metric: str = LOWEST_LOSS
+    """Which checkpoint of the run is the best: ``min:NAME`` or ``max:NAME``."""
+    recent_losses: tuple[float, ...] = ()
+    """Losses of the last good steps, with which ``job.spike_factor`` compares the next one."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each file of the payload, by its path below the checkpoint."""
     sha256: dict[str, str] = field(default_factory=dict)
     """Checksum of each of these files."""
 
+    def metric(self, name: str) -> float | None:
+        """Return the value of an evaluation's metric; ``None`` where it was not measured."""
+        return self.eval_loss if name == "loss" else self.eval_metrics.get(name)
+
     @property
     def tokens(self) -> int:
         """Tokens of the sequences trained on so far."""
-        return self.data.sequences * self.data.sequence_length if self.data else 0
+        return (self.data.sequences - self.data.skipped) * self.data.sequence_length if self.data else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingProgress:
+    """Where a run stands, besides its weights and moments."""
+
+    step: int
+    """Optimizer steps done."""
+    sequences: int
+    """Drawn so far."""
+    skipped: int = 0
+    """Sequences drawn and not trained on."""
+    recent_losses: tuple[float, ...] = ()
+    """Of the last good steps."""
+    eval_loss: float | None = None
+    """Held-out loss at this step, where it was measured."""
+    eval_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of plugins at this step."""
 
 
 def describe_checkpoint(
-    run: Run, *, step: int, eval_loss: float | None, world_size: int, plan: Mapping[str, Any]
+    run: Run, progress: TrainingProgress, *, world_size: int, plan: Mapping[str, Any]
 ) -> CheckpointManifest:
-    """Return the manifest of a run at ``step``; the store adds the files.
+    """Return the manifest of a run; the store adds the files.
 
     Args:
         run: that trains.
-        step: optimizer steps done.
-        eval_loss: held-out loss at this step, where it was measured.
+        progress: where it stands.
         world_size: ranks in all.
         plan: content of its plan.json, for the ids.
     """
-    steps = run.job.optimizer_steps
+    step, steps = progress.step, run.job.optimizer_steps
     data = None
     if steps is not None:
-        batch = run.batched_job.batch(run, world_size=world_size).global_batch
         data = DataCursor(
             seed=run.job.seed,
-            global_batch=batch,
+            global_batch=run.batched_job.batch(run, world_size=world_size).global_batch,
             sequence_length=run.batched_job.sequence_length,
-            sequences=step * batch,
+            sequences=progress.sequences,
+            skipped=progress.skipped,
         )
     return CheckpointManifest(
         step=step,
@@ -135,7 +165,10 @@ def describe_checkpoint(
         data=data,
         schedule=to_tree(run.schedule) | {"steps": steps},
         lr=run.optimizer.lr * run.schedule.factor(step - 1, steps) if steps and step else None,
-        eval_loss=eval_loss,
+        eval_loss=progress.eval_loss,
+        eval_metrics=dict(progress.eval_metrics),
+        best_metric=run.checkpoint.best_metric,
+        recent_losses=progress.recent_losses,
     )
 
 

@@ -12,11 +12,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.checkpoint.locks import RemovalLock
 from launcher.checkpoint.manifest import (
+    MANIFEST,
     CheckpointManifest,
     WrittenFile,
     checksums,
@@ -58,6 +60,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, policy: Checkpoint, *, say: Say = print) -> None:
         self._folder, self._policy, self._say = folder, policy, say
+        self._has_locks = True
 
     def pending(self, step: int) -> Path:
         """Return where every rank writes its part of the payload of ``step``."""
@@ -116,6 +119,7 @@ class CheckpointStore:
         complete = replace(
             manifest,
             eval_loss=loss if loss is not None and math.isfinite(loss) else None,
+            eval_metrics={name: value for name, value in manifest.eval_metrics.items() if math.isfinite(value)},
             files=sizes,
             sha256={name: sha256[name] for name in names},
         )
@@ -125,7 +129,7 @@ class CheckpointStore:
             final.rename(replaced)
         pending.rename(final)
         fsync_folder(self._folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        self._delete(replaced)
         self.prune(keeping=final)
         return SavedCheckpoint(folder=final, manifest=complete)
 
@@ -146,24 +150,53 @@ class CheckpointStore:
     def prune(self, *, keeping: Path | None = None) -> None:
         """Delete the checkpoints that the policy does not keep.
 
-        It keeps the newest ``keep`` and, with ``keep_best``, the best one.
+        It keeps the newest ``keep``, the best with ``keep_best``, and those of multiples of ``keep_every``. One that is
+        being read stays until the next time.
 
         Args:
             keeping: a checkpoint that stays in any case: the one just written, where others claim a later step.
         """
-        saved = list(complete_checkpoints(self._folder, say=silent))
-        keep = self._policy.keep
-        if keep == 0:
+        if self._policy.keep == 0:
             return
-        kept = {entry.folder for entry in saved[:keep]}
-        losses = [(entry.manifest.eval_loss, entry.folder) for entry in saved if entry.manifest.eval_loss is not None]
-        if self._policy.keep_best and losses:
-            kept.add(min(losses, key=lambda pair: pair[0])[1])
+        for leftover in sorted(self._folder.glob(".step_*.gone")) + sorted(self._folder.glob(".step_*.old")):
+            self._delete(leftover)
+        saved = list(complete_checkpoints(self._folder, say=silent))
+        kept = {entry.folder for entry in self._kept(saved)}
         for entry in saved:
             if entry.folder not in kept and entry.folder != keeping:
-                gone = self._folder / f".{entry.folder.name}.gone"
-                entry.folder.rename(gone)  # first: a half deleted folder must not look like a checkpoint
-                shutil.rmtree(gone, ignore_errors=True)
+                self._remove(entry.folder)
+
+    def _kept(self, saved: Sequence[SavedCheckpoint]) -> Iterator[SavedCheckpoint]:
+        """Yield the checkpoints that the policy keeps, some of them several times."""
+        policy = self._policy
+        yield from saved[: policy.keep]
+        if policy.keep_best:
+            yield from best_first(saved, policy.best_metric)[:1]
+        if policy.keep_every:
+            yield from (entry for entry in saved if entry.manifest.step % policy.keep_every == 0)
+
+    def _remove(self, folder: Path) -> None:
+        """Delete a checkpoint, unless somebody reads it."""
+        with RemovalLock(folder) as lock:
+            if not lock.acquire():
+                self._say(f"checkpoint {folder} is kept for now: another process is reading it")
+                return
+            if lock.unsupported is not None and self._has_locks:
+                self._has_locks = False
+                why = f"no process can say that it reads a checkpoint ({lock.unsupported})"
+                self._say(f"checkpoints in {self._folder} are removed without asking: {why}")
+            gone = self._folder / f".{folder.name}.gone"
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)  # first: a half deleted folder must not look like a checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _delete(self, hidden: Path) -> None:
+        """Delete a checkpoint that a newer one of its step has replaced, unless somebody reads it."""
+        if (hidden / MANIFEST).exists():
+            with RemovalLock(hidden) as lock:
+                if not lock.acquire():
+                    return
+        shutil.rmtree(hidden, ignore_errors=True)
 
     def latest(self) -> SavedCheckpoint | None:
         """Return the newest complete checkpoint, if there is one."""
@@ -185,6 +218,22 @@ def complete_checkpoints(folder: Path, *, say: Say) -> Iterator[SavedCheckpoint]
             yield open_checkpoint(entry)
         except ValueError as error:
             say(f"checkpoint {entry} is skipped: {error}")
+
+
+def best_first(saved: Iterable[SavedCheckpoint], metric: str | None = None) -> list[SavedCheckpoint]:
+    """Return those of a run's checkpoints that were evaluated, the best one first.
+
+    Args:
+        saved: newest first; of equal ones the newest is the best.
+        metric: ``min:NAME`` or ``max:NAME``; by default that of the newest one's run.
+    """
+    saved = list(saved)
+    if not saved:
+        return []
+    direction, _, name = (metric or saved[0].manifest.best_metric).partition(":")
+    sign = -1.0 if direction == "max" else 1.0
+    rated = [(sign * value, entry) for entry in saved if (value := entry.manifest.metric(name)) is not None]
+    return [entry for _, entry in sorted(rated, key=lambda pair: pair[0])]
 
 
 def open_checkpoint(folder: Path) -> SavedCheckpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,6 +10,9 @@ from typing import ClassVar, Literal
 from launcher.config.component import Component
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
+
+LOWEST_LOSS = "min:loss"
+_METRIC = re.compile(r"(min|max):.+")
 
 ASYNC_MIN_BYTES = 32 << 20
 """A rank that writes less is done sooner than a copy and a thread are worth."""
@@ -25,14 +29,21 @@ class Checkpoint(Component):
     every: int = 0
     """Optimizer steps between checkpoints; 0 writes none."""
 
-    at_end: bool = False
-    """Also write one after the last step."""
+    at_end: bool = True
+    """Also write one after the last step: the trained model."""
 
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all."""
 
     keep_best: bool = True
-    """Also keep the one with the lowest held-out loss."""
+    """Also keep the best one by ``best_metric``."""
+
+    best_metric: str = LOWEST_LOSS
+    """What makes a checkpoint the best: ``min:loss``, the held-out loss, or ``min:NAME`` or ``max:NAME`` of a metric
+    in ``job.metrics``. Only checkpoints whose step was evaluated count."""
+
+    keep_every: int = 0
+    """Also keep the checkpoints of steps that are multiples of this; 0 keeps none for that."""
 
     async_mode: Literal["auto", "async", "disabled"] = "auto"
     """``async`` copies the state to host memory and writes it beside the next steps.
@@ -43,8 +54,15 @@ class Checkpoint(Component):
     A run takes ``@best`` or ``@step_00000010``, else its newest checkpoint. Jobs that train or evaluate take one."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject negative counts."""
-        yield from self.validate_minimum(0, "every", "keep")
+        """Reject negative counts and a metric without a direction."""
+        yield from self.validate_minimum(0, "every", "keep", "keep_every")
+        if not _METRIC.fullmatch(self.best_metric):
+            yield self.error("best_metric", "is not min:NAME or max:NAME", f"set checkpoint.best_metric={LOWEST_LOSS}")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a run resumes from checkpoints of its own, not from another run's."""
+        return self.resume == "auto"
 
     def is_async(self, num_bytes: int, *, on_nvme: bool) -> bool:
         """Whether a rank that writes ``num_bytes`` goes on while they are written."""

@@ -25,7 +25,7 @@ def sample_index(seed: int, index: int, num_sequences: int) -> int:
 
     Args:
         seed: another seed gives another order.
-        index: step x global batch + position in the global batch, from 0 without end.
+        index: sequences drawn before the step + position in the global batch, from 0 without end.
         num_sequences: size of the data set; every epoch shows each sequence once, in an order of its own.
     """
     epoch, value = divmod(index, num_sequences)
@@ -87,17 +87,31 @@ class MicroBatch:
 
 
 class Loader:
-    """One data-parallel rank's share of every step and every evaluation."""
+    """One data-parallel rank's share of every step and every evaluation.
+
+    Steps draw the sequences of a run one after the other, whatever the batch was before, from a point that
+    :meth:`continue_at` can move.
+    """
 
     def __init__(self, splits: Splits, batch: Batch, *, seed: int, rank: int) -> None:
         self._splits, self._batch, self._seed, self._rank = splits, batch, seed, rank
+        self._from_step = self._from_sequence = 0
+
+    def continue_at(self, step: int, *, sequences: int) -> None:
+        """Let optimizer step ``step`` (0-based) begin after the first ``sequences`` of the run."""
+        self._from_step, self._from_sequence = step, sequences
+
+    def drawn(self, step: int) -> int:
+        """Return the sequences of the run before optimizer step ``step`` (0-based)."""
+        return self._from_sequence + (step - self._from_step) * self._batch.global_batch
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of optimizer step ``step`` (0-based).
 
-        The sample at each position of the global batch depends on the seed, the step and the position alone.
+        The sample at each position of the global batch depends on the seed, the sequences drawn before and the
+        position alone.
         """
-        train, first = self._splits.train, step * self._batch.global_batch
+        train, first = self._splits.train, self.drawn(step)
         return [
             _tensors([train.sequence(sample_index(self._seed, first + at, train.num_sequences)) for at in places])
             for places in batch_positions(self._rank, batch=self._batch)

@@ -35,7 +35,8 @@ class StepResult:
     tokens: int
     """Tokens with a label in the global batch."""
     skipped: bool = False
-    """The gradient was not finite: the weights are unchanged; in fp16 the loss scale drops."""
+    """The gradient was not finite, or the loss not below the limit: weights and moments are unchanged.
+    In fp16 the loss scale drops where the gradient was not finite."""
     nonfinite_ranks: tuple[int, ...] = ()
     """Ranks whose own loss was not finite."""
     preempted: bool = False
@@ -62,13 +63,20 @@ class Engine(ABC):
 
     @abstractmethod
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        max_loss: float | None = None,
+        preempted: Callable[[], bool] = never_preempted,
     ) -> StepResult:
         """Take one optimizer step.
 
         Args:
             micro_batches: this rank's share of the global batch.
             lr: learning rate.
+            max_loss: leave weights and moments as they are unless the loss is below this and the gradient finite;
+                ``None`` for no limit.
             preempted: whether this rank has been asked to exit; read late in the step, and sent to all ranks with the
                 loss.
         """

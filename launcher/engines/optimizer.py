@@ -70,13 +70,25 @@ class OptimizerStep:
         self._counted = [parameter for parameter in self._parameters if id(parameter) not in skipped]
         self.optimizer = make_optimizer(run.optimizer, groups, names=_names(modules))
 
-    def apply(self, own_sum: Tensor, tokens: Tensor, *, lr: float, preempted: bool, counted: int = 1) -> StepResult:
-        """Clip and apply the gradient unless it is not finite; fetch all numbers in one go.
+    def apply(
+        self,
+        own_sum: Tensor,
+        tokens: Tensor,
+        *,
+        lr: float,
+        max_loss: float | None = None,
+        preempted: bool,
+        counted: int = 1,
+    ) -> StepResult:
+        """Clip and apply the gradient if it is finite and the loss below its limit.
+
+        All numbers are fetched in one go.
 
         Args:
             own_sum: this rank's share of the loss, summed over its tokens, an fp64 scalar.
             tokens: number of tokens in the global batch, an int64 scalar.
             lr: learning rate.
+            max_loss: limit of the loss; ``None`` without.
             preempted: whether this rank has been asked to leave.
             counted: how many ranks report the loss of one and the same token.
         """
@@ -86,20 +98,22 @@ class OptimizerStep:
         norm = self._norm()
         total, num_preempted, scaled_norm, num_tokens = torch.stack([*sums, norm, tokens.double()]).tolist()
         grad_norm, overflow = scaled_norm / self.scale.value, not math.isfinite(scaled_norm)
-        if not overflow:
+        loss = total / (num_tokens * counted) if num_tokens else math.nan
+        skipped = overflow or (max_loss is not None and not loss < max_loss)  # NaN is not below
+        if not skipped:
             factor = min(1.0, self._clip_norm / (grad_norm + 1e-6)) if self._clip_norm else 1.0
             self._multiply_gradients(factor / self.scale.value)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scale.update(overflow=overflow)
-        loss = total / (num_tokens * counted) if num_tokens else math.nan
+        if overflow or not skipped:
+            self.scale.update(overflow=overflow)
         return StepResult(
             loss=loss,
-            grad_norm=None if overflow else grad_norm,
+            grad_norm=None if skipped else grad_norm,
             tokens=int(num_tokens),
-            skipped=overflow,
+            skipped=skipped,
             nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum.item(), device=self._device),
             preempted=num_preempted > 0,
         )

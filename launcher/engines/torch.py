@@ -54,7 +54,12 @@ class TorchEngine(Engine):
         self._state_names, self._trains = run.optimizer.state_names, run.batched_job.trains
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        max_loss: float | None = None,
+        preempted: Callable[[], bool] = never_preempted,
     ) -> StepResult:
         """Accumulate gradients of the loss, weighted by the global batch's tokens, then update."""
         own = self._own(micro_batches)
@@ -69,7 +74,9 @@ class TorchEngine(Engine):
                     own_sum += loss.detach()
                     (loss * (self._layout.averaged_over * self._update.scale.value / count.total())).backward()
         with self._clock.phase("optimizer"):
-            return self._update.apply(own_sum, count.total(), lr=lr, preempted=preempted(), counted=self._copies)
+            return self._update.apply(
+                own_sum, count.total(), lr=lr, max_loss=max_loss, preempted=preempted(), counted=self._copies
+            )
 
     def _own(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Return the tokens that this rank computes with."""

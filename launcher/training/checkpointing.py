@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from launcher.checkpoint.locks import reading
 from launcher.checkpoint.manifest import damaged_files, files_of_part
 from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
 from launcher.checkpoint.store import complete_checkpoints, silent
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from launcher.checkpoint.manifest import CheckpointManifest
     from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
     from launcher.engines.base import Engine
     from launcher.engines.context import Context
@@ -34,8 +37,10 @@ def restore_checkpoint(
     callbacks: Callbacks | None = None,
     *,
     tokenizer: FastTokenizer | None = None,
-) -> int:
-    """Load what the run continues from, on every rank; return the steps already done.
+) -> CheckpointManifest | None:
+    """Load what the run continues from, on every rank; return its manifest, ``None`` at step 0.
+
+    No other run removes the checkpoint meanwhile.
 
     Args:
         store: of the run's checkpoints.
@@ -54,14 +59,15 @@ def restore_checkpoint(
     if context.is_main:
         store.clean()
     barrier()
-    saved = _find_intact(store, context, engine)
-    if saved is None:
-        return 0
-    if tokenizer is not None:
-        _check_tokenizer(saved, tokenizer)
-    engine.load(saved.folder)
-    if callbacks is not None:
-        callbacks.load(saved.folder)
+    with contextlib.ExitStack() as locks:
+        saved = _find_intact(store, context, engine, locks, resume=context.run.checkpoint.resume)
+        if saved is None:
+            return None
+        if tokenizer is not None:
+            _check_tokenizer(saved, tokenizer)
+        engine.load(saved.folder)
+        if callbacks is not None:
+            callbacks.load(saved.folder)
     if context.is_main:
         print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
         run = context.run
@@ -69,7 +75,23 @@ def restore_checkpoint(
             line := lr_jump_warning(saved, run.optimizer, run.schedule, run.job.optimizer_steps)
         ):
             print(line, flush=True)
-    return saved.manifest.step
+    return saved.manifest
+
+
+def reload_checkpoint(
+    store: CheckpointStore, context: Context, engine: Engine, callbacks: Callbacks
+) -> CheckpointManifest:
+    """Load the run's own newest intact checkpoint again, on every rank, and return its manifest.
+
+    Raises:
+        ConfigError: none is intact.
+    """
+    with contextlib.ExitStack() as locks:
+        saved = _find_intact(store, context, engine, locks, resume="auto")
+        assert saved is not None, "a run that rewinds has saved where it began"
+        engine.load(saved.folder)
+        callbacks.load(saved.folder)
+    return saved.manifest
 
 
 def resolve_tokenizer(context: Context, data: DataT) -> DataT:
@@ -117,11 +139,16 @@ def _check_tokenizer(saved: SavedCheckpoint, tokenizer: FastTokenizer) -> None:
     raise ConfigError("checkpoint.resume", saved.folder, why=why, fix=fix)
 
 
-def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> SavedCheckpoint | None:
-    """Return the newest intact checkpoint; each rank reads its share of the files."""
+def _find_intact(
+    store: CheckpointStore, context: Context, engine: Engine, locks: contextlib.ExitStack, *, resume: str
+) -> SavedCheckpoint | None:
+    """Return the newest intact checkpoint; each rank reads its share of the files.
+
+    ``locks`` keeps what is read.
+    """
     from launcher.engines.distributed import barrier, sum_over_ranks
 
-    say, resume = (print if context.is_main else silent), context.run.checkpoint.resume
+    say = print if context.is_main else silent
     found = resume_candidates(resume, context.run_dir, say=say)
     damaged: dict[str, SavedCheckpoint] = {}
     while True:
@@ -132,6 +159,7 @@ def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> Sa
             raise JobError(f"checkpoint.resume={resume}: ranks see different checkpoints; {fix}")
         if saved is None:
             break
+        locks.enter_context(reading(saved.folder, say=say))
         names = sorted(saved.manifest.files)
         sizes = saved.manifest.files
         own = damaged_files(

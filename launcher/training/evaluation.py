@@ -98,7 +98,8 @@ def run_evaluation(job: Evaluate, context: Context) -> None:
     clock = StepClock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
     with make_engine(context, clock) as engine:
         store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
-        done = restore_checkpoint(store, context, engine, tokenizer=splits.tokenizer)
+        restored = restore_checkpoint(store, context, engine, tokenizer=splits.tokenizer)
+        done = restored.step if restored else 0
         with MetricsWriter(context.run_dir.metrics, start_step=done) if context.is_main else nullcontext() as writer:
             if writer is not None:
                 writer.record(done, **{f"baseline/{name}": loss for name, loss in splits.baselines.items()})

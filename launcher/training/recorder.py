@@ -24,17 +24,26 @@ class Recorder:
         context: of this rank.
         engine: for its device and parameter count.
         start_step: steps already done when this process began.
+        tokens: trained on in them.
     """
 
-    def __init__(self, job: Train, context: Context, engine: Engine, *, start_step: int) -> None:
+    def __init__(self, job: Train, context: Context, engine: Engine, *, start_step: int, tokens: int) -> None:
         self._context, self._job, self._device = context, job, engine.device
         self._cuda = engine.device.type == "cuda"
-        self._writer = MetricsWriter(context.run_dir.metrics, start_step=start_step) if context.is_main else None
+        self._writer: MetricsWriter | None = None
         shape = context.run.model.shape()
         self._flops_per_token = shape.flops_per_token(self._job.sequence_length) if shape else None
         self._peak_flops = self._peak() if self._flops_per_token else None
-        self._tokens = start_step * context.batch.global_batch * self._job.sequence_length
         self._since_line: list[tuple[int, float]] = []
+        self.begin(start_step, tokens=tokens)
+
+    def begin(self, step: int, *, tokens: int) -> None:
+        """Continue after ``step`` steps on ``tokens`` tokens; the metrics of later steps are set aside."""
+        self.close()
+        if self._context.is_main:
+            self._writer = MetricsWriter(self._context.run_dir.metrics, start_step=step)
+        self._tokens = tokens
+        self._since_line.clear()
 
     def _peak(self) -> float | None:
         """Return the peak FLOP/s of this rank's device, where one is stated."""
@@ -83,7 +92,7 @@ class Recorder:
         self._since_line.clear()
         norm = "" if result.grad_norm is None else f"  grad norm {result.grad_norm:.3f}"
         used = "" if mfu is None else f"  mfu {mfu:.1%}"
-        skipped = "  (skipped: gradient overflow)" if result.skipped else ""
+        skipped = "  (skipped)" if result.skipped else ""
         self.print(
             f"step {done}/{self._job.steps}  loss {result.loss:.4f}{norm}  lr {lr:.2e}"
             f"  {tokens / seconds:,.0f} tokens/s{used}{skipped}"
@@ -122,5 +131,9 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; every line is in it already."""
         if self._writer is not None:
             self._writer.close()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from launcher.checkpoint.manifest import CheckpointManifest, WrittenFile, describe_checkpoint
+from launcher.checkpoint.manifest import CheckpointManifest, TrainingProgress, WrittenFile, describe_checkpoint
 from launcher.checkpoint.tensors import Shard, shard_file_name, write_shards
 from launcher.engines.checkpoint_io import SCALARS
 from launcher.engines.distributed import barrier, group_timeout, ranks_where
@@ -85,17 +85,15 @@ class CheckpointSaver:
 
     def save(
         self,
-        step: int,
+        progress: TrainingProgress,
         *,
-        eval_loss: float | None,
         now: bool = False,
         beside: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """Save the state after ``step``, once the checkpoint before is complete.
+        """Save the state, once the checkpoint before is complete.
 
         Args:
-            step: optimizer steps done.
-            eval_loss: at this step, where it was measured.
+            progress: where the run stands.
             beside: writes more into the folder of the checkpoint; called on every rank before this returns.
             now: return only when it is complete, as do all saves that are not asynchronous.
 
@@ -103,7 +101,7 @@ class CheckpointSaver:
             JobError: the ranks do not share the run directory; nothing was saved that would look like a checkpoint.
             OSError: the disk is full or gone; older checkpoints are untouched.
         """
-        started = time.perf_counter()
+        started, step = time.perf_counter(), progress.step
         self.wait()
         if self._context.is_main:
             self._store.begin(step)
@@ -117,8 +115,7 @@ class CheckpointSaver:
         beside(self._store.pending(step))
         manifest = describe_checkpoint(
             self._context.run,
-            step=step,
-            eval_loss=eval_loss,
+            progress,
             world_size=self._context.world_size,
             plan=read_json(self._context.run_dir.plan),
         )

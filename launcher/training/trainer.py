@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
+from launcher.checkpoint.manifest import TrainingProgress
 from launcher.checkpoint.store import CheckpointStore
+from launcher.config.precision import Fp16Precision
 from launcher.data.dataloader import Loader
 from launcher.data.dataset import Splits, open_splits
 from launcher.engines.base import Engine, StepResult, make_engine
 from launcher.engines.preemption import Preemption
-from launcher.errors import EXIT_PREEMPTED, JobError
+from launcher.errors import EXIT_PREEMPTED
 from launcher.profiling.performance import StepClock
 from launcher.protocol.loss_curve import draw_curve
+from launcher.training.bad_steps import BadSteps, fatal
 from launcher.training.callbacks import Callbacks
-from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
+from launcher.training.checkpointing import reload_checkpoint, resolve_tokenizer, restore_checkpoint
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.evaluation_metrics import load_metrics
 from launcher.training.recorder import Recorder
@@ -25,6 +28,7 @@ from launcher.utils.files import write_atomic
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from launcher.checkpoint.manifest import CheckpointManifest
     from launcher.config.job.train import Train
     from launcher.engines.context import Context
 
@@ -63,21 +67,28 @@ class Trainer:
         self.saver = CheckpointSaver(self.store, context, engine, tokenizer=splits.tokenizer)
         self.callbacks = Callbacks(job.callbacks, context, engine)
         self.metrics = load_metrics(job.metrics)
+        self.bad_steps = BadSteps(job, drops_steps=isinstance(context.run.precision, Fp16Precision))
+        self.skipped_sequences = 0
         self.recorder: Recorder
 
     def run(self) -> None:
         """Train, then leave a sample, a curve and the last evaluation."""
         tokenizer = self.splits.tokenizer
-        first = restore_checkpoint(self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer)
-        with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
+        restored = restore_checkpoint(self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer)
+        first = self.continue_from(restored)
+        tokens = restored.tokens if restored else 0
+        with Recorder(self.job, self.context, self.engine, start_step=first, tokens=tokens) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.defer()
             try:
                 self.callbacks.on_start(first)
                 with self.saver:
-                    for step in range(first, self.job.steps):
+                    if self.job.on_bad_step == "rewind" and not (restored and self.context.run.checkpoint.is_own):
+                        self.save(first, None, now=True)  # the run may have to return to where it began
+                    step = first
+                    while step < self.job.steps:
                         with self.context.profiler.step():
-                            self.advance(step)
+                            step = self.advance(step)
                 self._report_saved()
                 write_sample_and_curve(self)
                 self.end(self.job.steps)
@@ -86,17 +97,40 @@ class Trainer:
                 raise
         self.context.heartbeat.update("done", self.job.steps)
 
-    def advance(self, step: int) -> None:
-        """Take optimizer step ``step`` (0-based), then evaluate and save where it is time to."""
+    def continue_from(self, manifest: CheckpointManifest | None) -> int:
+        """Draw the data from where a loaded checkpoint stands; return the steps already done."""
+        if manifest is None:
+            return 0
+        if manifest.data is not None:
+            self.loader.continue_at(manifest.step, sequences=manifest.data.sequences)
+            self.skipped_sequences = manifest.data.skipped
+        self.bad_steps.restore(manifest.recent_losses)
+        return manifest.step
+
+    def advance(self, step: int) -> int:
+        """Take optimizer step ``step`` (0-based), then evaluate and save where it is time to.
+
+        Returns:
+            The step to take next.
+        """
         done = step + 1
         self.saver.check()
-        if self.train_step(step).preempted and done < self.job.steps:
+        result = self.train_step(step)
+        if (why := self.bad_steps.judge(result)) is not None:
+            if self.job.on_bad_step == "stop":
+                raise fatal(done, why)
+            if self.job.on_bad_step == "rewind":
+                return self.rewind(step, why)
+            self.bad_steps.count_skip(done, why)
+            self.recorder.print(f"step {done} is skipped: {why}")
+        if result.preempted and done < self.job.steps:
             self.exit_preempted(done)
         held_out = self.evaluate(done) if self._evaluates_after(done) else None
         if held_out and held_out.preempted and done < self.job.steps:
             self.exit_preempted(done, held_out)
         if self._saves_after(done):
             self.save(done, held_out)
+        return done
 
     def train_step(self, step: int) -> StepResult:
         """Take optimizer step ``step`` (0-based) and record it."""
@@ -105,13 +139,40 @@ class Trainer:
             micro_batches = self.loader.step(step)
         self.callbacks.before_step(step + 1)
         rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
-        result = self.engine.step(micro_batches, lr=rate, preempted=self.preemption.requested)
-        check_finite(result, step)
+        limit = self.bad_steps.limit if self.job.on_bad_step == "skip" else None
+        result = self.engine.step(micro_batches, lr=rate, max_loss=limit, preempted=self.preemption.requested)
         self.recorder.step(
             step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.pop_times()
         )
         self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
         return result
+
+    def rewind(self, step: int, why: str) -> int:
+        """Load the newest checkpoint, skip the batches from there to ``step``, and save that.
+
+        Returns:
+            The step to take next.
+
+        Raises:
+            JobError: it has happened too often.
+        """
+        with self.clock.phase("checkpoint"):
+            self.saver.wait()
+            self._report_saved()
+            drawn = self.loader.drawn(step + 1)
+            manifest = reload_checkpoint(self.store, self.context, self.engine, self.callbacks)
+            first = self.continue_from(manifest)
+            self.bad_steps.count_rewind(step + 1, why, to=first)
+            num_skipped = drawn - self.loader.drawn(first)
+            self.skipped_sequences += num_skipped
+            self.loader.continue_at(first, sequences=drawn)
+            self.recorder.begin(first, tokens=manifest.tokens)
+            self.recorder.write(first, {"train/skipped_sequences": float(self.skipped_sequences)})
+            self.recorder.print(f"step {step + 1}: {why}; back to step {first}, {num_skipped} sequences are skipped")
+            progress = replace(self.progress(first), eval_loss=manifest.eval_loss, eval_metrics=manifest.eval_metrics)
+            self.saver.save(progress, now=True, beside=self._save_callbacks)
+            self.saver.take_completed()
+        return first
 
     def evaluate(self, done: int) -> EvaluationResult:
         """Measure the held-out loss after ``done`` steps, and record it."""
@@ -126,11 +187,22 @@ class Trainer:
 
     def save(self, done: int, held_out: EvaluationResult | None, *, now: bool = False) -> None:
         """Save the state after ``done`` steps, every rank its part."""
+        progress = self.progress(done)
+        if held_out is not None:
+            progress = replace(progress, eval_loss=held_out.loss, eval_metrics=held_out.metrics)
         with self.clock.phase("checkpoint"):
-            loss = held_out.loss if held_out else None
             now = now or done == self.job.steps  # no step is left to write beside
-            self.saver.save(done, eval_loss=loss, now=now, beside=self._save_callbacks)
+            self.saver.save(progress, now=now, beside=self._save_callbacks)
         self._report_saved()
+
+    def progress(self, done: int) -> TrainingProgress:
+        """Return where the run stands after ``done`` steps."""
+        return TrainingProgress(
+            step=done,
+            sequences=self.loader.drawn(done),
+            skipped=self.skipped_sequences,
+            recent_losses=self.bad_steps.losses,
+        )
 
     def _save_callbacks(self, folder: Path) -> None:
         self.callbacks.save(folder, is_main=self.context.is_main)
@@ -159,21 +231,6 @@ class Trainer:
     def _saves_after(self, done: int) -> bool:
         policy = self.context.run.checkpoint
         return bool(policy.every and done % policy.every == 0) or (policy.at_end and done == self.job.steps)
-
-
-def check_finite(result: StepResult, step: int) -> None:
-    """End the run when the loss is NaN or infinite.
-
-    Raises:
-        JobError: on every rank alike, naming the step and the ranks it came from.
-    """
-    if math.isfinite(result.loss):
-        return
-    ranks = ", ".join(map(str, result.nonfinite_ranks))
-    raise JobError(
-        f"loss is {result.loss} at step {step + 1}, first seen on rank {ranks}: "
-        "lower optimizer.lr, raise schedule.warmup_steps, or set precision=bf16 where it is fp16"
-    )
 
 
 def write_sample_and_curve(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import describe_checkpoint
+from launcher.checkpoint.manifest import TrainingProgress, describe_checkpoint
 from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import Composition, compose
@@ -80,8 +80,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         (pending / "optimizer.pt").write_bytes(b"moments")
         about = describe_checkpoint(
             run,
-            step=step,
-            eval_loss=loss,
+            TrainingProgress(step=step, sequences=0, eval_loss=loss),
             world_size=2,
             plan={"run_id": run_id, "run_hash": "0" * 64},
         )

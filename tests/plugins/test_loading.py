@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import launcher
-from launcher.checkpoint.manifest import describe_checkpoint
+from launcher.checkpoint.manifest import TrainingProgress, describe_checkpoint
 from launcher.checkpoint.store import CheckpointStore
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import compose
@@ -227,8 +227,7 @@ def test_weights_of_a_plugins_model_need_the_plugin(example: str, tmp_path: Path
     (weights / "model.safetensors").write_bytes(b"weights")
     about = describe_checkpoint(
         run,
-        step=1,
-        eval_loss=None,
+        TrainingProgress(step=1, sequences=0),
         world_size=1,
         plan={"run_id": folder.name, "run_hash": "0" * 64},
     )

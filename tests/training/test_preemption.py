@@ -13,6 +13,7 @@ import torch
 from launcher.config.compose import compose
 from launcher.data.dataset import open_splits
 from launcher.engines.base import StepResult
+from launcher.engines.checkpoint_io import SCALARS
 from launcher.engines.context import Context
 from launcher.engines.preemption import Preemption
 from launcher.profiling.performance import StepClock
@@ -93,8 +94,11 @@ class FakeEngine:
         self._signal_at("evaluation", self.steps)
         return 2.0, 1
 
-    def save(self, folder):
-        (folder / "payload").write_text(f"{self.steps} {self.evaluations}")
+    def shards(self):
+        return []
+
+    def scalars(self):
+        return {"steps": self.steps, "evaluations": self.evaluations}
 
     def _signal_at(self, place, step):
         if self.at == (place, step):
@@ -119,7 +123,7 @@ def leave(preemption, tmp_path):
             code = ending.code
         lines = list(read_metrics(run_dir.metrics))
         folders = run_dir.checkpoints.glob("step_*")
-        saved = {int(folder.name[5:]): (folder / "payload").read_text() for folder in folders}
+        saved = {int(folder.name[5:]): tuple(read_json(folder / SCALARS).values()) for folder in folders}
         return SimpleNamespace(code=code, lines=lines, saved=saved, store=run_dir.checkpoints)
 
     return train
@@ -139,12 +143,12 @@ class TestWhere:
         left = leave("step", 4)
         assert left.code == 75
         assert [line["train/step"] for line in left.lines if "train/loss" in line] == [1, 2, 3, 4]
-        assert left.saved == {4: "4 4"}
+        assert left.saved == {4: (4, 4)}
 
     def test_the_checkpoint_comes_before_the_evaluation_of_the_same_step(self, leave):
         left = leave("step", 6)
         assert left.code == 75
-        assert left.saved == {6: "6 4"}  # only the evaluation of step 3 had been made
+        assert left.saved == {6: (6, 4)}  # only the evaluation of step 3 had been made
         assert [line["train/step"] for line in left.lines if "eval/loss" in line] == [3, 6]
 
     def test_after_the_evaluation_in_which_it_was_asked(self, leave):

@@ -72,7 +72,8 @@ def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int
         )
         engine: Any = Loader()
         own = CheckpointStore(folder / "checkpoints", checkpoint)
-        return restore_checkpoint(own, context, engine, tokenizer=tokenizer), engine.loaded
+        restored = restore_checkpoint(own, context, engine, tokenizer=tokenizer)
+        return restored.step if restored else 0, engine.loaded
 
     return run
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from launcher.config.checkpoint import LOWEST_LOSS
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import BatchedJob, LearningJob, Run
 from launcher.errors import ConfigError
@@ -14,6 +15,10 @@ from launcher.plugins.loading import origin_of, validate_callback_metrics, valid
 
 _PIPELINES = ("pipeline", "deepspeed_pipeline")
 """Strategies under which no rank has the whole model, or logits and labels together."""
+
+
+LOSS_WINDOW, FEWEST_LOSSES = 64, 8
+"""Most and fewest losses of good steps whose median a new loss is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +96,35 @@ class Train(LearningJob, PluggableJob):
     callbacks: tuple[str, ...] = ()
     """Callbacks of plugins, called on every rank around steps, evaluations and checkpoints."""
 
+    on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    """What follows a step whose loss or gradient is not finite, or whose loss spikes. ``stop`` ends the run, ``skip``
+    leaves weights and moments as they are and takes the next batch, ``rewind`` loads the newest checkpoint and skips
+    the batches from there to the bad step (PaLM, arXiv:2204.02311, section 5.1)."""
+
+    spike_factor: float | None = None
+    """A loss is a spike from this factor times the median loss of the last 64 good steps on, once there are 8.
+    ``null`` recognizes none."""
+
+    max_bad_steps: int = 5
+    """Steps in a row that ``skip`` skips, and rewinds to one checkpoint; one more ends the run."""
+
     @property
     def profile_unit(self) -> ProfileUnit:
         """Its own steps."""
         return "steps"
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
-        """Return the prompt of a sample that is not taken."""
-        return {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 takes no sample"}
+        """Return the prompt of a sample that is not taken, and a limit of what never happens."""
+        unused = {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 takes no sample"}
+        return unused | ({"max_bad_steps": "job.on_bad_step=stop ends the run"} if self.on_bad_step == "stop" else {})
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject counts that make no training run."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "log_every", "eval_sequences")
+        yield from self.validate_minimum(1, "log_every", "eval_sequences", "max_bad_steps")
         yield from self.validate_minimum(0, "eval_every", "sample_tokens")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            yield self.error("spike_factor", "must be above 1", "set job.spike_factor=2, or leave it out")
         yield from validate_named("job.loss", LOSS, (self.loss,), own=(CROSS_ENTROPY,))
         yield from validate_named("job.callbacks", CALLBACK, self.callbacks)
         yield from validate_callback_metrics("job.callbacks", self.callbacks)
@@ -112,8 +132,19 @@ class Train(LearningJob, PluggableJob):
             yield self.error("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Reject a plugin's loss where the last stage of a pipeline computes it."""
+        """Reject what the strategy cannot do, and policies without what they need."""
         yield from super().validate_run(run, world_size=world_size)
+        if self.on_bad_step == "rewind" and not run.checkpoint.every:
+            why = "rewinds to the newest checkpoint, and checkpoint.every=0 saves none"
+            yield self.error("on_bad_step", why, "set checkpoint.every=100, or job.on_bad_step=skip")
+        if self.on_bad_step == "skip" and run.parallel.kind == "deepspeed_pipeline":
+            why = "DeepSpeed's pipeline updates the weights before it tells the loss"
+            yield self.error("on_bad_step", why, "set job.on_bad_step=rewind, or parallel=pipeline")
+        name = run.checkpoint.best_metric.partition(":")[2]
+        if name not in ("loss", *self.metrics):
+            why = f"{name} is not measured: evaluations measure {', '.join(('loss', *self.metrics))}"
+            fix = f"set checkpoint.best_metric={LOWEST_LOSS}, or add {name} to job.metrics"
+            yield ConfigError("checkpoint.best_metric", run.checkpoint.best_metric, why=why, fix=fix)
         if self.loss != CROSS_ENTROPY and run.parallel.kind in _PIPELINES:
             why = f"parallel={run.parallel.kind} trains on {CROSS_ENTROPY} only"
             yield self.error("loss", why, f"set job.loss={CROSS_ENTROPY}, or parallel=ddp")

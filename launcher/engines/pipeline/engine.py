@@ -94,7 +94,12 @@ class PipelineEngine(Engine):
         torch.manual_seed(run.job.seed + context.rank)  # no two ranks drop the same activations
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        max_loss: float | None = None,
+        preempted: Callable[[], bool] = never_preempted,
     ) -> StepResult:
         """Send the micro-batches through, add up what others know of the same weights, then update."""
         count = TokenCount(micro_batches, device=self.device, copies=self._copies)
@@ -107,7 +112,7 @@ class PipelineEngine(Engine):
                 sum_gradients(list(self.module.parameters()), self._replicas)
             self._tied.sum_gradients()
         with self._clock.phase("optimizer"):
-            return self._update.apply(own_sum, count.total(), lr=lr, preempted=preempted())
+            return self._update.apply(own_sum, count.total(), lr=lr, max_loss=max_loss, preempted=preempted())
 
     def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return summed loss and token count on the last stage, without dropout; else nothing."""

@@ -1,0 +1,82 @@
+"""Keep a checkpoint while it is read: readers share a lock, and removal takes it alone.
+
+The lock is ``flock`` on the checkpoint's ``manifest.json``; the kernel releases it when its holder exits for any
+reason. Standard library only: the parent reads checkpoints too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.checkpoint.manifest import MANIFEST
+
+_NO_LOCKS = "its file system has no flock: do not remove it while it is read"
+
+
+@contextmanager
+def reading(folder: Path, *, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Within the context no run removes a checkpoint.
+
+    Args:
+        folder: a checkpoint, or a folder in one; any other folder is not locked.
+        say: takes one line where the file system has no locks.
+
+    Raises:
+        FileNotFoundError: the checkpoint was removed before it could be locked.
+    """
+    manifest = next((parent / MANIFEST for parent in (folder, folder.parent) if (parent / MANIFEST).exists()), None)
+    if manifest is None:
+        yield
+        return
+    descriptor = os.open(manifest, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            say(f"{manifest.parent} cannot be locked ({error.strerror}): {_NO_LOCKS}")
+        os.stat(manifest)  # noqa: PTH116  (raises the error of a checkpoint that was removed meanwhile)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class RemovalLock:
+    """Exclusive lock of one checkpoint, for removing it; the kernel releases it at exit.
+
+    Args:
+        folder: of the checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._manifest = folder / MANIFEST
+        self._descriptor: int | None = None
+        self.unsupported: str | None = None
+        """Why the file system cannot tell whether it is read; ``None`` where it can."""
+
+    def __enter__(self) -> RemovalLock:
+        return self
+
+    def acquire(self) -> bool:
+        """Take the lock without waiting; return False if the checkpoint is being read.
+
+        A file system without locks counts as free.
+        """
+        try:
+            self._descriptor = os.open(self._manifest, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)  # NFS asks for writing
+        except OSError:
+            self._descriptor = os.open(self._manifest, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.unsupported = error.strerror
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)

@@ -37,7 +37,7 @@ def reading(folder: Path, *, say: Callable[[str], None] = print) -> Iterator[Non
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except OSError as error:
-            say(f"{manifest.parent} cannot be locked ({error.strerror}): {_NO_LOCKS}")
+            say(f"checkpoint {manifest.parent} cannot be locked ({error.strerror}): {_NO_LOCKS}")
         os.stat(manifest)  # noqa: PTH116  (raises the error of a checkpoint that was removed meanwhile)
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checkpoint.locks import reading
 from launcher.checkpoint.manifest import WrittenFile, damaged_files, files_of_part, read_manifest
-from launcher.checkpoint.store import CheckpointStore
+from launcher.checkpoint.store import CheckpointStore, best_first
 from launcher.config.checkpoint import Checkpoint
 from launcher.utils.files import read_json, sha256_of, write_json
 
@@ -83,14 +85,81 @@ def test_a_loss_that_is_no_number_is_no_reason_to_lose_a_checkpoint(tmp_path: Pa
         ({"keep": 1, "keep_best": True}, [20, 50]),
         ({"keep": 4, "keep_best": True}, [20, 30, 40, 50]),
         ({"keep": 0, "keep_best": False}, [10, 20, 30, 40, 50]),
+        ({"keep": 1, "keep_best": False, "keep_every": 20}, [20, 40, 50]),
+        ({"keep": 1, "best_metric": "max:accuracy"}, [30, 50]),
+        ({"keep": 1, "best_metric": "min:accuracy"}, [10, 50]),
     ],
 )
-def test_the_newest_and_the_best_are_kept(
-    tmp_path: Path, save: Save, policy: dict[str, int | bool], kept: list[int]
+def test_the_newest_the_best_and_every_nth_are_kept(
+    tmp_path: Path, save: Save, policy: dict[str, int | bool | str], kept: list[int]
 ) -> None:
-    for step, loss in ((10, 4.0), (20, 2.0), (30, 3.0), (40, None), (50, 2.5)):
-        save(step, eval_loss=loss, **policy)
+    for step, loss, accuracy in (
+        (10, 4.0, 0.1),
+        (20, 2.0, 0.3),
+        (30, 3.0, 0.7),
+        (40, None, None),
+        (50, 2.5, 0.5),
+    ):
+        save(step, eval_loss=loss, accuracy=accuracy, **policy)
     assert names(tmp_path / "checkpoints") == [f"step_{step:08d}" for step in kept]
+
+
+def test_the_best_is_that_of_the_newest_ones_metric(save: Save) -> None:
+    saved = [save(step, accuracy=value, keep=0, best_metric="max:accuracy") for step, value in ((1, 0.5), (2, 0.9))]
+    saved.append(save(3, keep=0, best_metric="max:accuracy"))
+    assert [entry.manifest.step for entry in best_first(reversed(saved))] == [2, 1]
+    assert best_first([]) == []
+
+
+def test_a_checkpoint_that_is_read_stays_until_the_next_time(tmp_path: Path, save: Save) -> None:
+    said: list[str] = []
+    store = CheckpointStore(tmp_path / "checkpoints", Checkpoint(keep=1), say=said.append)
+    read = save(10, keep=0)
+    model = read.folder / "ranks"
+    with reading(model), reading(read.folder):  # also by its folder of weights; readers share it
+        save(20, keep=0)
+        store.prune()
+        assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000020"]
+        assert said == [f"checkpoint {read.folder} is kept for now: another process is reading it"]
+    store.prune()
+    assert names(tmp_path / "checkpoints") == ["step_00000020"]
+
+
+def test_one_that_is_replaced_while_it_is_read_goes_away_later(tmp_path: Path, save: Save) -> None:
+    with reading(save(10).folder):
+        save(10)
+        assert names(tmp_path / "checkpoints") == [".step_00000010.old", "step_00000010"]
+    save(20)
+    assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000020"]
+
+
+def test_a_reader_that_comes_too_late_is_told(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(10).folder
+
+    def removed(*_: object) -> None:
+        folder.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr("fcntl.flock", removed)
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        reading(folder).__enter__()
+
+
+def test_a_file_system_without_locks_is_named_once(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20, 30):
+        save(step, keep=0)
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    said: list[str] = []
+    with reading(tmp_path / "checkpoints" / "step_00000030", say=said.append):
+        CheckpointStore(tmp_path / "checkpoints", Checkpoint(keep=1), say=said.append).prune()
+    assert names(tmp_path / "checkpoints") == ["step_00000030"]
+    assert [line.partition(":")[0].partition("(")[0] for line in said] == [
+        f"checkpoint {tmp_path}/checkpoints/step_00000030 cannot be locked ",
+        f"checkpoints in {tmp_path}/checkpoints are removed without asking",
+    ]
 
 
 def test_files_that_ranks_have_hashed_are_not_read_again(tmp_path: Path) -> None:

@@ -137,9 +137,9 @@ class Train(LearningJob, PluggableJob):
         if self.on_bad_step == "rewind" and not run.checkpoint.every:
             why = "rewinds to the newest checkpoint, and checkpoint.every=0 saves none"
             yield self.error("on_bad_step", why, "set checkpoint.every=100, or job.on_bad_step=skip")
-        if self.on_bad_step == "skip" and run.parallel.kind == "deepspeed_pipeline":
-            why = "DeepSpeed's pipeline updates the weights before it tells the loss"
-            yield self.error("on_bad_step", why, "set job.on_bad_step=rewind, or parallel=pipeline")
+        if self.on_bad_step == "skip" and not run.parallel.skips_steps:
+            why = f"parallel={run.parallel.kind} updates the weights whatever the loss is"
+            yield self.error("on_bad_step", why, "set job.on_bad_step=rewind, or parallel=ddp, fsdp, zero2 or pipeline")
         name = run.checkpoint.best_metric.partition(":")[2]
         if name not in ("loss", *self.metrics):
             why = f"{name} is not measured: evaluations measure {', '.join(('loss', *self.metrics))}"

@@ -100,6 +100,11 @@ class Parallel(Component):
     """Whether a checkpoint of one world size loads at another."""
 
     @property
+    def skips_steps(self) -> bool:
+        """Whether a step can leave the weights as they are because of its loss."""
+        return True
+
+    @property
     def keeps_state_on_nvme(self) -> bool:
         """Whether weights or moments lie on NVMe, so that host memory has no room for copies."""
         return False

@@ -55,6 +55,11 @@ class DeepSpeedPipeline(Parallel):
     They may not contradict a field of ours."""
 
     @property
+    def skips_steps(self) -> bool:
+        """False: DeepSpeed computes losses and updates weights in one call."""
+        return False
+
+    @property
     def zero(self) -> Zero:
         """Return the ZeRO options among the ranks that hold the same stage.
 

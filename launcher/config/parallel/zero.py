@@ -97,6 +97,11 @@ class Zero(Parallel):
     They may not contradict a field of ours."""
 
     @property
+    def skips_steps(self) -> bool:
+        """Whether DeepSpeed checks the gradient before it updates: not without ZeRO's optimizer."""
+        return self.stage > 0
+
+    @property
     def keeps_state_on_nvme(self) -> bool:
         """Whether anything lives on NVMe."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)

@@ -63,9 +63,15 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         )
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        max_loss: float | None = None,
+        preempted: Callable[[], bool] = never_preempted,
     ) -> StepResult:
         """Pass DeepSpeed all micro-batches at once: forward, backward and update are one call."""
+        assert max_loss is None, "the plan refuses to skip steps here"
         count = TokenCount(micro_batches, device=self.device, copies=self._context.dims.copies)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr

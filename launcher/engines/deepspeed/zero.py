@@ -6,6 +6,7 @@ parameters that are already empty. So each part of the model is partitioned once
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from launcher.config.parallel.zero import Zero
 from launcher.engines.base import Observer, StepResult, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam, read_parameters_once
 from launcher.engines.deepspeed.nvme import SwapFolder
-from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_labels
+from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_labels, sum_over_ranks
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model import build_run_model
@@ -92,9 +93,18 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         return model
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        max_loss: float | None = None,
+        preempted: Callable[[], bool] = never_preempted,
     ) -> StepResult:
-        """Pass DeepSpeed one micro-batch at a time; it updates the weights after the last."""
+        """Pass DeepSpeed one micro-batch at a time; it updates the weights after the last.
+
+        It leaves them, and the moments, as they are where the gradient is not finite: a loss that is too high gets such
+        a gradient.
+        """
         count = TokenCount(micro_batches, device=self.device)
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._engine.optimizer.param_groups:
@@ -105,8 +115,11 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
                 loss = token_loss_sum(self._engine, micro_batch, device=self.device, function=self._loss)
             with self._clock.phase("backward"):
                 own_sum += loss.detach()
-                # DeepSpeed divides by the number of ranks and of micro-batches
-                self._engine.backward(loss * (self._gain / count.total()))
+                factor = self._gain / count.total()  # DeepSpeed divides by the number of ranks and of micro-batches
+                if number == last and max_loss is not None:
+                    (total,) = sum_over_ranks([own_sum.item()], device=self.device)
+                    factor = factor if total / int(count.total()) < max_loss else factor * math.nan
+                self._engine.backward(loss * factor)
                 self._check_swap()
             if number < last:
                 self._engine.step()

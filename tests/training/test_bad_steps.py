@@ -175,7 +175,7 @@ def test_a_rewound_run_replays_exactly(launch: Launch, tmp_path: Path, strategy:
     assert [line["train/tokens"] for line in whole if "train/tokens" in line][-1] == 8 * 4 * 16
 
     forget(run_dir, after=killed_at)
-    launch("resume", "run").expect(0)
+    launch("resume", "run", "plugins=[mine]").expect(0)
     assert measured(run_dir) == whole
 
 
@@ -193,7 +193,7 @@ def test_a_skipped_step_leaves_the_state_as_it_is(launch: Launch, tmp_path: Path
     whole = measured(run_dir)
     assert [line["train/loss"] is None for line in whole if "train/loss" in line] == [False, False, False, True, False]
     forget(run_dir, after=2)
-    launch("resume", "run").expect(0)
+    launch("resume", "run", "plugins=[mine]").expect(0)
     assert measured(run_dir) == whole
 
 

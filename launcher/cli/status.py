@@ -12,6 +12,7 @@ from typing import Any
 from launcher.cli.arguments import Arguments
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import ProcessLocation, SessionRecord
+from launcher.runs.checkpoints import kept_checkpoints
 from launcher.runs.index import find_run
 from launcher.runs.logs import host_and_who, tail_lines
 from launcher.runs.state import ELSEWHERE, RUNNING, RunState, continue_command, read_run_state
@@ -28,7 +29,11 @@ def run(arguments: Arguments) -> int:
     if arguments.json:
         print(json_text(_tree(state)))
         return 0
-    print("\n".join(format_table([*_who(state), *_how_far(state), *_ranks(state), *_end(state), *_next(state)])))
+    print(
+        "\n".join(
+            format_table([*_who(state), *_how_far(state), *_kept(state), *_ranks(state), *_end(state), *_next(state)])
+        )
+    )
     return 0
 
 
@@ -71,6 +76,11 @@ def _how_far(state: RunState) -> Iterator[tuple[str, str]]:
     if state.status == RUNNING and metrics.get("time"):
         parts.append(f"{duration_text(time.time() - metrics['time'])} ago")
     yield "progress", ", ".join(parts)
+
+
+def _kept(state: RunState) -> Iterator[tuple[str, str]]:
+    if (kept := kept_checkpoints(state.run_dir)) is not None:
+        yield "checkpoints", str(kept)
 
 
 def _ranks(state: RunState) -> Iterator[tuple[str, str]]:
@@ -138,6 +148,7 @@ def _last_line(path: Path, run_dir: RunDir) -> tuple[str, float]:
 
 def _tree(state: RunState) -> dict[str, Any]:
     where: SessionRecord | None = state.session
+    kept = kept_checkpoints(state.run_dir)
     return {
         "run_id": state.run_id,
         "name": state.name,
@@ -149,6 +160,8 @@ def _tree(state: RunState) -> dict[str, Any]:
         "num_steps": state.num_steps,
         "slots": state.slots,
         "metrics": state.metrics,
+        "checkpoints": list(kept.steps) if kept else [],
+        "best_checkpoint": kept.best.manifest.step if kept and kept.best else None,
         "session": asdict(where) if where else None,
         "ranks": _last_words(state),
         "failure": state.failure,

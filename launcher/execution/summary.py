@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.config.option_text import quoted_word
 from launcher.planning.render import placement_lines
 from launcher.planning.topology import group_hosts
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
+from launcher.runs.checkpoints import kept_checkpoints
 from launcher.runs.state import continue_command, read_run_state
 from launcher.utils.text import shell_command, short_path
 
@@ -75,15 +77,28 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
     state = read_run_state(directory)
     output = state.plan.get("details", {}).get("output")
     is_elsewhere = output is not None and (Path(output).is_absolute() or not (directory.path / output).exists())
-    if more := continue_command(state):
+    more, model = continue_command(state), []
+    if more and more.startswith("launch job=generate"):
+        model = [_model_line(directory, where)]
+    elif more:
         commands.append(more)
     return "\n".join(
         [
             "; ".join(parts),
             f"left in {where}: {', '.join(_left(directory, steps))}{f'; outside it: {output}' if is_elsewhere else ''}",
             "next: " + "\n      ".join(commands),
+            *model,
         ]
     )
+
+
+def _model_line(directory: RunDir, where: str) -> str:
+    """Return how to use the model that a run has left, and which checkpoint is the best."""
+    weights, kept = quoted_word("model.weights", where), kept_checkpoints(directory)
+    line = f"model: {shell_command(['launch', 'chat', where])}, or launch job=generate|serve|evaluate {weights}"
+    if kept is None or kept.best in (None, kept.newest):
+        return line
+    return f"{line} (@best: {kept.best_text})"
 
 
 def _left(directory: RunDir, steps: Sequence[Path]) -> Iterator[str]:

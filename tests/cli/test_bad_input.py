@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
     folder = tmp_path / "old" / "checkpoints" / "step_00000010"
     folder.mkdir(parents=True)
     manifest = {
-        "version": 1,
+        "version": 2,
         "step": 10,
         "created": 0.0,
         "run_id": "x",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from launcher.config.run import Run
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
+from launcher.execution.summary import closing_text
 from launcher.execution.validate import path_warnings, validate_machine
 from launcher.planning.warnings import warnings_of_run
 from launcher.protocol.plan import Host
@@ -360,11 +362,27 @@ def test_the_command_advised_after_a_training_works(
         assert command is not None
         is_complete = status == "completed" or steps == 10
         if is_complete and tokenizer:
+            line = closing_text({"status": status, "metrics": {}}, RunDir(folder), elapsed_s=1.0).splitlines()[-1]
+            assert line == f"model: launch chat {short}, or launch job=generate|serve|evaluate model.weights={short}"
             assert command == f"launch job=generate model.weights={short}"
             assert resolved(*shlex.split(command)[1:]).model.weights.endswith("step_00000010/model")
         else:
             assert command == f"launch resume {short}" + (" job.steps=20" if steps == 10 else "")
             launch_in_process(*shlex.split(command)[1:], "dry_run=true").expect(0)
+
+
+def test_the_best_checkpoint_is_named(write: Write, launch_in_process: Launch, tmp_path: Path) -> None:
+    for step, loss in ((10, 2.0), (20, 3.0)):
+        folder = write(step, "job.steps=20", loss=loss).folder.parent.parent
+    write_json(folder / "plan.json", {"run_id": ID, "job": "train", "work": {"num_steps": 20}})
+    write_json(folder / "result.json", {"status": "completed", "exit_code": 0, "metrics": {}})
+    line = closing_text({"status": "completed", "metrics": {}}, RunDir(folder), elapsed_s=1.0).splitlines()[-1]
+    assert line.endswith(f"model.weights=runs/gpt2_tiny/{ID} (@best: step 10, loss 2.0000)")
+    said = "steps 20, 10; best: step 10, loss 2.0000"
+    assert said in launch_in_process("status", ID).expect(0).stdout
+    assert json.loads(launch_in_process("status", ID, "--json").expect(0).stdout)["best_checkpoint"] == 10
+    launch_in_process("report", ID).expect(0)
+    assert said in (folder / "report.html").read_text()
 
 
 OTHER_TEXT = "other words, of which no tokenizer of the first text knows the numbers. " * 200

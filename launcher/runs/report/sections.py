@@ -12,6 +12,7 @@ from launcher.errors import ConfigError
 from launcher.protocol.plan import Plan, plan_from_json
 from launcher.protocol.results import read_metrics
 from launcher.protocol.rundir import RunDir
+from launcher.runs.checkpoints import kept_checkpoints
 from launcher.runs.report.charts import COLOURS, MOST_METRICS, Series, chart
 from launcher.runs.report.html import png_image, render_macro, render_markdown
 from launcher.runs.state import RunState, continue_command
@@ -29,6 +30,7 @@ _MOST_TEXT = 200_000
 def facts_of(state: RunState) -> list[tuple[str, Any]]:
     """Return the run's summary, its outcome, and the command to run it again."""
     folder = shell_word(str(state.run_dir.path))
+    kept = kept_checkpoints(state.run_dir)
     slots, command = state.slots, continue_command(state) if state.is_over else None
     facts: dict[str, Any] = {
         "status": render_macro("badge", state.status),
@@ -38,6 +40,7 @@ def facts_of(state: RunState) -> list[tuple[str, Any]]:
         "ranks": f"{sum(slots)} on {counted(len(slots), 'host')}, backend {state.backend}" if slots else None,
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started_at)),
         "took": duration_text(state.ended_at - state.started_at) if state.ended_at else None,
+        "checkpoints": str(kept) if kept else None,
         "directory": render_macro("code", str(state.run_dir.path)),
         "again": render_macro("code", f"launch rerun {folder}"),
         "continue": render_macro("code", command) if command else None,

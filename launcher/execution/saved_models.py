@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.checkpoint.manifest import damaged_files
 from launcher.checkpoint.resume import BEST, find_checkpoints, is_checkpoint, parse_reference
-from launcher.checkpoint.store import SavedCheckpoint
+from launcher.checkpoint.store import SavedCheckpoint, best_first
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
@@ -157,12 +157,14 @@ def select_checkpoints(folder: Path, word: str, *, option: str) -> Iterator[Save
             )
         return iter(chosen)
     if reference.selector == BEST:
-        rated = [entry for entry in saved if entry.manifest.eval_loss is not None]
+        rated = best_first(saved)
         if not rated:
-            why = f"no checkpoint of {reference.source} has a held-out loss: none was measured at its step"
+            name = saved[0].manifest.best_metric.partition(":")[2]
+            what = "has a held-out loss" if name == "loss" else f"has the metric {name}"
+            why = f"no checkpoint of {reference.source} {what}: none was measured at its step"
             fix = f"leave @{BEST} out for the newest, or train with job.eval_every equal to checkpoint.every"
             raise ConfigError(option, word, why=why, fix=fix)
-        return iter(sorted(rated, key=lambda entry: entry.manifest.eval_loss or 0.0))
+        return iter(rated)
     return iter(saved)
 
 

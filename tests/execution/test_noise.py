@@ -153,7 +153,8 @@ def test_the_end_of_a_run_that_did_not_complete_names_what_status_names(
     failed, cancelled, preempted = (closing_message(end, run_dir) for end in ends)
     assert "resume" not in failed + cancelled
     assert "launch resume runs/x" in preempted
-    for name in ("../manifest.json", "model.safetensors", "tokenizer.json"):
+    (weights.parent / "state").mkdir()
+    for name in ("../manifest.json", "../state/rank_00000.safetensors", "tokenizer.json"):
         (weights / name).touch()
     for end in ends:
         assert "launch resume runs/x" in closing_message(end, run_dir)

@@ -157,7 +157,7 @@ def forget(run_dir: Path, *, after: int) -> None:
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("strategy", "killed_at"), [("single", 4), ("ddp", 2)])
+@pytest.mark.parametrize(("strategy", "killed_at"), [("single", 4), ("zero2", 2)])
 def test_a_rewound_run_replays_exactly(launch: Launch, tmp_path: Path, strategy: str, killed_at: int) -> None:
     words = (*SMALL, *STRATEGIES[strategy], write_faulty_loss(tmp_path, step=5), "job.loss=faulty", "run.dir=run")
     policy = ("job.on_bad_step=rewind", "checkpoint.every=2", "checkpoint.keep=0", "job.steps=8")

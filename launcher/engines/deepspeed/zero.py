@@ -109,7 +109,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        last = len(micro_batches) - 1
+        last, scalars, is_high = len(micro_batches) - 1, self.scalars(), False
         for number, micro_batch in enumerate(micro_batches):
             with self._clock.phase("forward"):
                 loss = token_loss_sum(self._engine, micro_batch, device=self.device, function=self._loss)
@@ -118,8 +118,8 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
                 factor = self._gain / count.total()  # DeepSpeed divides by the number of ranks and of micro-batches
                 if number == last and max_loss is not None:
                     (total,) = sum_over_ranks([own_sum.item()], device=self.device)
-                    factor = factor if total / int(count.total()) < max_loss else factor * math.nan
-                self._engine.backward(loss * factor)
+                    is_high = not total < max_loss * int(count.total())  # NaN is not below
+                self._engine.backward(loss * (factor * math.nan if is_high else factor))
                 self._check_swap()
             if number < last:
                 self._engine.step()
@@ -127,6 +127,8 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
             norm = self._unwrapped_norm()
             self._engine.step()
             self._check_swap()
+            if is_high:
+                self.restore_scalars(scalars)  # nothing overflowed
             return self._step_result(own_sum.item(), tokens=int(count.total()), norm=norm, preempted=preempted())
 
     def _unwrapped_norm(self) -> float | None:

@@ -271,7 +271,7 @@ def set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
 
 
 def _dynamic_loss_scale(optimizer: Any) -> Any:
-    """Return where an optimizer keeps its loss scale: with ZeRO in a scaler, without in a record; perhaps ``None``."""
+    """Return where an optimizer keeps its loss scale: with ZeRO a scaler, else a record."""
     scaler = getattr(optimizer, "loss_scaler", None)
     record = getattr(optimizer, "loss_scale_config", None)
     if scaler is not None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's fp32 weights and moments as parts of whole tensors: saved and loaded under any strategy and world size.
+"""DeepSpeed's fp32 weights and moments as parts of whole tensors.
 
 DeepSpeed's optimizers update buffers (master weights), in which parts of parameters lie one behind another: all of them
 without ZeRO, this rank's partition with it. Under Infinity a buffer is in a file on NVMe between steps.
@@ -159,7 +159,7 @@ class _Stage3Buffer(MasterBuffer):
 
 
 class _SwappedBuffer(_Stage3Buffer):
-    """A sub-group of ZeRO-Infinity, of which parts are read from files on NVMe as they are asked for."""
+    """A sub-group of ZeRO-Infinity; each part is read from its file on NVMe when it is written."""
 
     def _read(self, tensor: Tensor, part: _Part) -> Tensor:
         swapped = self._zero.optimizer_swapper.swap_params_info[self._weights.ds_id]
@@ -277,7 +277,7 @@ def _stage3_parts(parameters: Sequence[Any], *, rank: int) -> Iterator[_Part]:
 
 
 def _frozen_region(parameter: Any) -> FlatRange:
-    """Return which part of a parameter that is not trained this rank holds."""
+    """Return which part of an untrained parameter this rank holds."""
     if not hasattr(parameter, "ds_tensor"):
         return FlatRange(0, parameter.numel())
     size = parameter.partition_numel()
@@ -286,7 +286,7 @@ def _frozen_region(parameter: Any) -> FlatRange:
 
 
 def _read_frozen(parameter: Any) -> Tensor:
-    """Return this rank's part of a parameter that is not trained as fp32, one dimension."""
+    """Return this rank's part of an untrained parameter as fp32, one dimension."""
     numel = _frozen_region(parameter).numel
     if _is_on_nvme(parameter):
         path = Path(parameter.nvme_swapper.get_path(parameter, must_exist=True))

@@ -200,7 +200,7 @@ def undo_trial_update(optimizer: Any) -> None:
 
 
 def read_parameters_once() -> None:
-    """Make DeepSpeed's reader of parameters on NVMe skip a parameter that one call names twice.
+    """Read a parameter once from NVMe where one call of DeepSpeed names it twice.
 
     Its prefetching names the last block's twice, for the forward and for the backward pass, and would fail: "already
     assigned swap buffer".
@@ -249,7 +249,7 @@ def _reason(adam: str, *, wanted: bool, native: bool) -> str:
 
 
 def read_loss_scale(optimizer: Any) -> dict[str, float]:
-    """Return the dynamic loss scale of one of DeepSpeed's optimizers, in the form of ``LossScale.state``."""
+    """Return the loss scale of DeepSpeed's optimizer in the form of ``LossScale.state``."""
     scale = _dynamic_loss_scale(optimizer)
     if scale is None:
         return {}
@@ -260,7 +260,7 @@ def read_loss_scale(optimizer: Any) -> dict[str, float]:
 
 
 def set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
-    """Continue from the dynamic loss scale of any engine; without fp16 on either side do nothing."""
+    """Continue from the loss scale of any engine; without fp16 on both sides do nothing."""
     scale = _dynamic_loss_scale(optimizer)
     if scale is None or not state:
         return

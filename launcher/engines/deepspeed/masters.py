@@ -266,7 +266,7 @@ def _flat_parts(
 
 
 def _stage3_parts(parameters: Sequence[Any], *, rank: int) -> Iterator[_Part]:
-    """Yield this rank's partition of each parameter without the padding at the end of the last one."""
+    """Yield this rank's partition of each parameter, without padding."""
     offset = 0
     for parameter in parameters:
         size = parameter.partition_numel()

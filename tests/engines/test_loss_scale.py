@@ -65,13 +65,13 @@ def test_moves_as_deepspeeds_does(seed: int, monkeypatch: pytest.MonkeyPatch) ->
         )
         return SimpleNamespace(loss_scaler=scaler)
 
-    theirs, ours, draw = deepspeed_optimizer(), LossScale(settings), random.Random(seed)
+    peer, ours, draw = deepspeed_optimizer(), LossScale(settings), random.Random(seed)
     for _ in range(200):
         overflow = draw.random() < 0.2
-        theirs.loss_scaler.update_scale(overflow)
+        peer.loss_scaler.update_scale(overflow)
         ours.update(overflow=overflow)
-        assert ours.value == theirs.loss_scaler.cur_scale
+        assert ours.value == peer.loss_scaler.cur_scale
         if draw.random() < 0.1:  # a run that goes on under the other engine
-            kept, theirs, ours = (read_loss_scale(theirs), ours.state()), deepspeed_optimizer(), LossScale(settings)
+            kept, peer, ours = (read_loss_scale(peer), ours.state()), deepspeed_optimizer(), LossScale(settings)
             ours.restore(kept[0])
-            set_loss_scale(theirs, kept[1])
+            set_loss_scale(peer, kept[1])

@@ -189,7 +189,8 @@ def allow_fp16(device: torch.device) -> None:
 def undo_trial_update(optimizer: Any) -> None:
     """Undo the update by which DeepSpeed creates Adam's state without ZeRO.
 
-    Its wrappers of half precision do so. The update counts as a step, which makes all that follow too small or too large, and decays the master weights.
+    Its wrappers of half precision do so. The update counts as a step, which makes all that follow too small or too
+    large, and decays the master weights.
     """
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer

@@ -17,7 +17,6 @@ FREE_KEYS = frozenset(
         "communication_data_type",
         "compile",
         "data_types",
-        "datastates_ckpt",
         "disable_allgather",
         "disable_python_gc",
         "dump_state",
@@ -61,6 +60,7 @@ FIXED_KEYS = frozenset(
     [
         "autotuning",
         "data_efficiency",
+        "datastates_ckpt",
         "dataloader_drop_last",
         "expert_parallel",
         "gradient_allreduce_op",
@@ -81,23 +81,19 @@ FREE_ZERO_KEYS = frozenset(
         "enable_sanity_checks",
         "ignore_unused_parameters",
         "leaf_module",
-        "load_from_fp32_weights",
         "log_trace_cache_warnings",
         "memory_efficient_linear",
         "override_module_apply",
         "parameter_alignment",
-        "pipeline_loading_checkpoint",
         "reduce_scatter",
         "round_robin_gradients",
         "save_muon_momentum_buffer_in_memory",
         "stage3_allgather_sequential",
-        "stage3_gather_16bit_weights_on_model_save",
         "stage3_max_reuse_distance",
         "stage3_model_persistence_threshold",
         "stage3_module_granularity_threshold",
         "stage3_use_all_reduce_for_fetch_params",
         "use_multi_rank_bucket_allreduce",
-        "zenflow",
         "zero_hpz_partition_size",
         "zero_quantized_gradients",
         "zero_quantized_nontrainable_weights",
@@ -125,9 +121,34 @@ OWNED_ZERO_KEYS: Mapping[str, str] = {
 """Keys of ``zero_optimization`` that a field of ``parallel`` renders, and that field."""
 
 FIXED_ZERO_KEYS = frozenset(
-    ["compute_grad_norm", "elastic_checkpoint", "legacy_stage1", "stage3_gather_fp16_weights_on_model_save"]
+    [
+        "compute_grad_norm",
+        "elastic_checkpoint",
+        "legacy_stage1",
+        "load_from_fp32_weights",
+        "pipeline_loading_checkpoint",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_gather_fp16_weights_on_model_save",
+        "zenflow",
+    ]
 )
-"""Keys of ``zero_optimization`` that DeepSpeed dropped, or that hide the gradient norm."""
+"""Keys of ``zero_optimization`` that are rejected.
+
+DeepSpeed dropped them, they hide the gradient norm, or they are about checkpoints, which it does not write here."""
+
+_REASONS: Mapping[str, str] = {
+    "zenflow": "it updates some weights late and keeps state that checkpoints do not hold",
+    **dict.fromkeys(
+        (
+            "datastates_ckpt",
+            "load_from_fp32_weights",
+            "pipeline_loading_checkpoint",
+            "stage3_gather_16bit_weights_on_model_save",
+        ),
+        "the launcher writes checkpoints itself",
+    ),
+}
+"""Why some of these keys are rejected."""
 
 
 def validate_raw_keys(raw: Mapping[str, Any]) -> Iterator[ConfigError]:
@@ -154,7 +175,7 @@ def _validate_level(
         if key in owned:
             yield ConfigError(option, value, why=f"{owned[key]} already decides it", fix=f"set {owned[key]} instead")
         elif key in fixed:
-            yield ConfigError(option, value, why="the launcher sets it", fix=f"remove {option}")
+            yield ConfigError(option, value, why=_REASONS.get(str(key), "the launcher sets it"), fix=f"remove {option}")
         elif key not in free:
             hint = did_you_mean(str(key), [*free, *owned])
             yield ConfigError(option, why="is not a DeepSpeed key, so DeepSpeed would ignore it", fix=hint)

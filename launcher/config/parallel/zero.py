@@ -261,7 +261,6 @@ def render_deepspeed_config(
         "bf16": _bf16(zero, precision),
         "fp16": _fp16(precision),
         "zero_optimization": _zero_optimization(zero),
-        "checkpoint": {"tag_validation": "Fail"},
         "wall_clock_breakdown": False,
     }
     if zero.keeps_state_on_nvme:

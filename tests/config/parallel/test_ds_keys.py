@@ -89,6 +89,12 @@ def test_zero_keys_are_those_of_deepspeeds_model() -> None:
         ({"fp16": {"enabled": True}}, "parallel.deepspeed.fp16", "set precision instead"),
         ({"optimizer": {}}, "parallel.deepspeed.optimizer", "set optimizer instead"),
         ({"pipeline": {}}, "parallel.deepspeed.pipeline", "remove parallel.deepspeed.pipeline"),
+        (
+            {"zero_optimization": {"zenflow": {}}},
+            "parallel.deepspeed.zero_optimization.zenflow",
+            "checkpoints do not hold",
+        ),
+        ({"datastates_ckpt": {}}, "parallel.deepspeed.datastates_ckpt", "launcher writes checkpoints itself"),
         ({"zero_optimization": {"stage": 1}}, "parallel.deepspeed.zero_optimization.stage", "set parallel.stage"),
         ({"zero_optimization": {"stge": 1}}, "parallel.deepspeed.zero_optimization.stge", "did you mean stage?"),
         ({"zero_optimization": 3}, "parallel.deepspeed.zero_optimization", "is not a mapping"),

@@ -20,10 +20,12 @@ from launcher.config.checkpoint import LOWEST_LOSS
 from launcher.config.run import Run
 from launcher.errors import ConfigError
 from launcher.protocol.state_files import TENSOR_FOLDER
-from launcher.utils.files import read_regular, write_json
+from launcher.utils.files import read_regular, sha256_of, write_json
 from launcher.utils.schema import build, to_tree
 
 MANIFEST = "manifest.json"
+_CHECKSUM = "checksum"
+"""In the file: SHA-256 of everything else in it."""
 _BLOCK_BYTES = 1 << 20
 _THREADS = 4
 """That hash files side by side: hashlib releases the GIL."""
@@ -173,8 +175,13 @@ def describe_checkpoint(
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    """Write the manifest of a finished payload, atomically."""
-    write_json(folder / MANIFEST, to_tree(manifest))
+    """Write the manifest of a finished payload, with its own checksum, atomically."""
+    tree = to_tree(manifest)
+    write_json(folder / MANIFEST, tree | {_CHECKSUM: _checksum(tree)})
+
+
+def _checksum(tree: Mapping[str, Any]) -> str:
+    return sha256_of(json.dumps(tree, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -193,6 +200,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if isinstance(found, int) and found != VERSION:
         age = "a newer" if found > VERSION else "an older"
         raise ValueError(f"{age} launcher wrote it (manifest version {found}, this launcher reads {VERSION})")
+    checksum = tree.pop(_CHECKSUM, None) if isinstance(tree, dict) else None
     mistakes: list[ConfigError] = []
     manifest = (
         build(CheckpointManifest, tree, path=MANIFEST, report=mistakes.append) if isinstance(tree, dict) else None
@@ -202,6 +210,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise ValueError(f"its {MANIFEST} is damaged ({why})")
     if problem := next(_validate(folder, manifest), None):
         raise ValueError(f"its {MANIFEST} is damaged ({problem})")
+    if checksum != _checksum(tree):
+        raise ValueError(f"its {MANIFEST} is damaged (its checksum is that of another content)")
     return manifest
 
 

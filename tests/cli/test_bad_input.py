@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checkpoint.manifest import CheckpointManifest, write_manifest
 from launcher.cli.verbs import VERBS
-from launcher.utils.files import write_json
 
 
 @pytest.fixture
@@ -235,7 +235,6 @@ def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
     folder = tmp_path / "old" / "checkpoints" / "step_00000010"
     folder.mkdir(parents=True)
     manifest = {
-        "version": 2,
         "step": 10,
         "created": 0.0,
         "run_id": "x",
@@ -253,7 +252,7 @@ def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
         "precision": "fp32",
         "world_size": 2,
     }
-    write_json(folder / "manifest.json", manifest)
+    write_manifest(folder, CheckpointManifest(**manifest))
     line = refused("checkpoint.resume=old")
     assert "layers is 2, this run's is 4" in line
     launch_in_process("checkpoint.resume=old", line.rpartition("; set ")[2].strip(), "dry_run=true").expect(0)
@@ -265,7 +264,7 @@ def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
         "checkpoint.resume=old", "parallel=single", "backend.ranks=1"
     )
     manifest["architecture"]["num_hidden_layers"] = 4
-    write_json(folder / "manifest.json", manifest)
+    write_manifest(folder, CheckpointManifest(**manifest))
     assert "step 10" in refused("checkpoint.resume=old", "job.steps=10")
     launch_in_process("checkpoint.resume=old", "dry_run=true").expect(0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import TrainingProgress, describe_checkpoint
+from launcher.checkpoint.manifest import TrainingProgress, describe_checkpoint, write_manifest
 from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import Composition, compose
@@ -28,7 +28,7 @@ from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import StoredPart, parts_metadata
 from launcher.runs.state import continue_command, read_run_state
-from launcher.utils.files import read_json, write_json
+from launcher.utils.files import write_json
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 from launcher.utils.schema import to_tree
 from tests.conftest import Launch, PlanOf
@@ -338,8 +338,7 @@ def test_resume_is_refused_where_nothing_is_continued(plan_of: PlanOf, words: tu
 
 def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_process: Launch) -> None:
     saved = write(10, "job.steps=10", "job.sequence_length=16")
-    manifest = saved.folder / "manifest.json"
-    write_json(manifest, {**read_json(manifest), "lr": 1e-4})
+    write_manifest(saved.folder, replace(saved.manifest, lr=1e-4))
     words = ("resume", str(saved.folder.parent.parent), "job.steps=500", "dry_run=true")
     assert "the learning rate jumps from 0.0001 (step 10" in launch_in_process(*words).expect(0).stdout
 

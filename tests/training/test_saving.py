@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import random
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from launcher.checkpoint.regions import whole
 from launcher.checkpoint.store import CheckpointStore, silent
 from launcher.checkpoint.tensors import Shard, StoredState, shard_file_name
+from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import compose
+from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.training import saving
+from launcher.training.checkpointing import restore_checkpoint
 from launcher.training.saving import CheckpointSaver
 from launcher.utils.files import write_json
 
@@ -31,6 +37,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.weight = torch.zeros(4, 3)
+        self.model_config = GPT2Config(n_layer=1, n_head=1, n_embd=2)
 
     def shards(self) -> list[Shard]:
         shape = tuple(self.weight.shape)
@@ -116,3 +123,28 @@ def test_a_run_that_fails_lets_a_save_become_complete(saver: Any, tmp_path: Path
     with pytest.raises(ValueError, match="a step failed"):
         fail()
     assert weight_of(tmp_path, 1).shape == (4, 3)
+
+
+def test_a_byte_that_changed_in_any_file_is_noticed(saver: Any, tmp_path: Path) -> None:
+    """Each file of a checkpoint in turn: it is refused by name, and nothing of it is loaded."""
+    saver.save(1, eval_loss=2.5, now=True)
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    assert {"manifest.json", "scalars.json", "config.json", "rank_00000.safetensors"} <= {file.name for file in files}
+    run = replace(saver._context.run, checkpoint=Checkpoint(resume=str(folder)))
+    context: Any = SimpleNamespace(**{**vars(saver._context), "run": run})
+    chance = random.Random(0)
+    for file in files:
+        content = file.read_bytes()
+        for place in chance.sample(range(len(content)), min(30, len(content))):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << chance.randrange(8)
+            file.write_bytes(damaged)
+            engine: Any = SimpleNamespace(device=torch.device("cpu"), load=lambda folder: pytest.fail("it was loaded"))
+            with pytest.raises(ConfigError, match=re.escape(file.name)):
+                restore_checkpoint(saver._store, context, engine)
+        file.write_bytes(content)
+    loaded: list[Path] = []
+    engine = SimpleNamespace(device=torch.device("cpu"), load=loaded.append)
+    assert restore_checkpoint(saver._store, context, engine) == 1
+    assert loaded == [folder]

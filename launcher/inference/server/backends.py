@@ -220,6 +220,7 @@ class VllmBackend(ModelBackend):
         """End the process and its children."""
         if self._watch is not None:
             self._watch.cancel()
+        await self._proxy.close()
         await asyncio.to_thread(self._server.end)
 
     @property

@@ -64,7 +64,7 @@ def test_a_client_goes_in_the_moment_that_its_stream(how: str) -> None:
             asyncio.get_running_loop().call_later(0.05, moment.set)
 
         stream = EventStream(events(), explain=explain, on_end=lambda: ended.append(how), headers={})
-        await stream({"type": "http"}, receive, send)
+        await stream({"type": "http", "method": "POST"}, receive, send)
         gc.collect()
 
     asyncio.run(go())

@@ -220,7 +220,7 @@ class Serve(GeneratingJob):
         yield "to end", f"SIGTERM or Ctrl-C; {self.drain_s:g} s to finish what was accepted"
 
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_PACKAGES = ("fastapi", "httpx", "prometheus_client", "sse_starlette", "uvicorn")
 _PORTS_TRIED = 50
 
 

@@ -175,7 +175,7 @@ def as_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 STREAM_KEEP_ALIVE_S = 5.0
-"""A stream without an event for so long sends a comment, so that no proxy closes it."""
+"""Interval of a comment in a stream, so that no proxy closes one that waits."""
 EventData = dict[str, Any]
 
 
@@ -260,6 +260,7 @@ class EventStream(EventSourceResponse):
         try:
             async for data in events:
                 yield _event(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+                await asyncio.sleep(0)  # a kept result comes without a wait: others have their turn
         except Exception as error:
             problem = self._explain(error)
             if not self._has_begun:

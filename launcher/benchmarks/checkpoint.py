@@ -275,7 +275,7 @@ def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
         of = case.samples
         if case.name == NO_SAVING:
             continue
-        yield f"{case.name}: training stands still for {spread('stall_s', of['stall_s'])} s a save"
+        yield f"{case.name}: training pauses for {spread('stall_s', of['stall_s'])} s a save"
         if "added_per_save_s" in of:
             yield f"{case.name}: the loop is longer by {spread('added_per_save_s', of['added_per_save_s'])} s a save"
         yield (

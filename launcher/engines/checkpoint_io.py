@@ -118,7 +118,7 @@ def explain_read_errors(place: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
-        what = f"an object of {found[1] or found[2]}, which could run code" if found else "something else than tensors"
+        what = f"an object of {found[1] or found[2]}, which could run code" if found else "something other than tensors"
         why = f"{place} holds {what}; it is not loaded. Resume from a checkpoint that this program wrote"
         raise JobError(why, exit_code=EXIT_BAD_INPUT) from error
     except (torch.OutOfMemoryError, LauncherError):

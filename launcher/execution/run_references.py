@@ -89,7 +89,7 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
     if not isinstance(data, Corpus):
         return run
     if data.tokenizer == CHECKPOINT_TOKENIZER and not (run.job.resumes and resume != "none"):
-        why = "the run resumes from no checkpoint"
+        why = "the run does not resume from a checkpoint"
         raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix="set checkpoint.resume=RUN, or leave it out")
     if not run.job.resumes or not _uses_default_tokenizer(composed) or not data.trains_tokenizer:
         return run
@@ -184,14 +184,14 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
             return None
         why = f"backend={run.backend.kind} runs where this machine's runs are not visible"
         where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
-        raise ConfigError(option, word, why=why, fix=f"give {where} as its ranks see it, beginning with /")
+        raise ConfigError(option, word, why=why, fix=f"give {where} as an absolute path on its hosts")
     if not _exists(folder):
         if reference.source.startswith(("/", "./", "../", "~")):
             return None
         try:
             return find_run(reference.source, Path(run.run.root)).path.absolute()
         except ConfigError as error:
-            why = error.why.replace("is not a run directory", "is no folder")
+            why = error.why.replace("is not a run directory", "is not a folder")
             fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.source else error.fix
             raise ConfigError(option, word, why=why, fix=fix) from error
     folder = folder.absolute()
@@ -231,7 +231,7 @@ def _holds_checkpoints(folder: Path) -> bool:
 def _selected(folder: Path, reference: CheckpointReference, word: str, *, option: str) -> Iterator[SavedCheckpoint]:
     """Yield the checkpoints in ``folder`` that ``reference`` allows, the preferred one first."""
     if is_checkpoint(folder) and reference.selector is not None:
-        why = f"{reference.source} is one checkpoint already"
+        why = f"{reference.source} is already one checkpoint"
         raise ConfigError(option, word, why=why, fix=f"leave @{reference.selector} out, or name its run")
     try:
         saved = list(find_checkpoints(folder, say=_warn, option=option))

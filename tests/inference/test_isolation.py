@@ -1,4 +1,4 @@
-"""Whatever values a request has, it is refused or ends by itself: the requests beside it never notice."""
+"""Whatever values a request has, it is rejected or ends on its own: the requests beside it are not affected."""
 
 from __future__ import annotations
 

@@ -286,7 +286,7 @@ def test_the_engine_of_a_server(tmp_path) -> None:
 
 def test_the_plan_says_what_is_recorded(plan_of) -> None:
     plan = plan_of("profile=true", "profile.active=3")
-    assert plan.details["profile"] == "steps 3 to 5 of each process, which are slower for it"
+    assert plan.details["profile"] == "steps 3 to 5 of each process, which are slower because of it"
     assert any(file.startswith("profile/") for file in plan.files)
     assert not plan_of().details
     assert not any(file.startswith("profile/") for file in plan_of().files)

@@ -81,7 +81,7 @@ class Train(LearningJob, PluggableJob):
     """Text that the sample at the end of the run continues."""
 
     sample_tokens: int = 48
-    """Length of that sample in tokens; 0 takes none."""
+    """Length of that sample in tokens; 0 generates none."""
 
     loss: str = CROSS_ENTROPY
     """Loss to train on: ``cross_entropy``, or one of a plugin.
@@ -98,7 +98,7 @@ class Train(LearningJob, PluggableJob):
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
         """Return the prompt of a sample that is not taken."""
-        return {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 takes no sample"}
+        return {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 generates no sample"}
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject counts that make no training run."""
@@ -109,7 +109,9 @@ class Train(LearningJob, PluggableJob):
         yield from validate_named("job.callbacks", CALLBACK, self.callbacks)
         yield from validate_callback_metrics("job.callbacks", self.callbacks)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            yield self.error("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
+            yield self.error(
+                "peak_tflops", "must be above 0", "leave it out, or set it to the value in the device's data sheet"
+            )
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject a plugin's loss where the last stage of a pipeline computes it."""
@@ -131,7 +133,7 @@ class Train(LearningJob, PluggableJob):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(PluggableJob):
-    """Forward passes over the held-out split, under any strategy; nothing is learnt."""
+    """Forward passes over the held-out split, under any strategy; nothing is trained."""
 
     kind: ClassVar[str] = "evaluate"
     trains: ClassVar[bool] = False

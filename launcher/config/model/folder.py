@@ -168,7 +168,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         except (TypeError, KeyError, ValueError):
             is_whole = False
         if not is_whole:
-            raise ValueError(f"{file.name} has a damaged header: {name} has no shape, format and place")
+            raise ValueError(f"{file.name} has a damaged header: {name} has no dtype, shape and offsets")
         bits = _BITS.get(dtype)
         if bits is None:
             why = f"{name} is of format {dtype!r}, not one of {', '.join(_BITS)}"
@@ -182,7 +182,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{file.name} has a damaged header: {name} begins at byte {start}, not {place}")
         place = end
     if size != 8 + length + place:
-        raise ValueError(f"{file.name} has {size} bytes where its header promises {8 + length + place}")
+        raise ValueError(f"{file.name} has {size} bytes, and its header describes {8 + length + place}")
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
@@ -190,7 +190,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; reject duplicate keys, as the safetensors library does."""
     tree = dict(pairs)
     if len(tree) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name occurs twice")
     return tree
 
 
@@ -281,7 +281,7 @@ def validate_config_json(
         why = f"the installed Transformers has no causal language model of type {family}"
         fix = "choose another model, or install a Transformers that has it"
         if "auto_map" in config:
-            why += ", and code that a model ships is never run"
+            why += ", and the launcher never runs code of a model"
         yield ConfigError(option, value, why=why, fix=fix)
     if isinstance(sizes := sizes_from_config(config), Gpt2Sizes) and sizes.hidden_size % sizes.num_attention_heads:
         why = (
@@ -293,7 +293,7 @@ def validate_config_json(
         yield ConfigError(option, value, why=why, fix=f"correct {key} in its config.json, or choose another model")
     for kind in _rope_types(config):
         if (scaled := rope_types()) is not None and kind not in scaled | _OTHER_ROPE_TYPES:
-            why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"
+            why = f"config.json sets rotary positions of type {kind!r}, unknown to the installed Transformers"
             fix = f"set its rope_type to one of {', '.join(sorted(scaled))}, or install a Transformers that has it"
             yield ConfigError(option, value, why=why, fix=fix)
     if (quantized := config.get("quantization_config")) and not is_quantized_here:

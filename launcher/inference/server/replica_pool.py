@@ -223,7 +223,7 @@ class ReplicaPool:
         size: number of engines.
         start: starts the engine of a number, reporting to the pool.
         stall_s: see ``Serve.stall_s``.
-        build_timeout_s: silence after which an engine that is being built counts as stuck; 0 waits for ever.
+        build_timeout_s: silence after which an engine that is being built counts as stuck; 0 waits indefinitely.
     """
 
     def __init__(self, size: int, start: StartReplica, *, stall_s: float, build_timeout_s: float) -> None:

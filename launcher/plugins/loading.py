@@ -335,13 +335,13 @@ def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
             yield error(f"{field} has values that are not text", 'write it as {"GROUP": {"KIND": "module:name"}}')
         return
     if not _maps_lists(plugin.callback_metrics):
-        yield error("callback_metrics holds something else than lists of text", 'write it as {"CALLBACK": ("NAME",)}')
+        yield error("callback_metrics has values that are not lists of text", 'write it as {"CALLBACK": ("NAME",)}')
         return
     for name in plugin.callback_metrics.keys() - plugin.executors.get(CALLBACK, {}).keys():
         known_ones = did_you_mean(name, plugin.executors.get(CALLBACK, {})) or "add the callback to executors"
-        yield error(f"callback_metrics names {name}, which is no callback of this plugin", known_ones)
+        yield error(f"callback_metrics names {name}, which is not a callback of this plugin", known_ones)
     for name in plugin.executors.get(METRIC, {}).keys() & set(OWN_METRICS):
-        yield error(f"adds the metric {name}, which the launcher has already", "give it another name")
+        yield error(f"adds the metric {name}, which the launcher already has", "give it another name")
     if CROSS_ENTROPY in plugin.executors.get(LOSS, {}):
         yield error(f"adds the loss {CROSS_ENTROPY}, which the launcher already has", "give it another name")
     for field, groups in known.items():

@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         if why := _unusable_folder():
-            print(f"error: the current folder {why}; cd to another one, then type the command again", file=sys.stderr)
+            print(f"error: the current folder {why}; cd to another one, then run the command again", file=sys.stderr)
             return ConfigError.exit_code
         if not is_disk_full_error(error):
             raise
         folder = Path(error.filename or ".").absolute().parent
         print(
-            f"error: {describe_full_disk(folder) or error}: free some of it, then type the command again",
+            f"error: {describe_full_disk(folder) or error}: free some space, then run the command again",
             file=sys.stderr,
         )
         return 1
@@ -52,7 +52,7 @@ def _unusable_folder() -> str | None:
         folder = Path.cwd()
     except FileNotFoundError:
         return "was removed"
-    return None if os.access(folder, os.X_OK) else f"({folder}) is closed to this user (permission denied)"
+    return None if os.access(folder, os.X_OK) else f"({folder}) cannot be opened by this user (permission denied)"
 
 
 if __name__ == "__main__":

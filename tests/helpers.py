@@ -43,7 +43,7 @@ def wait_for(
                 return found
             pytest.fail(f"ended early:\n{shown()}")
         if time.monotonic() > deadline:
-            pytest.fail(f"waited in vain:\n{shown()}")
+            pytest.fail(f"timed out waiting:\n{shown()}")
         time.sleep(0.02)
     return found
 

@@ -356,7 +356,7 @@ def _set_environment(env: Mapping[str, str]) -> None:
     """Make ``env`` the environment, also in ``/proc``, where tests and the program look processes up."""
     for name in set(os.environ) - env.keys():
         del os.environ[name]
-    os.environ.update(env)  # all are stored anew, so that nothing points to where they were
+    os.environ.update(env)  # all are stored again, so that nothing points to where they were
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[47]), int(fields[48])
     text = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in env.items())

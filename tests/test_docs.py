@@ -1,6 +1,6 @@
 """Every command in the documentation runs, and every line of output it shows is printed.
 
-A command stands in a ``console`` block behind ``$ ``, or is a line of a ``bash`` block. What follows it in a console
+A command is in a ``console`` block after ``$ ``, or is a line of a ``bash`` block. What follows it in a console
 block is output: each line must be printed; ``…`` stands for anything left out. Commands that only look (plans, lists)
 are run here; of the others, ``SLOW`` names the test that runs them.
 """

@@ -136,7 +136,7 @@ class _KernelStep:
         self.found: tuple[Tensor, Tensor | None] | None = None
 
     def clear_gradients(self) -> None:
-        """Let go of what the last step found, so that it is no part of the next one's memory."""
+        """Release the results of the last step, so that they do not count in the memory of the next."""
         self.found = None
 
     def __call__(self, count: int | None = None, tokens: int | None = None) -> float:

@@ -335,7 +335,7 @@ def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
         of = case.samples
         if case.name == NO_SAVING:
             continue
-        yield f"{case.name}: training stands still for {spread('stall_s', of['stall_s'])} s a save"
+        yield f"{case.name}: training pauses for {spread('stall_s', of['stall_s'])} s a save"
         if "added_per_save_s" in of:
             yield f"{case.name}: the loop is longer by {spread('added_per_save_s', of['added_per_save_s'])} s a save"
         yield (
@@ -345,6 +345,6 @@ def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
         )
     stalls = {case.name: case.median("stall_s") for case in cases if case.name != NO_SAVING}
     if {"async", "disabled"} <= stalls.keys():
-        yield f"async stands still for {stalls['async'] / stalls['disabled']:.3f} of the time of disabled"
+        yield f"async pauses for {stalls['async'] / stalls['disabled']:.3f} of the time of disabled"
     if peers := [name for name in stalls if name in ("dcp_save", "dcp_async_save", "deepspeed")]:
         yield f"{', '.join(peers)}: without checksums, manifest and rename, which the others include"

@@ -38,7 +38,7 @@ def _raise(error: ConfigError) -> None:
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """Environment of glibc's allocator: tensors of 1 MiB and more are returned when freed.
-glibc raises this limit by itself as large blocks are freed, and then keeps them. With a fixed limit the high-water mark
+glibc raises this limit when large blocks are freed, and then keeps them. With a fixed limit the high-water mark
 follows the live tensors. Code that allocates and frees such tensors all the time gets slower: decoding with dequantized
 weights takes half as long again."""
 

@@ -165,7 +165,7 @@ def lr_jump_warning(saved: SavedCheckpoint, optimizer: Optimizer, schedule: Sche
 def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
     written, ours = saved.manifest.architecture, to_tree(model.architecture())
     if ours.get("family") == "hf" != written.get("family"):
-        return  # its files are not here: this is refused by itself, or loading them shows what they are
+        return  # its files are not here: another check rejects this, or loading them shows what they are
     if "name" in written:  # of a folder, as the user typed it: from another folder it is another path
         written = {**written, "name": last_part(str(written["name"]))}
     names = [name for name in sorted(written.keys() | ours.keys()) if written.get(name) != ours.get(name)]

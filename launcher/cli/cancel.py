@@ -32,7 +32,7 @@ def run(arguments: Arguments) -> int:
         left = _far_agents(where) if where and not state.result else []
         _say(f"{state.run_id} has already ended: {state.status}")
         for agent in left:
-            _say(f"  if {agent.host} still works on it: {_type_there(agent, state)}")
+            _say(f"  if {agent.host} still runs it: {_type_there(agent, state)}")
         return 0
     if where is None:
         raise EnvironmentProblem(f"{state.run_id} has no session.json yet: try again in a moment")
@@ -43,7 +43,7 @@ def run(arguments: Arguments) -> int:
     if not processes:
         far = where.session
         command = shell_command(["ssh", far.machine, shell_command(["launch", "cancel", str(state.run_dir.path)])])
-        raise EnvironmentProblem(f"{state.run_id} is run by process {far.pid} on {far.machine}: type\n{command}")
+        raise EnvironmentProblem(f"{state.run_id} is executed by process {far.pid} on {far.machine}: type\n{command}")
     return _end(processes, state, now=arguments.now)
 
 
@@ -58,7 +58,7 @@ def _check_owner(state: RunState) -> None:
     if owner != os.geteuid():
         file = state.run_dir.session
         why = f"{file} is of user {owner}, and you are {os.geteuid()}"
-        raise EnvironmentProblem(f"{why}: it may name processes and jobs of others. Cancel the run as that user")
+        raise EnvironmentProblem(f"{why}: it may name processes and jobs of other users. Cancel the run as that user")
 
 
 def _here(where: SessionRecord) -> list[Process]:
@@ -87,14 +87,14 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
                 process.send(signal.SIGINT)
         if time.monotonic() > started + grace_s + _PATIENCE_S:
             pids = ", ".join(str(process.pid) for process in left)
-            raise EnvironmentProblem(f"{state.run_id}: process {pids} is still there: try launch cancel --now")
+            raise EnvironmentProblem(f"{state.run_id}: process {pids} is still running: try launch cancel --now")
         time.sleep(_POLL_S)
     state = read_run_state(state.run_dir)
     _say(f"{state.run_id}: no process of it is left on this machine; it is {state.status}")
     if state.status == "preempted":
         _say(f"  it saved first: launch resume {shell_word(str(state.run_dir.path))} continues it")
     for agent in _far_agents(where):
-        _say(f"  {agent.host} ends by itself; to make sure: {_type_there(agent, state)}")
+        _say(f"  {agent.host} stops when it has no session; to make sure: {_type_there(agent, state)}")
     return 0
 
 
@@ -123,7 +123,7 @@ def _cancelling(where: SessionRecord, state: RunState) -> Iterator[str]:
     job = where.job
     for key in where.invalid_job_names:
         said = f"{state.run_dir.session}: job {key} {job.get(key, '')!r}"
-        raise EnvironmentProblem(f"{said} is not a name that the scheduler gives; cancel the job with its own command")
+        raise EnvironmentProblem(f"{said} is not a valid job name; cancel the job with the scheduler's own command")
     if where.backend == "slurm":
         yield from ("scancel", "--", job["id"])
     else:

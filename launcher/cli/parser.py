@@ -88,7 +88,7 @@ def _split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
         if later := next((word for flag, word in before if word in VERBS and flag != "--config-dir"), ""):
             others = [word for word in words if word != later]
             meant = shell_command(["launch", later, *others])
-            raise ConfigError(later, why="is a verb, and the verb comes first", fix=f"write {meant}")
+            raise ConfigError(later, why="is a verb, and must come first", fix=f"write {meant}")
         return "", list(words)
     if first not in VERBS:
         raise ConfigError(first, why="is neither a verb nor option=value", fix=_suggest_word(first))
@@ -188,7 +188,7 @@ def _non_empty(option: Option) -> Callable[[str], object]:
 
 def _missing_value(option: Option) -> ConfigError:
     name = option.names[-1]
-    return ConfigError(name, why="lacks its value", fix=f"write {name} {option.metavar}")
+    return ConfigError(name, why="needs a value", fix=f"write {name} {option.metavar}")
 
 
 def _value_error(error: argparse.ArgumentError, verb: Verb) -> ConfigError:
@@ -204,7 +204,9 @@ def _unknown_flag(word: str, verb: Verb) -> ConfigError:
     """Return the error for an unknown flag; options of a run have no dashes."""
     name, _, value = word.partition("=")
     if name in _HYDRA_COMPLETION:
-        return ConfigError(name, why="is an option of Hydra that knows no verbs", fix="see launch completion --help")
+        return ConfigError(
+            name, why="is an option of Hydra, which does not support verbs", fix="see launch completion --help"
+        )
     options: list[str] = []
     if verb.takes_overrides and len(name) > 2:
         from launcher.config.build import options_named

@@ -57,7 +57,7 @@ def _check_output(file: Path) -> None:
     if file.is_dir():
         raise ConfigError("--output", file, why="is a folder", fix=f"write --output {file / _FILE}")
     if not file.parent.is_dir():
-        raise ConfigError("--output", file, why=f"there is no folder {file.parent}", fix="make it, or name another")
+        raise ConfigError("--output", file, why=f"there is no folder {file.parent}", fix="create it, or choose another")
     if file.is_file() and not is_report(file):
-        why, fix = "is there already and is not a report", "name another, or move it away"
+        why, fix = "exists and is not a report", "choose another, or move it"
         raise ConfigError("--output", file, why=why, fix=fix)

@@ -33,8 +33,8 @@ def _continued(folder: Path, words: Sequence[str]) -> Run:
     run, state = load_saved_run(folder, words), read_run_state(RunDir(folder))
     if run.job.resumes and not state.has_checkpoint:
         if state.status == "completed":
-            why = "has completed and kept no checkpoint, so there is nothing to continue from"
-            fix = f"launch rerun {shell_word(str(folder))} starts it again; checkpoint.at_end=true keeps a checkpoint"
+            why = "has completed and saved no checkpoint, so there is nothing to continue from"
+            fix = f"launch rerun {shell_word(str(folder))} starts it again; checkpoint.at_end=true saves a checkpoint"
             raise ConfigError("run", folder, why=why, fix=fix)
         if resume_of_restart(run.checkpoint.resume, RunDir(folder)) != "auto":
             why = f"has no checkpoint of its own yet; it started from checkpoint.resume={run.checkpoint.resume}"

@@ -28,7 +28,7 @@ def run(arguments: Arguments) -> int:
     print("\n".join(format_table([head, *(_row(state, arguments.root, now) for state in states)])))
     for state in states:
         for why in state.unreadable_files:
-            print(one_line(f"{state.run_dir.path}: {why}, and is left out"), file=sys.stderr)
+            print(one_line(f"{state.run_dir.path}: {why}, and is skipped"), file=sys.stderr)
     return 0
 
 

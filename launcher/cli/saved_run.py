@@ -57,7 +57,7 @@ def start_saved_run(run: Run, arguments: Arguments, *, folder: Path) -> int:
     if arguments.json and not arguments.dry_run:
         raise ConfigError("--json", why="applies to plans only", fix="add dry_run=true")
     for name in _missing_secrets(folder):
-        why = f"the run had {name} from its shell, and this shell does not set it"
+        why = f"the run used {name} of its shell, and this shell does not set it"
         print(f"warning: {why}: export it if ranks need it", file=sys.stderr)
     prepared = prepare(Composition(run=run, tree=run_to_tree(run), sweep=None, overrides=tuple(arguments.overrides)))
     if not arguments.dry_run:

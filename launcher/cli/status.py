@@ -18,7 +18,7 @@ from launcher.runs.logs import host_and_who, tail_lines
 from launcher.runs.state import ELSEWHERE, RUNNING, RunState, continue_command, read_run_state
 from launcher.utils.text import counted, duration_text, format_table, json_text, shell_command, shell_word, short_path
 
-_LIFE = {True: "alive", False: "gone", None: "not to be seen from here"}
+_LIFE = {True: "alive", False: "gone", None: "unknown from this machine"}
 _MANY = 16
 """Limit of ranks or agents that the text lists one by one."""
 
@@ -51,7 +51,7 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
         yield "job", f"{where.backend}: {' '.join(f'{key} {value}' for key, value in where.job.items())}"
     elif where.job:
         names = ", ".join(f"{key} {where.job.get(key, '')!r}" for key in where.invalid_job_names)
-        yield "job", f"{where.backend}: not known ({names} of session.json is not a name that the scheduler gives)"
+        yield "job", f"{where.backend}: not known ({names} of session.json is not a valid job name)"
     yield "run by", _process(where.session)
     if len(where.agents) > _MANY:
         counts = Counter(_LIFE[agent.location.is_running()] for agent in where.agents)

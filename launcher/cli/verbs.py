@@ -21,7 +21,7 @@ from launcher.cli.arguments import (
 from launcher.utils.text import terminal_width
 
 _EXPERIMENT_OR_RUN = (Completion.EXPERIMENT, Completion.RUN)
-_RUN_HELP = "a run id or how it begins, or a run directory"
+_RUN_HELP = "a run id or the beginning of one, or a run directory"
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -114,7 +114,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         summary="print what a run would do, and start nothing",
         positionals=(RUN_OR_OVERRIDES,),
-        options=(MULTIRUN, replace(JSON, help="print the plan as plan.json holds it"), CONFIG_DIR, ROOT),
+        options=(MULTIRUN, replace(JSON, help="print the plan in the format of plan.json"), CONFIG_DIR, ROOT),
         examples="""\
   launch plan                                    the default run
   launch plan +exp=zero3_gpt2xl                  an experiment; the same as launch +exp=zero3_gpt2xl dry_run=true
@@ -178,7 +178,7 @@ VERBS: dict[str, Verb] = {
   launch diff zero1_gpt2 zero2_gpt2_large                two experiments
   launch diff default "default model=gpt2 job.steps=20"  with overrides: quote them
   launch diff runs/a/20260101-… runs/a/20260102-…        two runs
-  launch diff 20260101 20260102                          two runs, by how their ids begin
+  launch diff 20260101 20260102                          two runs, by the beginning of their ids
   launch diff zero3_gpt2xl runs/zero3_gpt2xl/20260101-…  an experiment and a run
 """,
         notes="The exit code is 0 whether or not they differ.",
@@ -211,7 +211,7 @@ Exit codes: 0 the hosts are fit (there may be warnings), 69 a host is not fit, 2
         options=(JSON_PLAN, ROOT, *REFUSED_WITH_RUN),
         examples="""\
   launch resume runs/gpt2_tiny/20260101-120000-abcd
-  launch resume 20260101-120000-abcd                  the same run: an id, or how it begins, is looked up in ./runs
+  launch resume 20260101-120000-abcd                  the same run: an id, or its beginning, is looked up in ./runs
   launch resume 20260101-120000-abcd job.steps=400    train for more steps than planned
   launch resume 20260101-120000-abcd dry_run=true     print the plan, start nothing
 """,
@@ -259,7 +259,7 @@ columns:
   age      time since it was started or last resumed
   took     how long it ran
 
-Every verb that takes a RUN takes an id, or how it begins, or a run directory; without one it takes the newest.""",
+Every verb that takes a RUN takes an id, the beginning of one, or a run directory; without one it takes the newest.""",
     ),
     "status": Verb(
         summary="show one run in detail: its processes, its progress, and the last line of each rank",
@@ -326,7 +326,7 @@ Each line begins with host:rank. Lines that exist already come log by log, new l
 Ctrl-C ends only this command, not the run.""",
     ),
     "cancel": Verb(
-        summary="end a run from any shell, and return once its processes have exited",
+        summary="cancel a run from any shell, and return once its processes have exited",
         positionals=(OPTIONAL_RUN,),
         options=(Option(names=("--now",), help="do not let ranks save first; the same as Ctrl-C twice"), ROOT),
         examples="""\
@@ -337,7 +337,7 @@ Ctrl-C ends only this command, not the run.""",
 """,
         notes="""\
 The run receives SIGTERM, so ranks may save a checkpoint before they exit. Only processes recorded by the run are
-signalled: by number and start time, on the machine they run on. A Slurm or Kubernetes job is cancelled by its id. For a
+signalled: by PID and start time, on the machine they run on. A Slurm or Kubernetes job is cancelled by its id. For a
 run on another machine, the command to type there is printed. A session.json of another user is refused: it could name
 your own processes and jobs.""",
     ),
@@ -403,7 +403,7 @@ those of job=generate; job.temperature is 0.7 and job.max_tokens 512 unless you 
 Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it.""",
     ),
     "benchmark": Verb(
-        summary="compare two runs of a benchmark: does any quantity become worse from A to B",
+        summary="compare two runs of a benchmark: is any quantity worse in B than in A",
         positionals=(
             Positional(
                 name="action",
@@ -423,12 +423,12 @@ Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it
                 metavar="SHARE",
                 help="the change of a median that is accepted, as 5% or 0.05 (default: 5%)",
             ),
-            Option(names=("--agree",), help="ask instead whether each median lies within the range of the other run"),
+            Option(names=("--agree",), help="check instead whether each median lies within the range of the other run"),
             JSON,
             ROOT,
         ),
         examples="""\
-  launch benchmark compare 20260101 20260102                two runs, by id, by how it begins, or by directory
+  launch benchmark compare 20260101 20260102                two runs, by id, by the beginning of an id, or by directory
   launch benchmark compare main.json runs/activation/2026…  a benchmark.json that was kept, and a run
   launch benchmark compare A B --threshold 10%              accept changes of up to a tenth
   launch benchmark compare A B --agree                      is each median within the range of the other run?

@@ -44,5 +44,5 @@ class RegionalCompile(Compile):
 
     def no_compiler(self) -> ConfigError:
         """Return the error for a machine without a C++ compiler."""
-        why = "torch compiles for the CPU with a C++ compiler, and there is none"
+        why = "torch.compile needs a C++ compiler on a CPU, and there is none"
         return ConfigError("compile", self.kind, why=why, fix="apt-get install g++, or set CXX, or compile=false")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """A composition that stood every check that needs no file system."""
+    """A composition that passed every check that needs no file system."""
 
     run: Run
     tree: dict[str, Any]
@@ -51,7 +51,7 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
     Args:
         words: Hydra overrides, and ``plugins=[…]``, which loads modules.
         config_dir: a folder of the user's own options, searched beside the shipped ones.
-        sweeping: whether several values for one option are welcome; they are left out of the composition.
+        sweeping: whether several values for one option are accepted; they are left out of the composition.
 
     Raises:
         ConfigErrors: everything that is wrong, each with the file and line it came from.
@@ -96,7 +96,7 @@ def _without_model_option(error: ConfigError, typed: Mapping[str, object]) -> Co
     """Return ``error``; for a missing model with weights, advise to leave the model out."""
     if error.option != "model.name" or error.value is not None or "model.weights" not in typed:
         return error
-    fix = f"{error.fix}, or leave model out where model.weights names a run: the run says which model it is"
+    fix = f"{error.fix}, or leave model out if model.weights names a run, which has its own model"
     return ConfigError(error.option, why=error.why, fix=fix)
 
 
@@ -118,7 +118,7 @@ def _with_tokenizer(run: Run, typed: Mapping[str, object], report: ReportError) 
 
 def unused_vocab_size(data: Corpus) -> ConfigError:
     """Return the error of ``data.vocab_size`` with a tokenizer that is not trained here."""
-    why = f"data.tokenizer={data.tokenizer} brings its own vocabulary"
+    why = f"data.tokenizer={data.tokenizer} has its own vocabulary"
     return ConfigError("data.vocab_size", data.vocab_size, why=why, fix="leave it out, or set data.tokenizer=bpe")
 
 
@@ -147,11 +147,14 @@ def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report
             report(ConfigError("the configuration", why="; ".join(lines[:4]), fix=fix))
             return None
         except RecursionError:
-            why, fix = "an experiment is in its own defaults, itself or through another one", "take it out there"
+            why, fix = (
+                "an experiment includes itself in its defaults, directly or through another one",
+                "remove it there",
+            )
             report(ConfigError("the configuration", why=why, fix=fix))
             return None
         except ValueError as error:  # Hydra's, of an experiment that says `override /compile: true`
-            fix = 'put an option that YAML reads as a truth value in quotes (override /compile: "true")'
+            fix = 'put an option that YAML reads as a boolean in quotes (override /compile: "true")'
             report(ConfigError("the configuration", why=str(error), fix=fix))
             return None
     assert isinstance(tree, dict)
@@ -229,7 +232,7 @@ def _with_origin(error: ConfigError, overrides: Sequence[Override], sources: Seq
     if source == COMMAND_LINE and isinstance(error.value, str) and "${" in error.value:
         is_element = error.option.rpartition(".")[2].isdigit()
         how = "write it in quotes, with \\${ for ${" if is_element else quoted_word(error.option, error.value)
-        fix = f"{fix}; to give this text itself: {how}"
+        fix = f"{fix}; to pass this text literally: {how}"
     return ConfigError(error.option, error.value, why=error.why, fix=fix, source=source)
 
 

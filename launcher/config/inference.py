@@ -47,8 +47,8 @@ API_KEYS_VARIABLE = "LAUNCHER_API_KEYS"
 def validate_api_keys_variable(environ: Mapping[str, str]) -> Iterator[ConfigError]:
     """Yield a variable of keys that is set and holds none."""
     if API_KEYS_VARIABLE in environ and not api_keys_from_environ(environ):
-        why = "it is set but holds no key, so anyone could use the server"
-        fix = f"write keys into it, with commas between, or type: unset {API_KEYS_VARIABLE}"
+        why = "it is set but has no key, so anyone could use the server"
+        fix = f"set it to keys separated by commas, or run: unset {API_KEYS_VARIABLE}"
         # not the name alone: what follows a name of keys and a colon is hidden as a secret
         yield ConfigError(f"the variable {API_KEYS_VARIABLE} of the environment", why=why, fix=fix)
     for why in _unusable_keys(api_keys_from_environ(environ)):
@@ -66,10 +66,10 @@ def api_keys_of_file(file: str) -> tuple[str, ...]:
         text = Path(file).expanduser().read_text(encoding="utf-8-sig")  # some editors write a mark before the first key
     except (OSError, UnicodeDecodeError) as error:
         why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError(option, file, why=why, fix="give a text file with one key a line") from error
+        raise ConfigError(option, file, why=why, fix="give a text file with one key per line") from error
     keys = tuple(key for line in text.split("\n") if (key := line.strip()) and not key.startswith("#"))
     if not keys:
-        raise ConfigError(option, file, why="holds no key", fix="write one key a line into it")
+        raise ConfigError(option, file, why="has no key", fix="write one key per line into it")
     for why in _unusable_keys(keys):
         raise ConfigError(option, file, why=why, fix=_KEY_RULE)
     return keys
@@ -83,7 +83,7 @@ def _unusable_keys(keys: Sequence[str]) -> Iterator[str]:
     """Yield why a key is refused; the text never holds the key."""
     for number, key in enumerate(keys, 1):
         if not _SENDABLE_KEY.fullmatch(key):
-            yield f"no client can send its key {number} in an Authorization header"
+            yield f"its key {number} cannot be sent in an Authorization header"
 
 
 def api_keys_from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -169,9 +169,9 @@ def _unsupported_reason(run: Run) -> str | None:
     if config is None or marks is None:
         return None
     if others := [*non_attention_layers(config), *(key for key, _ in attention_windows(config))]:
-        return f"keeps other things than keys and values of all tokens ({', '.join(others)})"
+        return f"keeps state other than the keys and values of all tokens ({', '.join(others)})"
     if marks.is_stateful:
-        return "keeps other things than keys and values of all tokens (a state)"
+        return "keeps state other than the keys and values of all tokens (a state)"
     return (
         None if marks.attention_backend and marks.sdpa else "computes attention by code that the engine cannot replace"
     )

@@ -110,7 +110,7 @@ def parse_overrides(
         for other in given[1:]:
             accepted.remove(other)
             first, second = (each.word.partition("=")[2].strip("'") for each in (given[0], other))
-            why = f"{group}={first} is given already, and a command takes one"
+            why = f"{group}={first} is already given, and only one can be used"
             fix = "leave one out, or name it in the defaults of the other"
             report(ConfigError(group, second, why=why, fix=fix, source=COMMAND_LINE))
     return accepted
@@ -122,7 +122,7 @@ def _undecodable(word: str) -> ConfigError | None:
     except UnicodeEncodeError:
         shown = word.encode("utf-8", "backslashreplace").decode()
         fix = "rename the file, or make a link to it with a name in UTF-8"
-        return ConfigError(shown, why="holds bytes that are not UTF-8, which run.yaml cannot keep", fix=fix)
+        return ConfigError(shown, why="contains bytes that are not UTF-8, which run.yaml cannot store", fix=fix)
     return None
 
 
@@ -309,10 +309,14 @@ def _classify(
         return None
     if parsed.package is not None:
         fix = f"write {key}={word.partition('=')[2]}"
-        report(ConfigError(word.partition("=")[0], why="has a package behind @, and each group has its place", fix=fix))
+        report(
+            ConfigError(
+                word.partition("=")[0], why="has a package after @, and the package of each group is fixed", fix=fix
+            )
+        )
         return None
     if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
-        report(ConfigError(key, why="does nothing here", fix="use run.root, run.name and run.dir, or -m for sweeps"))
+        report(ConfigError(key, why="has no effect here", fix="use run.root, run.name and run.dir, or -m for sweeps"))
         return None
     typed, types_of = word.partition("=")[2], types_of_option(key)
     if problem := _unlisted(key, parsed, typed, groups):
@@ -349,18 +353,18 @@ def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mappi
         ways.append(f"quote it if it is one text: {quoted_word(key, typed)}")
     if key.partition("@")[0] in groups:
         ways.append("choose one" if _is_call(typed) else f"choose one, {key}={_split(typed)[0].strip()}")
-    fix = ", or ".join(ways) or "give one: launch sweep makes grids, of new runs"
+    fix = ", or ".join(ways) or "give one value: only launch sweep runs grids, as new runs"
     return ConfigError(key, typed, why="is several values in Hydra's grammar", fix=fix, source=COMMAND_LINE)
 
 
 def _unlisted(key: str, parsed: Any, typed: str, groups: Mapping[str, Sequence[str]]) -> ConfigError | None:
     """Return why the values of a sweep cannot be listed; ``None`` where they can."""
     if parsed.is_interval_sweep():
-        why, fix = "is an interval, which holds no list of values", "write them: a,b,c or range(START,STOP,STEP)"
+        why, fix = "is an interval, not a list of values", "write them: a,b,c or range(START,STOP,STEP)"
     elif not _is_glob(parsed):
         return None
     elif key not in groups:
-        why, fix = "is a pattern of a group's options, and this is no group", "write the values: a,b,c"
+        why, fix = "is a pattern of a group's options, and this is not a group", "write the values: a,b,c"
     elif not parsed.value().filter(list(groups[key])):
         why, fix = "matches no option", did_you_mean(typed, groups[key])
     else:
@@ -407,5 +411,5 @@ def _group_choice(
     if unknown:
         return None
     prefix = "" if key in KINDS else "+"
-    quoted = ",".join(map(quoted_text, wanted))  # Hydra refuses compile=true as a truth value
+    quoted = ",".join(map(quoted_text, wanted))  # Hydra refuses compile=true as a boolean
     return Override(key=key, word=f"{prefix}{key}={quoted}", is_group=True, choices=choices)

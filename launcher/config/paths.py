@@ -66,9 +66,9 @@ def validate_home(option: str, value: str) -> ConfigError | None:
         return None
     user = value.partition("/")[0]
     if user == "~":
-        why, fix = "this user has no home folder", "set HOME, or give the path whole"
+        why, fix = "this user has no home folder", "set HOME, or give an absolute path"
     else:
-        why, fix = f"there is no user {user[1:]} here", f"give the path whole, or ./{value} for a folder of that name"
+        why, fix = f"there is no user {user[1:]} here", f"give an absolute path, or ./{value} for a folder of that name"
     return ConfigError(option, value, why=why, fix=fix)
 
 
@@ -85,7 +85,7 @@ def homeless_paths(group: str, component: Any, *, is_here: bool) -> Iterator[Con
             problem = validate_home(option, value)
             yield from [problem] if problem else ()
         elif re.match(r"~[^/]", value):
-            yield ConfigError(option, value, why="a pod has other users", fix="give the path whole, as pods see it")
+            yield ConfigError(option, value, why="a pod has other users", fix="give the absolute path that pods use")
 
 
 def named_paths(group: str, component: Any) -> Iterator[tuple[str, str]]:
@@ -191,16 +191,16 @@ def _reason(path: Path, error: OSError) -> str | None:
         return "it leads through a link that leads back to itself"
     if error.errno == errno.EACCES:
         closed = next((parent for parent in reversed(path.parents) if _is_closed(parent)), path.parent)
-        return f"{closed} is closed to this user (permission denied)"
+        return f"{closed} cannot be opened by this user (permission denied)"
     return f"it cannot be examined: {error.strerror}"
 
 
 def _too_long(path: Path) -> str | None:
     longest = max(len(os.fsencode(part)) for part in path.parts) if path.parts else 0
     if longest > _LONGEST_NAME:
-        return f"a name in it has {longest} bytes, and file systems take {_LONGEST_NAME}"
+        return f"a name in it has {longest} bytes, and file systems allow {_LONGEST_NAME}"
     size = len(os.fsencode(path))
-    return f"it has {size} bytes, and the system takes {_LONGEST_PATH - 1}" if size >= _LONGEST_PATH else None
+    return f"it has {size} bytes, and the system allows {_LONGEST_PATH - 1}" if size >= _LONGEST_PATH else None
 
 
 def _may(path: Path, mode: int) -> bool:

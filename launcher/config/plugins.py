@@ -164,7 +164,7 @@ def _taken(loaded: LoadedPlugin) -> Iterator[ConfigError]:
     for group, kinds in loaded.plugin.options.items():
         for kind in kinds:
             if kind in KINDS[group]:
-                why = f"adds the {group} {kind}, which the launcher has already"
+                why = f"adds the {group} {kind}, which the launcher already has"
                 yield _error(loaded, why, "give it another name")
 
 
@@ -185,10 +185,10 @@ def _validate_options(loaded: LoadedPlugin, group: str, kind: str, target: str) 
     base = getattr(importlib.import_module(base_module), base_name)
     if not (isinstance(cls, type) and issubclass(cls, base) and dataclasses.is_dataclass(cls)):
         derive = BASES[group].replace(":", ".")
-        yield wrong(f" is no dataclass that derives from {derive}", f"derive it from {derive}")
+        yield wrong(f" is not a dataclass that derives from {derive}", f"derive it from {derive}")
         return
     if "__dataclass_params__" not in vars(cls) or not vars(cls)["__dataclass_params__"].frozen:
-        yield wrong(" is no frozen dataclass", "decorate it: @dataclass(frozen=True, kw_only=True)")
+        yield wrong(" is not a frozen dataclass", "decorate it: @dataclass(frozen=True, kw_only=True)")
         return
     if vars(cls).get("kind") != kind:
         why = f" has the kind {getattr(cls, 'kind', None)!r}, and the plugin names it {kind!r}"
@@ -205,9 +205,11 @@ def _validate_options(loaded: LoadedPlugin, group: str, kind: str, target: str) 
             yield wrong(f".{field} has no docstring under it", "write one that says what it means")
         if field in types and not is_option_type(types[field]):
             shown = types[field].__name__ if isinstance(types[field], type) else types[field]
-            yield wrong(f".{field} has the type {shown}, which no option can have", f"use {OPTION_TYPES}")
+            yield wrong(f".{field} has the type {shown}, which no option supports", f"use {OPTION_TYPES}")
     for field in _untyped(file, name):
-        yield wrong(f".{field} has no type, so it would be no option", f"write {field}: TYPE = …, or ClassVar[TYPE]")
+        yield wrong(
+            f".{field} has no type, so it would not be an option", f"write {field}: TYPE = …, or ClassVar[TYPE]"
+        )
 
 
 def _imported(loaded: LoadedPlugin, target: str, what: str) -> Any:
@@ -244,11 +246,11 @@ def _validate_yaml(loaded: LoadedPlugin) -> Iterator[ConfigError]:
         if group not in (*KINDS, *shipped):
             yield _error(loaded, f"there is no group {group}", did_you_mean(group, (*KINDS, *shipped)), file=file)
         if file.stem in shipped.get(group, ()):
-            yield _error(loaded, f"the launcher has {group}/{file.stem} already", "rename the file", file=file)
+            yield _error(loaded, f"the launcher already has {group}/{file.stem}", "rename the file", file=file)
         for other in loaded_plugins():
             if other.conf is not None and (other.conf / group / file.name).is_file():
                 yield _error(
-                    loaded, f"the plugin {other.name} has {group}/{file.stem} already", "rename one", file=file
+                    loaded, f"the plugin {other.name} already has {group}/{file.stem}", "rename one", file=file
                 )
         try:
             tree = yaml.safe_load(file.read_text(encoding="utf-8"))

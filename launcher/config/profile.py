@@ -113,9 +113,9 @@ class TorchProfile(Profile):
         """Yield a description of the recording."""
         if unit in _DEFAULT_ACTIVE_STEPS:
             window = self.window(unit)
-            what = f"{unit} {window.first} to {window.last} of each process, which are slower for it"
+            what = f"{unit} {window.first} to {window.last} of each process, which are slower because of it"
         elif unit == "cases":
-            what = f"each case once more, {self.seconds:g} s of it at most; no figure comes from that"
+            what = f"each case once more, {self.seconds:g} s of it at most; not part of the results"
         else:
             what = f"the first {self.seconds:g} s"
         yield "profile", what

@@ -109,7 +109,7 @@ class PromptFile:
 
 
 def open_prompt_file(path: Path, format_: Literal[PromptFormat, "auto"] = "auto") -> PromptFile:
-    """Return the file of prompts at ``path``, with its compression found by itself.
+    """Return the file of prompts at ``path``, with its compression detected.
 
     Args:
         path: the file.
@@ -122,16 +122,16 @@ def open_prompt_file(path: Path, format_: Literal[PromptFormat, "auto"] = "auto"
     if found.kind in ("parquet", "arrow"):
         code = _TO_LINES.format(kind="parquet" if found.kind == "parquet" else "file")
         command = shell_command(["python", "-c", code, str(path), str(path.with_suffix(".jsonl"))])
-        raise BadFile(f"is {KIND_NAMES[found.kind]}, which is not read for prompts", f"write JSON lines: {command}")
+        raise BadFile(f"is {KIND_NAMES[found.kind]}, which is not a format for prompts", f"write JSON lines: {command}")
     if found.kind == "markup":
-        raise BadFile(f"holds {KIND_NAMES[found.kind]}", f"extract its text, or set {_PLAIN} for a prompt a line")
+        raise BadFile(f"holds {KIND_NAMES[found.kind]}", f"extract its text, or set {_PLAIN} for one prompt per line")
     if found.lone_returns and found.kind != "json":
         raise has_lone_returns(path, found.compression)
     if format_ != "auto" and found.kind == "text":
         found = replace(found, kind=format_)
     if format_ not in ("auto", found.kind):
         why = f"holds {KIND_NAMES[found.kind]}, and job.format is {format_}"
-        raise BadFile(why, f"set job.format=auto, or {_PLAIN} for a prompt a line")
+        raise BadFile(why, f"set job.format=auto, or {_PLAIN} for one prompt per line")
     return PromptFile(path=path, written=found)
 
 

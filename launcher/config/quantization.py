@@ -28,7 +28,7 @@ class Quantization(Component):
     """The package that it needs."""
 
     skip: tuple[str, ...] = ()
-    """Layers to leave as they are, as name patterns: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
+    """Layers not to quantize, as name patterns: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject patterns that are none."""

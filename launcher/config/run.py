@@ -216,7 +216,7 @@ class BatchedJob(Job):
 
     @property
     def clip_norm(self) -> float:
-        """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
+        """Largest global L2 norm of the gradient; 0 disables clipping."""
         return 0.0
 
     def num_sequences(self, run: Run, *, world_size: int) -> int | None:
@@ -256,7 +256,7 @@ class LearningJob(BatchedJob):
     """Optimizer steps."""
 
     clip_norm: float = 1.0
-    """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
+    """Largest global L2 norm of the gradient; 0 disables clipping."""
 
     @property
     def optimizer_steps(self) -> int:

@@ -136,7 +136,7 @@ def validate_sampling(sampling: SamplingParams) -> Iterator[tuple[str, str, floa
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         yield "stop_token_ids", f"must be at most {MAX_STOP_TOKEN_IDS} tokens, not {len(sampling.stop_token_ids)}", 0
     if sampling.num_beams > 1 and sampling.temperature > 0:
-        yield "num_beams", "beam search takes the likeliest sequences: it goes with temperature 0 alone", 1
+        yield "num_beams", "beam search takes the likeliest sequences: it needs temperature 0", 1
     if sampling.num_beams > 1 and sampling.logprobs is not None:
         yield "logprobs", "beam search gives no log-probabilities", 0
 

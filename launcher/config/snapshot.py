@@ -96,11 +96,11 @@ def _parse(payload: bytes, path: Path) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(payload, Loader=loader)):
-            raise ValueError("it has references, which no run writes and which can stand for billions of values")
+            raise ValueError("it has YAML aliases, which a run never writes and which can expand to billions of values")
         tree = yaml.load(payload, Loader=loader)  # noqa: S506 (both are safe)
         if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-            raise ValueError("it is no set of options")
+            raise ValueError("it is not a set of options")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        why = f"is not what a run writes: {str(error).splitlines()[0] or type(error).__name__}"
+        why = f"is not a valid run.yaml: {str(error).splitlines()[0] or type(error).__name__}"
         raise ConfigError("run.yaml", path, why=why, fix="name another run") from error
     return tree

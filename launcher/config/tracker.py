@@ -75,7 +75,7 @@ class Wandb(Tracker):
     The plan shows the mode and its reason."""
 
     project: str = "launcher"
-    """W&B project; a W&B sweep brings its own."""
+    """W&B project; a W&B sweep has its own."""
 
     entity: str | None = None
     """W&B user or team; by default the key's own."""
@@ -203,7 +203,7 @@ def _invalid_key(key: str) -> str | None:
         return None
     secret = key.partition("-")[2] or key
     if not re.fullmatch(r"[\w-]+", secret):
-        return "holds characters that no W&B key has"
+        return "contains characters that no W&B key has"
     return (
         None
         if len(secret) >= _MIN_KEY_LENGTH

@@ -25,7 +25,7 @@ _DEFAULT = re.compile(
 """The key of an entry in the defaults of a file."""
 _TEXT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
 _YAML_TYPES = {
-    "bool": "a truth value",
+    "bool": "a boolean",
     "int": "a number",
     "float": "a number",
     "null": "nothing",
@@ -62,7 +62,7 @@ def validate_user_files(
             why = f"{file} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
             fix = "save it as UTF-8 (iconv -f latin1 -t utf-8 converts)"
         except RecursionError:
-            why, fix = f"{file} is nested too deeply", "take brackets out"
+            why, fix = f"{file} is nested too deeply", "remove brackets"
         except yaml.MarkedYAMLError as error:
             mark, cause = error.problem_mark, error.problem or "is not YAML"
             line = mark.line + 1 if mark is not None else 1
@@ -74,7 +74,7 @@ def validate_user_files(
             if raw.startswith(codecs.BOM_UTF8):
                 why, fix = (
                     f"{file} begins with a byte order mark",
-                    f"take it out: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}",
+                    f"remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}",
                 )
             elif tree is not None and not isinstance(tree, dict):
                 why, fix = f"{file} holds no options, each `name: value`", "launch list exp/ddp_gpt2 shows such a file"
@@ -123,7 +123,7 @@ def _unusable_keys(root: yaml.Node | None, package: str, file: Path) -> Iterator
                 fix = f'write a name before the colon, or "{key.value}" in quotes for this text'
                 yield ConfigError(option, why=why, fix=fix, source=source)
             elif key.value in lines:
-                why = f"is there already, in line {lines[key.value]}, and a mapping holds each name once"
+                why = f"is already set in line {lines[key.value]}, and a mapping has each name once"
                 yield ConfigError(option, why=why, fix="remove one of them, or merge their contents", source=source)
             lines.setdefault(key.value, line)
             nodes.append((f"{option}.", value))
@@ -140,11 +140,11 @@ def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterato
         if not isinstance(key, str):
             continue  # _unusable_keys reports it
         if not path and key == "hydra":
-            why, fix = "does nothing here", "use run.root, run.name and run.dir, or -m for sweeps"
+            why, fix = "has no effect here", "use run.root, run.name and run.dir, or -m for sweeps"
             yield ConfigError(option, why=why, fix=fix, source=str(file))
         elif not path and "." in key and types_of_option(key):
             group, _, name = key.partition(".")
-            why, fix = "is written with a dot, which YAML does not take apart", f"write {group}: {{{name}: …}}"
+            why, fix = "is written with a dot, which YAML does not split", f"write {group}: {{{name}: …}}"
             yield ConfigError(option, why=why, fix=fix, source=str(file))
         elif isinstance(value, dict):
             yield from _unusable_options(value, f"{option}.", file)
@@ -209,11 +209,11 @@ def _unusable_defaults(
             line = entry.start_mark.line + 1
             written = lines[line - 1].strip()
             if is_exp:
-                cause = "names the group exp, in which this file itself is"
+                cause = "names the group exp, which this file itself belongs to"
             elif not is_pair:
                 cause = "is not written as GROUP: OPTION"
             elif not found["slash"]:
-                cause = "has no slash before the group, which therefore is looked for below exp"
+                cause = "has no slash before the group, so it is looked up below exp"
             elif is_right:
                 cause = f"has {read_as} in YAML for its option"
             else:

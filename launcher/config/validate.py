@@ -150,7 +150,7 @@ def _validate_checkpoint(run: Run) -> Iterator[ConfigError]:
     resume = run.checkpoint.resume
     if run.job.resumes or resume in ("none", "auto"):
         return
-    why = f"job={run.job.kind} continues no training run, and would ignore the checkpoint"
+    why = f"job={run.job.kind} does not continue a training run, and would ignore the checkpoint"
     takes_weights = not isinstance(run.benchmark, Benchmark) or run.benchmark.needs_model
     fix = f"set model.weights={resume} checkpoint.resume=none" if takes_weights else "leave it out"
     yield ConfigError("checkpoint.resume", resume, why=why, fix=fix)
@@ -190,7 +190,7 @@ def validate_quantized_weights(run: Run, option: str, value: object, *, instead:
         why = f"benchmark={run.benchmark.kind} trains the model, quantizes it itself, or has none"
         yield ConfigError(option, value, why=why, fix=instead)
     elif run.parallel.kind not in ("single", "ddp", "pipeline"):
-        why = f"parallel={run.parallel.kind} slices matrices, and quantized ones stay whole"
+        why = f"parallel={run.parallel.kind} splits matrices, and quantized ones cannot be split"
         yield ConfigError(option, value, why=why, fix="set parallel=single")
 
 
@@ -228,7 +228,7 @@ def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
 def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     own = run.parallel.gradient_accumulation_steps
     if own is not None and job.gradient_accumulation_steps not in (None, own):
-        why = f"parallel.micro_batches={own} says how many forward passes a step takes"
+        why = f"parallel.micro_batches={own} sets the number of forward passes of a step"
         yield job.error("gradient_accumulation_steps", why, "leave one of the two out")
 
 
@@ -249,7 +249,7 @@ def _validate_vocabulary(run: Run) -> Iterator[ConfigError]:
         return  # other tokenizers are only known once they are loaded: the rank checks them
     assert isinstance(data, Corpus | Synthetic)
     if data.vocab_size > shape.vocab_size:
-        why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
+        why = f"{run.model.name} has {shape.vocab_size} embedding rows, one per token"
         yield data.error("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
 
 
@@ -258,7 +258,7 @@ def _validate_ranks_per_host(hosts: Sequence[Host]) -> Iterator[ConfigError]:
         if host.devices and host.slots > len(host.devices):
             gpus = "1 GPU" if len(host.devices) == 1 else f"{len(host.devices)} GPUs"
             fix = f"set backend.ranks={len(host.devices)}"
-            yield ConfigError("backend.ranks", host.slots, why=f"{host.name} shows {gpus}, one a rank", fix=fix)
+            yield ConfigError("backend.ranks", host.slots, why=f"{host.name} has {gpus}, one per rank", fix=fix)
 
 
 def _validate_uneven_hosts(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
@@ -332,7 +332,7 @@ def _validate_fp8(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     tokens = job.micro_batch * job.sequence_length
     if tokens % FP8_MULTIPLE:
         product = f"{job.micro_batch} × {job.sequence_length} = {tokens} tokens"
-        why = f"a micro-batch of {product} is not a multiple of {FP8_MULTIPLE}, as 8-bit products need"
+        why = f"a micro-batch of {product} is not a multiple of {FP8_MULTIPLE}, which fp8 needs"
         better = max(FP8_MULTIPLE, job.sequence_length // FP8_MULTIPLE * FP8_MULTIPLE)
         yield ConfigError("precision", Fp8Precision.kind, why=why, fix=f"set job.sequence_length={better}")
 
@@ -348,7 +348,7 @@ def _validate_kernels(run: Run, without_gpu: str | None, *, on_gpu: bool) -> Ite
             yield ConfigError("attention", attention.kind, why=why, fix="set attention=sdpa")
     if isinstance(attention, FlashAttention):
         if on_gpu and run.precision.compute == "fp32":
-            why = f"on a GPU the flash kernel takes 16-bit numbers only, and precision is {run.precision.kind}"
+            why = f"on a GPU the flash kernel supports 16-bit formats only, and precision is {run.precision.kind}"
             yield ConfigError("attention", attention.kind, why=why, fix="set precision=bf16 or attention=sdpa")
         if without_gpu is not None and isinstance(run.model, Gpt2) and run.model.dropout:
             why = f"on a CPU the flash kernel has no dropout, and model.dropout={run.model.dropout:g}"
@@ -360,7 +360,7 @@ def _validate_compilation(run: Run) -> Iterator[ConfigError]:
         why = "torch.compile does not support the copies of activation=offload"
         yield ConfigError("compile", run.compile.kind, why=why, fix="set activation=full or compile=false")
     if isinstance(run.parallel, Zero) and run.parallel.stage == 3:
-        why = "ZeRO-3 gathers weights inside of each block, which torch cannot compile"
+        why = "ZeRO-3 gathers weights inside each block, which torch cannot compile"
         yield ConfigError("compile", run.compile.kind, why=why, fix="set parallel=zero2 or compile=false")
 
 

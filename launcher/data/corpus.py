@@ -57,7 +57,7 @@ def _dataset_rows(data: HfData) -> Iterator[tuple[str, Record]]:
         _raise_bad_row_of_folder(data)
         byte = error.object[error.start]
         why = f"row {number + 1:,} is not UTF-8: byte 0x{byte:02x} at position {error.start} of its text"
-        raise ConfigError("data.path", data.path, why=why, fix="correct the row, or take another data set") from error
+        raise ConfigError("data.path", data.path, why=why, fix="correct the row, or use another data set") from error
 
 
 def _load_dataset(data: HfData) -> datasets.Dataset:

@@ -193,7 +193,7 @@ def open_splits(
         splits = _open_corpus(data, model, max_length=max_length, sequence_length=sequence_length, heartbeat=heartbeat)
     if splits.vocab_size > vocab_size:
         option, value = ("data.tokenizer", getattr(data, "tokenizer", "bpe"))
-        why = f"it has {splits.vocab_size} tokens and {model.name} only {vocab_size} rows of embedding"
+        why = f"it has {splits.vocab_size} tokens and {model.name} only {vocab_size} embedding rows"
         raise ConfigError(option, value, why=why, fix="set data.tokenizer=model, or bpe with a smaller data.vocab_size")
     return splits
 

@@ -42,18 +42,18 @@ _SIGNS: Sequence[_Sign] = (
     ),
     _Sign(
         pattern=r"connect to .*Connection refused",
-        what="runs, but nothing listens on its ssh port",
+        what="is up, but nothing listens on its ssh port",
         remedy="start sshd there, or give the right port in the hostfile ({bare}:PORT)",
     ),
     _Sign(
         pattern=r"No route to host|Network is unreachable",
         what="cannot be reached: no route leads there",
-        remedy="see whether it is switched on and in this network (ip route get ADDRESS)",
+        remedy="check whether it is switched on and in this network (ip route get ADDRESS)",
     ),
     _Sign(
         pattern=r"Connection timed out|Operation timed out|timed out during banner|timed out waiting for",
         what="does not answer",
-        remedy="see whether it is switched on, and whether a firewall drops ssh",
+        remedy="check whether it is switched on, and whether a firewall drops ssh",
     ),
     _Sign(
         pattern=r"kex_exchange_identification|Connection (closed|reset) by|banner exchange",
@@ -82,8 +82,8 @@ _SIGNS: Sequence[_Sign] = (
     ),
     _Sign(
         pattern=r"^srun: (?:fatal|error): (?P<said>.+)",
-        what="is not reached by srun: {said}",
-        remedy="examine nodes from inside of an allocation: salloc --nodes=N launch doctor backend=slurm",
+        what="cannot be reached by srun: {said}",
+        remedy="examine nodes from inside an allocation: salloc --nodes=N launch doctor backend=slurm",
     ),
     _Sign(
         pattern=r"^launcher: (?!cannot enter)(?P<said>.+)",
@@ -93,7 +93,7 @@ _SIGNS: Sequence[_Sign] = (
     _Sign(
         pattern=r"No space left on device|Disk quota exceeded",
         what="has a full disk",
-        remedy="make room there (df -h), at least in the home directory",
+        remedy="free space there (df -h), at least in the home directory",
     ),
 )
 
@@ -134,10 +134,10 @@ def explain_probe_failure(
             return error(host.name, sign.what.format(**words), sign.remedy.format(**words))
     if exit_code is None and has_started:
         what = f"answers, but its probe sent no facts within {waited_s:.1f} s"
-        return error(host.name, what, "see whether `df` or `nvidia-smi` hangs there: a file system or a GPU is stuck")
+        return error(host.name, what, "check whether `df` or `nvidia-smi` hangs there: a file system or a GPU is stuck")
     if exit_code is None:
         what = f"does not answer within {waited_s:.1f} s"
-        return error(host.name, what, f"see whether it is switched on and reachable: ssh -v {login} true")
+        return error(host.name, what, f"check whether it is switched on and reachable: ssh -v {login} true")
     last = (stderr_tail.strip().splitlines() or ["no output"])[-1]
     return error(
         host.name, f"its probe ended with exit code {exit_code}: {last[:300]}", f"try by hand: ssh {login} true"

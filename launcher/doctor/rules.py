@@ -79,7 +79,7 @@ def _differing_software(facts: _Facts) -> Iterator[Finding]:
         facts,
         "python",
         lambda found: found.software.python,
-        "make the environments alike, or name another interpreter with backend.python",
+        "install the same versions everywhere, or name another interpreter with backend.python",
     )
     for name in PACKAGES:
         for host, found in facts.items():
@@ -168,13 +168,13 @@ def _clock(host: Host, skew_s: float) -> Iterator[Finding]:
 def _slots(host: Host, found: HostFacts) -> Iterator[Finding]:
     beyond = [str(slot) for slot in host.slot_ids if slot >= len(found.devices) > 0]
     if found.devices and host.slots > len(found.devices):
-        what = f"takes {counted(host.slots, 'rank')} and shows {counted(len(found.devices), 'GPU')}"
+        what = f"has {counted(host.slots, 'rank')} and shows {counted(len(found.devices), 'GPU')}"
         yield error(host.name, what, _fewer(host, len(found.devices)))
     elif beyond:
         what = f"shows {counted(len(found.devices), 'GPU')}, and the filter chooses slot {', '.join(beyond)}"
         yield error(host.name, what, f"choose from 0 to {len(found.devices) - 1}, counted among the visible GPUs")
     elif not found.devices and host.slots > found.cores:
-        what = f"takes {counted(host.slots, 'rank')} and has {counted(found.cores, 'core')}"
+        what = f"is given {counted(host.slots, 'rank')} and has {counted(found.cores, 'core')}"
         yield warning(host.name, what, _fewer(host, found.cores))
 
 
@@ -189,20 +189,20 @@ def _run_dir(host: Host, found: HostFacts) -> Iterator[Finding]:
         what = f"nothing can be written to the run directory: {disk.folder}: {disk.problem}"
         remedy = "set run.root to a folder that this login may write to on every host"
         if disk.problem in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
-            remedy = "make room there, or set run.root to another disk"
+            remedy = "free space there, or set run.root to another disk"
         yield error(host.name, what, remedy)
     elif disk.free_bytes < NO_DISK_BYTES:
         what = f"the disk of the run directory is full: {bytes_text(disk.free_bytes)} left for {disk.folder}"
-        yield error(host.name, what, "make room, or set run.root to another disk")
+        yield error(host.name, what, "free space, or set run.root to another disk")
     elif disk.free_bytes < LITTLE_DISK_BYTES:
         what = f"little disk is left for the run directory: {bytes_text(disk.free_bytes)} for {disk.folder}"
-        yield warning(host.name, what, "make room, or set run.root to another disk")
+        yield warning(host.name, what, "free space, or set run.root to another disk")
 
 
 def _room(host: Host, found: HostFacts) -> Iterator[Finding]:
     if found.free_memory_bytes < LITTLE_MEMORY_BYTES * host.slots:
         what = f"little memory is free: {bytes_text(found.free_memory_bytes)} for {counted(host.slots, 'rank')}"
-        yield warning(host.name, what, "end what else runs there, or give it fewer slots")
+        yield warning(host.name, what, "stop other processes there, or give it fewer slots")
     disk = found.storage
     if disk.shm_free_bytes < LITTLE_SHM_BYTES:
         free, size = bytes_text(disk.shm_free_bytes), bytes_text(disk.shm_bytes)
@@ -227,17 +227,19 @@ def _mixed_devices(facts: _Facts) -> Iterator[Finding]:
         for host, found in facts.items():
             if not found.devices:
                 what = f"shows no GPU, and {having[0]} does"
-                remedy = "see whether nvidia-smi works there and CUDA_VISIBLE_DEVICES hides them, or leave the host out"
+                remedy = (
+                    "check whether nvidia-smi works there and CUDA_VISIBLE_DEVICES hides them, or leave the host out"
+                )
                 yield error(host, what, remedy)
 
 
 def port_rules(first: str, *, port: int | None, problem: str) -> Iterator[Finding]:
     """Yield that the first host cannot open the rendezvous port; ``None`` means any port."""
     if port is None:
-        yield error(first, f"no port can be opened for the rendezvous: {problem}", "see why no port is free there")
+        yield error(first, f"no port can be opened for the rendezvous: {problem}", "check why no port is free there")
         return
     what = f"port {port} cannot be opened for the rendezvous: {problem}"
-    yield error(first, what, "set backend.port=auto, or end what uses it")
+    yield error(first, what, "set backend.port=auto, or stop the process that uses it")
 
 
 def contact_rules(contacts: Mapping[str, Contact], *, port: int) -> Iterator[Finding]:
@@ -265,7 +267,7 @@ def contact_rules(contacts: Mapping[str, Contact], *, port: int) -> Iterator[Fin
 def _unreached(
     first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], port: int, *, are_all: bool
 ) -> Iterator[Finding]:
-    remedy = f"open it in the firewall, or set backend.port to one that is open; try there: nc -vz {first} {port}"
+    remedy = f"open it in the firewall, or set backend.port to one that is open; test there: nc -vz {first} {port}"
     if are_all:
         what = f"no other host reaches its port {port}: {contacts[hosts[0]].problem}"
         yield error(first, what, remedy)
@@ -275,7 +277,7 @@ def _unreached(
 
 
 def _slow(first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], *, are_all: bool) -> Iterator[Finding]:
-    remedy = "see whether it is on the same network, and whether the route takes a slow interface or a tunnel"
+    remedy = "check whether it is on the same network, and whether the route takes a slow interface or a tunnel"
     if are_all:
         fastest = min(contacts[host].latency_s or 0.0 for host in hosts)
         yield warning(first, f"every other host needs {fastest * 1e3:.1f} ms or more for a round trip to it", remedy)
@@ -303,11 +305,11 @@ def pair_rules(pairs: Sequence[PairMeasurement]) -> Iterator[Finding]:
             compared = f", the median of all pairs is {bytes_text(usual)}/s" if usual else ""
             what = f"an all-reduce with {pair.hosts[0]} carries {bytes_text(speed)}/s{compared}"
             yield warning(
-                pair.hosts[1], what, "see link speed and cables of both (ethtool), and what else uses the network"
+                pair.hosts[1], what, "check link speed and cables of both (ethtool), and what else uses the network"
             )
         elif latency > HIGH_LATENCY_S:
             what = f"an all-reduce with {pair.hosts[0]} takes {latency * 1e3:.1f} ms at least"
-            yield warning(pair.hosts[1], what, "see the route between the two hosts, and what else runs there")
+            yield warning(pair.hosts[1], what, "check the route between the two hosts, and what else runs there")
 
 
 def group_rules(group: Mapping[str, GroupMeasurement], *, silent: Mapping[str, str]) -> Iterator[Finding]:
@@ -322,7 +324,7 @@ def group_rules(group: Mapping[str, GroupMeasurement], *, silent: Mapping[str, s
             yield error(host, f"an all-reduce among all hosts fails: {found.problem}", "see the message of torch there")
     for host, reason in silent.items():
         yield error(
-            host, f"measured nothing: {reason}", "see whether `import torch` works there, and how long it takes"
+            host, f"measured nothing: {reason}", "check whether `import torch` works there, and how long it takes"
         )
 
 

@@ -167,7 +167,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of processes, files and memory; the engine is of no use afterwards."""
+        """Release processes, files and memory; the engine cannot be used afterwards."""
 
     def __enter__(self) -> Self:
         return self

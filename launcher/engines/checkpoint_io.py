@@ -66,7 +66,7 @@ def load_file(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
-        what = f"an object of {found[1] or found[2]}, which could run code" if found else "something else than tensors"
+        what = f"an object of {found[1] or found[2]}, which could run code" if found else "something other than tensors"
         raise JobError(f"{path} holds {what}; it is not loaded", exit_code=EXIT_BAD_INPUT) from error
     except Exception as error:  # damaged bytes make the readers of pickles and archives fail in any way
         first = str(error).strip().split("\n")[0] or type(error).__name__

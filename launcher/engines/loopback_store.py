@@ -33,7 +33,7 @@ def serve_store(port: int, *, world_size: int, timeout: timedelta) -> dist.TCPSt
 def join_store(*, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore | None:
     """Return the store of a run on one machine, which rank 0 serves.
 
-    ``None`` where torch finds it by itself: torchrun's agent serves it, or the ranks are on several machines.
+    ``None`` where torch finds it automatically: torchrun's agent serves it, or the ranks are on several machines.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or os.environ.get("MASTER_ADDR") != LOOPBACK:
         return None

@@ -44,7 +44,7 @@ class ModelLayout(Protocol):
         """Return a context in which gradients are only accumulated."""
 
     def release(self) -> None:
-        """Let go of what wraps the model."""
+        """Release what wraps the model."""
 
 
 class ReplicatedModel:

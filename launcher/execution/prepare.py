@@ -53,7 +53,7 @@ def prepare(composed: Composition) -> PreparedRun:
     """Return the plan and snapshot of a composed run, without connecting to other machines.
 
     Raises:
-        ConfigErrors: everything that stands against it, found in one pass.
+        ConfigErrors: everything that prevents it, found in one pass.
     """
     if unreachable := list(_unreachable(composed.run)):
         raise ConfigErrors(unreachable)
@@ -108,7 +108,7 @@ def replan(
         is_fresh: check this machine's disk and ports too, because nothing has been started yet.
 
     Raises:
-        ConfigErrors: everything that stands against it, found in one pass.
+        ConfigErrors: everything that prevents it, found in one pass.
     """
     snapshot = dump_run(run)
     mistakes = list(validate_machine(run, folder, hosts=hosts)) if is_fresh else []

@@ -110,8 +110,8 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
     hosts, port = _answering(prepared, executor)
     if len(hosts) < backend.min_hosts_for_restart(len(prepared.hosts)):
         gone = ", ".join(sorted({host.name for host in prepared.hosts} - {host.name for host in hosts}))
-        line = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} not"
-        print(line + (f"; backend.min_hosts={len(hosts)} would go on without" if hosts else ""), flush=True)
+        line = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} do not"
+        print(line + (f"; backend.min_hosts={len(hosts)} would continue without" if hosts else ""), flush=True)
         return None
     run = prepared.run
     resume = resume_of_restart(run.checkpoint.resume, directory)

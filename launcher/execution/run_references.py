@@ -77,7 +77,7 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
     if not isinstance(data, Corpus):
         return run
     if data.tokenizer == CHECKPOINT_TOKENIZER and not (run.job.resumes and resume != "none"):
-        why = "the run resumes from no checkpoint"
+        why = "the run does not resume from a checkpoint"
         raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix="set checkpoint.resume=RUN, or leave it out")
     if not run.job.resumes or not _uses_default_tokenizer(composed) or not data.trains_tokenizer:
         return run
@@ -171,7 +171,7 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
             return None
         why = f"backend={run.backend.kind} runs where this machine's runs are not visible"
         where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
-        raise ConfigError(option, word, why=why, fix=f"give {where} as its ranks see it, beginning with /")
+        raise ConfigError(option, word, why=why, fix=f"give {where} as an absolute path on its hosts")
     return find_run_or_checkpoint(word, Path(run.run.root), option=option)
 
 

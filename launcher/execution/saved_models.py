@@ -1,6 +1,6 @@
-"""Find the checkpoint that a user names: a run, ``RUN@best``, ``RUN@step_00000010`` or a folder, verified.
+"""Find and verify the checkpoint that a user names.
 
-``RUN`` is its newest intact checkpoint.
+That is a run, ``RUN@best``, ``RUN@step_00000010`` or a folder. ``RUN`` is its newest intact checkpoint.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def quantized_model(folder: Path) -> Path | None:
 def find_intact_checkpoint(
     folder: Path, word: str, *, option: str, heartbeat: Callable[[], None] = lambda: None
 ) -> SavedCheckpoint:
-    """Return the first checkpoint that ``word`` allows whose model and tensors are as they were written.
+    """Return the first checkpoint that ``word`` allows and that is not damaged.
 
     Args:
         folder: of the run or checkpoint that ``word`` names.

@@ -66,7 +66,7 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
     if not errors and run.model.quantization == "none" and run.model.quantization_manifest() is not None:
         folder = run.model.local_weights
         if isinstance(run.job, Quantize):
-            why = "its weights are quantized already"
+            why = "its weights are already quantized"
             yield ConfigError("model.weights", folder, why=why, fix="give the original weights")
         yield from validate_quantized_weights(
             run, "model.weights", folder, instead="give weights that are not quantized"
@@ -87,7 +87,7 @@ def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator
     yield from validate_resumed_tokenizer(run, saved)
     done = saved.manifest.step
     if isinstance(run.job, Train) and done >= run.job.steps:
-        why = f"{saved.folder} is at step {done} already"
+        why = f"{saved.folder} is already at step {done}"
         yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
 
 
@@ -213,14 +213,17 @@ def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> I
         why = f"is not empty, and is not the directory of a run: it holds {shown} and no valid run.yaml"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="choose a new folder, or the directory of a run")
     elif run_dir.is_run and (job := _saved_job(run_dir)) != (ours := _job_words(run.job.kind, run.benchmark.kind)):
-        why = f"holds a run of {job}, this one is of {ours}, and two runs never share a directory"
+        why = f"contains a run of {job}, and this one is of {ours}, and two runs cannot share a directory"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="choose another folder")
     elif run_dir.is_run and (irregular := run_dir.irregular_files()):
         why = f"holds {', '.join(irregular[:3])}, which is a link or not a regular file"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="remove it, or choose another folder")
     elif run.checkpoint.resume != "auto" and run_dir.path.is_dir():
         is_occupied = run_dir.is_run if is_locked else any(run_dir.path.iterdir())
-        why, fix = "is not empty, and two runs never share a directory", "choose another, or set checkpoint.resume=auto"
+        why, fix = (
+            "is not empty, and two runs cannot share a directory",
+            "choose another, or set checkpoint.resume=auto",
+        )
         if is_occupied:
             yield ConfigError("run.dir", run_dir.path, why=why, fix=f"{fix} to continue it")
 

@@ -1,4 +1,4 @@
-"""A conversation with a model in a terminal: one engine in this process, one sequence at a time."""
+"""A conversation with a model in a terminal, by one engine in this process."""
 
 from __future__ import annotations
 

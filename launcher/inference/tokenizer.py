@@ -175,7 +175,7 @@ class TextTokenizer:
 
         Args:
             token: special ones give their name, though a text leaves them out.
-            first: whether no other token stands before it: some decoders drop a space there.
+            first: whether no other token precedes it: some decoders drop a space there.
         """
         return self._bytes_of(token, first)
 

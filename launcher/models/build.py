@@ -206,5 +206,7 @@ def _source(
         raise ConfigError("model.weights", model.weights, why=why, fix=fix)
     if untied := untie_differing_weights(laid_out, stored):
         names = listed(untied)
-        print(f"weights: {folder} holds {names} apart, though its config ties them: they stay apart", flush=True)
+        print(
+            f"weights: {folder} holds {names} separately, though its config ties them: they stay separate", flush=True
+        )
     return stored.read

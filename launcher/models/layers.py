@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield a model's parts by name: embeddings, each block, norms, the output head.
 
-    Containers of blocks are opened, everything else is a part as it stands.
+    Containers of blocks are opened, everything else is a part as a whole.
     """
     base = model.base_model
     for name, child in model.named_children():

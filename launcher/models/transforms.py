@@ -136,6 +136,6 @@ def apply_float8(module: nn.Module, precision: Precision) -> None:
         raise ConfigError("precision", Fp8Precision.kind, why=why, fix="set precision=bf16")
     for layer in layers:
         if layer.in_features % FP8_MULTIPLE or layer.out_features % FP8_MULTIPLE:
-            why = f"a layer of {layer.in_features} × {layer.out_features} is not made of multiples of {FP8_MULTIPLE}"
+            why = f"a layer of {layer.in_features} × {layer.out_features} needs multiples of {FP8_MULTIPLE}"
             raise ConfigError("precision", Fp8Precision.kind, why=why, fix="set precision=bf16")
     convert_to_float8_training(module, module_filter_fn=lambda layer, _: any(layer is one for one in layers))

@@ -122,7 +122,7 @@ def build_ops(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -
         if any(not argument.endswith(OPTIONAL_MARK) for argument in lacking):
             raise EnvironmentProblem(f"DeepSpeed's operators cannot be built: {why}")
         if lacking:
-            say(f"cannot build {', '.join(lacking)}, so the run goes on without: {why}".replace(OPTIONAL_MARK, ""))
+            say(f"cannot build {', '.join(lacking)}, so the run continues without: {why}".replace(OPTIONAL_MARK, ""))
         return []
     with only_builder(folder, say=say):
         for argument in arguments:

@@ -257,7 +257,7 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
     if not run.batched_job.trains and run.parallel.engine == "torch":
         host = min(state.host, state.parameters)
         state = replace(state, gradients=0, optimizer=0, host=host)
-        formula = f"the weights alone, for nothing is learnt, of {formula}"
+        formula = f"only the weights, because nothing is trained: {formula}"
     copies = _checkpoint_copies(run, shape, world_size)
     return MemoryEstimate(
         num_params=shape.num_params,

@@ -65,7 +65,7 @@ def _batch(plan: Plan) -> Iterator[str]:
     if work.tokens_per_step * work.num_steps == work.total_tokens:
         yield _row("tokens", f"{work.tokens_per_step:,} a step × {steps} = {work.total_tokens:,}")
     else:
-        yield _row("tokens", f"{work.tokens_per_step:,} a step, {work.total_tokens:,} in {steps}, the last not full")
+        yield _row("tokens", f"{work.tokens_per_step:,} a step, {work.total_tokens:,} in {steps}, the last one partial")
 
 
 def _memory(memory: MemoryEstimate | None, hosts: Sequence[HostPlan]) -> Iterator[str]:

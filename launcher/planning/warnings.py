@@ -56,7 +56,7 @@ def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> It
         if 0 < host.device_bytes < state.device:
             yield (
                 f"model state alone needs {bytes_text(state.device)} of each GPU of {host.name}, which has "
-                f"{bytes_text(host.device_bytes)}: take a higher ZeRO stage, offload, or more GPUs"
+                f"{bytes_text(host.device_bytes)}: use a higher ZeRO stage, offload, or more GPUs"
             )
             return
 
@@ -78,7 +78,7 @@ def _format_warnings(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
     if run.precision.compute == "fp16":
         yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is faster here"
     if run.precision.compute == "bf16" and better == "fp32" and not run.job.uses_bf16_kernels:
-        yield "this processor has no bfloat16 instructions and is many times slower without: precision=fp32"
+        yield "this processor has no bfloat16 instructions and is many times slower without them: precision=fp32"
 
 
 _FINE_TUNING_LR = 2e-4
@@ -142,8 +142,8 @@ def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
         yield f"data=synthetic: its tokens mean nothing to the weights of {run.model.name}: set model.weights=random"
     if isinstance(run.job, LearningJob) and run.optimizer.lr > _FINE_TUNING_LR:
         yield (
-            f"optimizer.lr={run.optimizer.lr:g} is a rate for random weights, and those of {run.model.name} are given: "
-            "set optimizer.lr=2e-5 to fine-tune"
+            f"optimizer.lr={run.optimizer.lr:g} is a learning rate for random weights, "
+            f"and the run has those of {run.model.name}: set optimizer.lr=2e-5 to fine-tune"
         )
 
 

@@ -136,7 +136,7 @@ def import_plugin(module: str, *, is_installed: bool = False) -> LoadedPlugin:
         raise _import_error(module, error, is_installed=is_installed) from error
     plugin, source = getattr(imported, "plugin", None), getattr(imported, "__file__", None)
     if source is None or not isinstance(plugin, Plugin):
-        why = f"{source or 'it'} holds no launcher.plugins.Plugin under the name plugin"
+        why = f"{source or 'it'} has no launcher.plugins.Plugin with the name plugin"
         raise ConfigError(OPTION, module, why=why, fix="add plugin = Plugin(name=…) to it (docs/extend.md)")
     found = LoadedPlugin(plugin=plugin, module=module, file=Path(source).absolute(), is_installed=is_installed)
     if errors := list(_validate(found)):
@@ -332,18 +332,18 @@ def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
     known = {"options": (*EXECUTED, *PLAIN), "executors": (*EXECUTED, *NAMED)}
     if malformed := [field for field in known if not _maps_names(getattr(plugin, field))]:
         for field in malformed:
-            yield error(f"{field} holds something else than text", 'write it as {"GROUP": {"KIND": "module:name"}}')
+            yield error(f"{field} has values that are not text", 'write it as {"GROUP": {"KIND": "module:name"}}')
         return
     if not _maps_lists(plugin.callback_metrics):
-        yield error("callback_metrics holds something else than lists of text", 'write it as {"CALLBACK": ("NAME",)}')
+        yield error("callback_metrics has values that are not lists of text", 'write it as {"CALLBACK": ("NAME",)}')
         return
     for name in plugin.callback_metrics.keys() - plugin.executors.get(CALLBACK, {}).keys():
         known_ones = did_you_mean(name, plugin.executors.get(CALLBACK, {})) or "add the callback to executors"
-        yield error(f"callback_metrics names {name}, which is no callback of this plugin", known_ones)
+        yield error(f"callback_metrics names {name}, which is not a callback of this plugin", known_ones)
     for name in plugin.executors.get(METRIC, {}).keys() & set(OWN_METRICS):
-        yield error(f"adds the metric {name}, which the launcher has already", "give it another name")
+        yield error(f"adds the metric {name}, which the launcher already has", "give it another name")
     if CROSS_ENTROPY in plugin.executors.get(LOSS, {}):
-        yield error(f"adds the loss {CROSS_ENTROPY}, which the launcher has already", "give it another name")
+        yield error(f"adds the loss {CROSS_ENTROPY}, which the launcher already has", "give it another name")
     for field, groups in known.items():
         for group, kinds in getattr(plugin, field).items():
             if group not in groups:
@@ -366,7 +366,7 @@ def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
             lacking = "executors" if kind in needed else "options"
             yield error(f"{group} {kind} is in only one of options and executors", f"add it to {lacking}")
     if loaded.conf is not None and not loaded.conf.is_dir():
-        yield error(f"conf={plugin.conf} is no folder beside the module", "add the folder to the package's data")
+        yield error(f"conf={plugin.conf} is not a folder beside the module", "add the folder to the package's data")
     for other in loaded_plugins():
         if other.name == loaded.name and other.file != loaded.file:
             yield error(f"has the name {loaded.name}, which {other.file} has already", "give it another name")

@@ -48,7 +48,7 @@ class Assignment(AgentMessage, frozen=True, kw_only=True):
     run_hash: str
     """Expected hash of run.yaml on this host."""
     grace_s: float
-    """Time between the signal and the kill when the agent ends the ranks by itself."""
+    """Time between the signal and the kill when the agent ends the ranks without a session."""
     heartbeat_timeout_s: float
     """Seconds of silence after which the session counts as lost; 0 if a pipe shows its end."""
     env: dict[str, str]

@@ -4,7 +4,7 @@
 
 Names: train/step train/loss train/lr train/grad_norm train/tokens eval/loss perf/tokens_per_s perf/mfu
 memory/peak_bytes time/<part>_s. ``time`` is in seconds since 1970 and rises from line to line. A value that is not
-finite is written as ``null``: JSON has no NaN, and a reader that wants numbers turns null into NaN by itself.
+finite is written as ``null``: JSON has no NaN, and a reader that wants numbers turns null into NaN automatically.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _MAX_LINE_BYTES = 1 << 20
 def read_metrics(path: Path, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield every whole line of a ``metrics.jsonl``; a file that does not exist has none.
 
-    A line that is no JSON object, or is longer than 1 MiB, is skipped: a writer killed inside a line leaves one.
+    A line that is not a JSON object, or is longer than 1 MiB, is skipped: a writer killed inside a line leaves one.
 
     Args:
         path: the file.
@@ -118,7 +118,7 @@ def read_benchmark_record(path: Path) -> BenchmarkRecord:
             findings=tuple(map(str, tree["findings"])),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"is not what a benchmark writes ({type(error).__name__}: {error})") from error
+        raise ValueError(f"is not a valid benchmark.json ({type(error).__name__}: {error})") from error
     if not all(values for quantities in cases.values() for values in quantities.values()):
         raise ValueError("holds a quantity without a value")
     return found

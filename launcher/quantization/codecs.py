@@ -174,7 +174,7 @@ class Int4Codec(LayerCodec):
         """
         if in_features % self._group:
             fitting = [size for size in (128, 64, 32, 16, 8, 4, 2) if in_features % size == 0]
-            why = f"{name} has {in_features} inputs, which groups of {self._group} do not fill"
+            why = f"{name} has {in_features} inputs, which groups of {self._group} do not divide"
             fix = f"set quantization.group_size={fitting[0]}, or " if fitting else ""
             fix += f"leave it as it is with 'quantization.skip=[\"{name}\"]'"
             if option == "quantization":

@@ -98,7 +98,7 @@ def _same_name(plugin: LoadedPlugin, own: Path, other: Path) -> ConfigError:
 
 
 def _listed(folder: Path) -> Iterator[Path]:
-    """Yield the absolute paths of the files to send; a nested repository is listed by itself."""
+    """Yield the absolute paths of the files to send; a nested repository is listed separately."""
     for name in _git_ls_files(folder):
         path = folder / os.fsdecode(name)
         if path.is_symlink() or path.is_file():  # not files that were deleted and not committed

@@ -139,7 +139,7 @@ def _apply_override(tree: dict[str, Any], override: Override, mistakes: list[Con
         value = _resolve_environment(given)
     except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]
-        fix = f"name a variable that exists; to give this text itself: {quoted_word(key, override.typed)}"
+        fix = f"name a variable that exists; to pass this text literally: {quoted_word(key, override.typed)}"
         mistakes.append(ConfigError(key, given, why=why, fix=fix))
         return
     old = node.get(name)

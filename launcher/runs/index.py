@@ -150,7 +150,7 @@ def find_run(word: str | None, root: Path) -> RunDir:
     known = _known(root)
     if word is None:
         if not known:
-            raise ConfigError("--root", root, why="holds no run", fix="name a run directory, or --root DIR")
+            raise ConfigError("--root", root, why="has no run", fix="name a run directory, or --root DIR")
         return next(iter(known.values()))
     ids = known
     if not word:
@@ -164,7 +164,7 @@ def find_run(word: str | None, root: Path) -> RunDir:
         raise ConfigError("run", word, why=f"{len(meant)} runs in {root} begin with it", fix=fix)
     if Path(word).is_dir():
         raise ConfigError("run", word, why="holds no run.yaml", fix="name a run directory (runs/<name>/<id>)")
-    close = did_you_mean(word, ids) if ids and len(ids) < 20 else "launch runs lists those there are"
+    close = did_you_mean(word, ids) if ids and len(ids) < 20 else "launch runs lists the existing ones"
     raise ConfigError("run", word, why=f"is not a run directory, and no run in {root} begins with it", fix=close)
 
 

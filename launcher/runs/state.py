@@ -139,7 +139,7 @@ def read_run_state(run_dir: RunDir) -> RunState:
     unreadable_files: list[str] = []
     session, plan = read_session_file(run_dir), _read(run_dir.plan, _plan_fault, unreadable_files)
     if session is None and os.path.lexists(run_dir.session):
-        unreadable_files.append(f"{run_dir.session.name} is not what a run writes")
+        unreadable_files.append(f"{run_dir.session.name} has unexpected content")
     status, result = _status(run_dir, session), {}
     if status != RUNNING or written_at(run_dir.result) > written_at(
         run_dir.session
@@ -235,7 +235,7 @@ def _plan_fault(tree: dict[str, Any]) -> str:
         "forwarded_env": _are_texts(tree.get("forwarded_env", [])),
     }
     wrong = [name for name, is_right in kinds.items() if not is_right]
-    return f"is not what a run writes: {', '.join(wrong)}" if wrong else ""
+    return f"has unexpected content: {', '.join(wrong)}" if wrong else ""
 
 
 def _is_host(plan: object) -> bool:
@@ -255,9 +255,9 @@ def _are_texts(value: object) -> bool:
 def _result_fault(tree: dict[str, Any]) -> str:
     """Return why a ``result.json`` cannot be used."""
     if tree.get("status") not in get_args(RunStatus):
-        return "is not what a run writes: status"
+        return "has unexpected content: status"
     if type(tree.get("exit_code")) is not int or not isinstance(tree.get("metrics", {}), dict):
-        return "is not what a run writes: exit_code, metrics"
+        return "has unexpected content: exit_code, metrics"
     return ""
 
 

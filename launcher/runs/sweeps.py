@@ -81,14 +81,14 @@ def read_sweep(folder: Path) -> SweepResult:
         trials = tuple(_read_trial(folder, row, metric) for row in tree["trials"])
         return SweepResult(folder=folder, metric=metric, goal=str(tree["goal"]), trials=trials)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"is not what a sweep writes ({type(error).__name__}: {error})"
+        why = f"is not a valid sweep.json ({type(error).__name__}: {error})"
         raise ConfigError(_SWEEP_FILE, folder / _SWEEP_FILE, why=why, fix="name its runs one by one") from error
 
 
 def _read_trial(folder: Path, row: dict[str, Any], metric: str) -> TrialResult:
     name = Path(row["run_dir"]).name  # a sweep may have been moved, and its file may name other folders
     if name in ("", "..") or (folder / name).is_symlink():
-        raise ValueError(f"its trial {name!r} is no folder of the sweep")
+        raise ValueError(f"its trial {name!r} is not a folder of the sweep")
     value = row.get(metric)
     return TrialResult(
         run_dir=RunDir(folder / name),

@@ -1,7 +1,7 @@
 """Entry of the host agent: ``python -m launcher.supervision.agent_entry``.
 
 It reads an ``Assignment`` and then orders from stdin, and writes events to stdout. When stdin ends or times out, or
-its parent exits, the session is lost: then it ends the run by itself. It is a subreaper, so every process that it
+its parent exits, the session is lost: then it ends the run without it. It is a subreaper, so every process that it
 starts remains its descendant.
 """
 

@@ -370,7 +370,7 @@ def silent_host_failure(host: str, *, silent_s: float, was_ready: bool, log: Pat
     """Return the failure of a host whose agent sends no messages."""
     if was_ready:
         cause = f"no message from {host} for {silent_s:.0f} s: it is down, frozen, or cut off from this machine"
-        reason = f"{cause}; its processes end by themselves when they lose the session"
+        reason = f"{cause}; its processes exit when they lose the session"
     else:
         reason = f"the host agent on {host} did not answer within {silent_s:.0f} s"
     return _host_failure(host, reason, log=log, tail=tail)

@@ -157,7 +157,7 @@ class Sidecars:
                 child = self._start(command, on_line=partial(self._send_line, command_name(command)), reads_stdin=True)
             except OSError as error:
                 self._emit(
-                    UserNote(text=f"{command_name(command)} cannot be started ({error.strerror}); the run goes on")
+                    UserNote(text=f"{command_name(command)} cannot be started ({error.strerror}); the run continues")
                 )
             else:
                 self._children.append(child)

@@ -46,7 +46,7 @@ def authenticate(peer: socket.socket, *, index: int, key: bytes, timeout_s: floa
     answer = _receive(peer, deadline, nonce=str, proof=str)
     session_nonce = answer["nonce"]
     if not hmac.compare_digest(answer["proof"].encode(), _proof(key, "session", index, agent_nonce, session_nonce)):
-        raise HandshakeError("it does not know the key of this run")
+        raise HandshakeError("it does not have the key of this run")
     _send(peer, _line(proof=_proof(key, "agent", index, agent_nonce, session_nonce).decode()), deadline)
     _receive(peer, deadline, welcome=bool)
 
@@ -100,7 +100,7 @@ class HandshakeServer:
         if not hmac.compare_digest(
             answer["proof"].encode(), _proof(self._key, "agent", index, agent_nonce, self._nonce)
         ):
-            raise HandshakeError(f"it claims index {index} and does not know the key of this run")
+            raise HandshakeError(f"it claims index {index} and does not have the key of this run")
         self.index = index
         return _line(welcome=True)
 

@@ -35,7 +35,7 @@ from launcher.utils.text import cut_middle
 _FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1})
 _TICK_S = 0.25
 _ORPHAN_GRACE_S = 3.0
-"""Time for a rank to exit by itself after its host agent died."""
+"""Time for a rank to exit on its own after its host agent died."""
 _LATE_SIGNAL_S = 0.1
 """Time between the signals that DeepSpeed sends to a rank and to its monitor."""
 RankWork = Callable[[RankEnv, Heartbeat], None]

@@ -29,7 +29,7 @@ def _build(
 
 
 def save_weights(model: PreTrainedModel, checkpoint: Path) -> Path:
-    """Write the weights of a model as a checkpoint holds them; return what ``model.weights`` takes."""
+    """Write a model's weights as a checkpoint has them; return what ``model.weights`` takes."""
     (checkpoint / TENSOR_FOLDER).mkdir(parents=True)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     write_shards(checkpoint / shard_file_name(0), shards_of(weights | persistent_buffers(model)))

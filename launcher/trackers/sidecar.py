@@ -141,7 +141,7 @@ def main(folder: Path) -> None:
     except Exception as error:  # its service is gone, or the disk full
         if not (isinstance(error, wandb.Error | OSError) or type(error).__module__.startswith("wandb.")):
             raise  # not W&B's: its errors have no one class (HandleAbandonedError of a service that died meanwhile)
-        print(f"W&B gave up ({_first_line(error)}): metrics.jsonl goes on", flush=True)
+        print(f"W&B gave up ({_first_line(error)}): metrics.jsonl continues", flush=True)
         os._exit(1)  # its exit hooks would fail the same way, at length
 
 

@@ -93,7 +93,7 @@ def benchmark_media(run_dir: RunDir) -> Iterator[tuple[str, Any]]:
         try:
             found = read_benchmark_record(results)
         except ValueError as error:
-            print(f"W&B gets no table: {results} {error}", flush=True)
+            print(f"no table is sent to W&B: {results} {error}", flush=True)
             return
         columns = ["case", "quantity", "median", "least", "most", "values"]
         yield "benchmark/cases", wandb.Table(columns=columns, data=[list(row) for row in found.rows()])

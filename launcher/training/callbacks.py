@@ -146,7 +146,7 @@ class Callbacks:
         """Write the states of all that have one into a checkpoint; every rank calls it.
 
         Raises:
-            JobError: a state holds something else than tensors and plain values.
+            JobError: a state holds something other than tensors and plain values.
         """
         states = {}
         for name, each in self._all.items():

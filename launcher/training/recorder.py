@@ -38,7 +38,7 @@ class Recorder:
         self.begin(start_step, tokens=tokens)
 
     def begin(self, step: int, *, tokens: int) -> None:
-        """Continue after ``step`` steps on ``tokens`` tokens; the metrics of later steps are set aside."""
+        """Continue after ``step`` steps on ``tokens`` tokens, without the metrics of later steps."""
         self.close()
         if self._context.is_main:
             self._writer = MetricsWriter(self._context.run_dir.metrics, start_step=step)

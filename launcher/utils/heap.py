@@ -22,7 +22,7 @@ def trim_heap() -> None:
 def mmap_large_allocations() -> None:
     """From now on, return tensors of 1 MiB and more to the system when they are freed.
 
-    glibc raises that limit by itself as large blocks are freed, and from then on keeps them: fixed, a high-water mark
+    glibc raises that limit when large blocks are freed, and from then on keeps them: fixed, a high-water mark
     follows the tensors that live. Where the C library has no such call, nothing is done.
     """
     set_option: Callable[[int, int], int] = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)

@@ -58,7 +58,7 @@ def validate_hub_fetch(option: str, value: str, *, name: str, pattern: str, inst
     why = _unreachable()
     if why is not None:
         said = f"{name} is not in the local cache, and {why}"
-        fix = f"run `hf download {name}` where there is a network and copy the cache, or {instead}"
+        fix = f"run `hf download {name}` on a machine with network access and copy the cache, or {instead}"
         yield ConfigError(option, value, why=said, fix=fix)
 
 
@@ -88,7 +88,7 @@ def validate_hub_name(
     if not is_path and HUB_NAME.fullmatch(value):
         return None
     why = "there is no such folder" if is_path else "is neither a folder nor a name on the hub (org/model)"
-    seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+    seen_from = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
     return ConfigError(option, value, why=why + seen_from, fix=fix)
 
 
@@ -106,7 +106,7 @@ def validate_dataset_fetch(option: str, name: str) -> Iterator[ConfigError]:
         said = f"{name} is not in the local cache, and {why}"
         fetch = f"hf download --repo-type dataset {name} --local-dir FOLDER"
         yield ConfigError(
-            option, name, why=said, fix=f"run `{fetch}` where there is a network and set {option}=./FOLDER"
+            option, name, why=said, fix=f"run `{fetch}` on a machine with network access and set {option}=./FOLDER"
         )
 
 
@@ -125,7 +125,7 @@ def _has_cached_dataset(name: str) -> bool:
 def _unreachable(*more: str) -> str | None:
     """Return why the hub cannot be reached from here.
 
-    ``None`` if it can, or if a proxy stands in between.
+    ``None`` if it can, or if there is a proxy.
 
     Args:
         more: variables, besides those of models, that forbid it.
@@ -181,5 +181,5 @@ def fetch_model(name: str, *, with_weights: bool, option: str, instead: str) -> 
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentProblem(
             f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}); run "
-            f"`hf download {name}` where there is a network and give {option} that folder, or {instead}"
+            f"`hf download {name}` on a machine with network access and give {option} that folder, or {instead}"
         ) from error

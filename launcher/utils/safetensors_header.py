@@ -103,7 +103,7 @@ def read_header(file: Path) -> SafetensorsHeader:
         except (TypeError, KeyError, ValueError):
             is_whole = False
         if not is_whole:
-            raise ValueError(f"{file.name} has a damaged header: {name} has no shape, format and place")
+            raise ValueError(f"{file.name} has a damaged header: {name} has no dtype, shape and offsets")
         bits = _BITS.get(dtype)
         if bits is None:
             why = f"{name} is of format {dtype!r}, not one of {', '.join(_BITS)}"
@@ -117,7 +117,7 @@ def read_header(file: Path) -> SafetensorsHeader:
             raise ValueError(f"{file.name} has a damaged header: {name} begins at byte {start}, not {place}")
         place = end
     if size != 8 + length + place:
-        raise ValueError(f"{file.name} has {size} bytes where its header promises {8 + length + place}")
+        raise ValueError(f"{file.name} has {size} bytes, and its header describes {8 + length + place}")
     return SafetensorsHeader({name: tuple(entry["shape"]) for name, entry in header.items()}, metadata or {})
 
 
@@ -125,5 +125,5 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; reject duplicate keys, as the safetensors library does."""
     tree = dict(pairs)
     if len(tree) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name occurs twice")
     return tree

@@ -213,9 +213,9 @@ def _mismatch(wanted: Any, value: Any, path: str, report: ReportError) -> Any:
         report(ConfigError(path, value, why=why, fix=fix))
         return _INVALID
     if is_number and _is_infinite(value):
-        report(ConfigError(path, _shown(value), why="must be finite", fix=f"it takes {describe_type(wanted)}"))
+        report(ConfigError(path, _shown(value), why="must be finite", fix=f"give {describe_type(wanted)}"))
         return _INVALID
-    fix = f"it takes {describe_type(wanted)}{_how_to_write(wanted, value, path)}"
+    fix = f"give {describe_type(wanted)}{_how_to_write(wanted, value, path)}"
     why = f"is {_kind_of(value)}"
     if isinstance(value, list | tuple) and typing.get_origin(wanted) is tuple:
         why = f"is a list of {len(value)}"

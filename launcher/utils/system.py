@@ -145,7 +145,7 @@ def disk_full_message(error: BaseException, folders: Mapping[str, Path]) -> str 
     option = own or next(iter(full), next(iter(folders)))
     words = full.get(option) or f"{_NAMED}{named or folders[option]} was full, or its quota used up"
     said = " ".join(str(error).split())
-    return f"{words}: {type(error).__name__}: {said}. Free some of it, or set {option} to a folder on another disk"
+    return f"{words}: {type(error).__name__}: {said}. Free some space, or set {option} to a folder on another disk"
 
 
 def _holds(folder: Path, file: Path) -> bool:

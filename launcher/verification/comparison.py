@@ -101,7 +101,7 @@ def _weights_difference(parts: Sequence[Mapping[str, Any]]) -> tuple[float, str,
     missing = set(parts[0]["all"]) - apart.keys()
     unknown = [name for part in parts for name in part["unknown"]]
     if missing or unknown:
-        words = [("no rank gave", sorted(missing)), ("the reference has no such", unknown)]
+        words = [("missing on all ranks:", sorted(missing)), ("not in the reference:", unknown)]
         return math.inf, "", "; ".join(f"{text} {', '.join(names[:3])}" for text, names in words if names)
     total, norm = (math.fsum(column) for column in zip(*apart.values(), strict=True))
     worst = max(apart, key=lambda name: apart[name][0] / max(apart[name][1], 1e-30))

@@ -104,7 +104,7 @@ def _exit_text(status: int) -> str:
 
 _FINISHED = "left"
 _FAILURE_GRACE_S = 5.0
-"""Time that a rank gets to fail by itself once another has: its own reason may say more."""
+"""Time that a rank has to fail on its own once another has failed: its reason may say more."""
 
 
 @dataclass(frozen=True)

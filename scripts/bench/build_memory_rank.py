@@ -59,7 +59,7 @@ def zero3(context: Context) -> Callable[[], None]:
 
 
 BUILDERS: dict[str, Callable[[Context], Callable[[], None]]] = {"engine": engine, "zero3": zero3}
-"""Each builds, and returns what lets go of it."""
+"""Each builds, and returns what frees it."""
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     release = build(context_of(*small))
     barrier()
     release()
-    # a second group that met in the same store would find the addresses of the first and wait for ever
+    # a second group that met in the same store would find the addresses of the first and wait indefinitely
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=os.environ["BENCH_PORT"])
     context = context_of(f"model={model}")
     peak = PeakMemory(CPU)

@@ -1,6 +1,6 @@
 """The fault matrix: break every part of a run in every way, and see what each launcher makes of it.
 
-    faults.py --out faults.json                        everything; goes on where it was stopped
+    faults.py --out faults.json                        everything; continues where it was stopped
     faults.py --out faults.json --launchers ours --only "3 hosts, agent"
     faults.py --out faults.json --table                the results as Markdown
 

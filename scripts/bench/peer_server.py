@@ -124,7 +124,7 @@ class CTranslate2:
 
 
 def serve_jobs(peer: Peer, jobs: queue.Queue[Job], *, batch: int) -> None:
-    """Take jobs in order of arrival, ``batch`` at a time, for ever."""
+    """Take jobs in order of arrival, ``batch`` at a time, without end."""
     while True:
         if (first := jobs.get()).is_gone:
             continue

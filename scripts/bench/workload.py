@@ -100,7 +100,7 @@ class Workload:
         return [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
     def micro_batches(self, rank: int) -> Iterator[Any]:
-        """Yield token ids of shape (micro_batch, sequence_length + 1), for ever."""
+        """Yield token ids of shape (micro_batch, sequence_length + 1), without end."""
         import torch
 
         generator = torch.Generator().manual_seed(rank)

@@ -1,4 +1,4 @@
-"""Whole runs on several hosts over real ssh: what arrives there, what is lost with a host, and how a run goes on."""
+"""Whole runs on several hosts over real ssh: what arrives there, what is lost with a host, and how a run continues."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Submissions as text, compared whole with files (``UPDATE_GOLDEN=1 pytest`` writes these anew), and how they grow."""
+"""Submissions as text, compared whole with files (``UPDATE_GOLDEN=1 pytest`` rewrites them), and how they grow."""
 
 import json
 import os

@@ -149,9 +149,9 @@ def test_an_exponent_is_that_of_the_power_law() -> None:
             ("benchmark.num_attention_heads=7",),
             r"benchmark\.num_attention_heads=7.*: 7 heads do not divide hidden_size=512; set .*_heads=4",
         ),
-        (("benchmark.sequence_lengths=[]",), r"benchmark\.sequence_lengths.*: takes different lengths"),
-        (("benchmark.sequence_lengths=[64,64]",), r"benchmark\.sequence_lengths.*: takes different lengths"),
-        (("benchmark.kernels=[eager,eager]",), r"benchmark\.kernels.*: names nothing to measure, or something twice"),
+        (("benchmark.sequence_lengths=[]",), r"benchmark\.sequence_lengths.*: needs distinct lengths"),
+        (("benchmark.sequence_lengths=[64,64]",), r"benchmark\.sequence_lengths.*: needs distinct lengths"),
+        (("benchmark.kernels=[eager,eager]",), r"benchmark\.kernels.*: is empty or has duplicates"),
         (("benchmark.kernels=[flush]",), "is not one of mha_weights, mha, "),
         (
             ("benchmark.kernels=[mha_eval]", "benchmark.passes=backward"),

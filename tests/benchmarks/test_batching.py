@@ -55,8 +55,8 @@ def test_batches_of_like_length_need_less_padding_than_batches_in_order_of_arriv
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("benchmark.modes=[]", "names nothing to compare"),
-        ("benchmark.modes=[none,none]", "something twice"),
+        ("benchmark.modes=[]", "is empty or has duplicates"),
+        ("benchmark.modes=[none,none]", "is empty or has duplicates"),
         ("benchmark.input_len=many", "not a distribution of lengths"),
         ("benchmark.num_prompts=0", "must be at least 1"),
     ],

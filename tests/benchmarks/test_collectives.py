@@ -93,7 +93,7 @@ def test_bandwidths_are_those_of_nccl_tests() -> None:
 @pytest.mark.parametrize(
     ("words", "ranks", "message"),
     [
-        ((), 1, r"backend\.ranks=1: a collective takes at least 2 ranks; set backend\.ranks=2$"),
+        ((), 1, r"backend\.ranks=1: a collective needs at least 2 ranks; set backend\.ranks=2$"),
         (("parallel=single",), 1, r"set backend\.ranks=2 parallel=ddp"),
         (("benchmark.smallest_bytes=4",), 2, r"benchmark\.smallest_bytes=4.*: 2 ranks x 4 bytes = 8"),
         (
@@ -103,7 +103,7 @@ def test_bandwidths_are_those_of_nccl_tests() -> None:
         ),
         (("benchmark.factor=1",), 2, r"benchmark\.factor=1.*: must be at least 2"),
         (("benchmark.duration_s=0",), 2, r"benchmark\.duration_s=0.*: must be above 0"),
-        (("benchmark.collectives=[]",), 2, r"benchmark\.collectives.*: names nothing"),
+        (("benchmark.collectives=[]",), 2, r"benchmark\.collectives.*: is empty or has duplicates"),
         (("benchmark.collectives=[all_reduse]",), 2, "did you mean all_reduce"),
     ],
 )

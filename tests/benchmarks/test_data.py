@@ -77,11 +77,11 @@ def test_components_survive_the_way_into_another_process(words) -> None:
     ("words", "message"),
     [
         (("data=synthetic",), r"data=synthetic.*: its tokens are made up.*; set data=text"),
-        (("benchmark.threads=[]",), r"benchmark\.threads.*: takes different numbers"),
-        (("benchmark.threads=[-1]",), r"benchmark\.threads.*: takes different numbers"),
+        (("benchmark.threads=[]",), r"benchmark\.threads.*: needs distinct numbers"),
+        (("benchmark.threads=[-1]",), r"benchmark\.threads.*: needs distinct numbers"),
         (("benchmark.duration_s=0",), r"benchmark\.duration_s=0.*: must be above 0"),
         (("benchmark.sequence_length=100000",), r"benchmark\.sequence_length=100000.*takes at most"),
-        (("data.vocab_size=100000",), r"data\.vocab_size=100000.*rows of embedding"),
+        (("data.vocab_size=100000",), r"data\.vocab_size=100000.*embedding rows"),
     ],
 )
 def test_nonsense_is_refused(plan_of, words, message) -> None:

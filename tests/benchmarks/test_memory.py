@@ -36,7 +36,7 @@ def test_ranks_hold_what_the_formula_says(launch) -> None:
             for part, expected in facts["formula_bytes"].items():
                 held = rank[f"{part}_bytes"]
                 if part == "gradients" and name in ("zero1", "zero2"):
-                    expected = NUM_PARAMS * 2  # ZeRO-1 has let go of the other rank's before the update, too
+                    expected = NUM_PARAMS * 2  # ZeRO-1 has freed the other rank's before the update, too
                     assert expected <= held < 1.2 * expected, (
                         "one parameter belongs to both ranks, and is whole on each"
                     )
@@ -86,7 +86,7 @@ def test_a_storage_counts_once_and_with_the_first_part_that_it_belongs_to() -> N
     [
         (("benchmark.strategies=[zreo3]",), "there is no strategy zreo3 to measure; did you mean zero3"),
         (("benchmark.strategies=[deepspeed_pipeline2]",), "there is no strategy deepspeed_pipeline2 to measure"),
-        (("benchmark.strategies=[]",), "names nothing"),
+        (("benchmark.strategies=[]",), "is empty or has duplicates"),
         (("benchmark.strategies=[hsdp]",), "hsdp: needs 4 ranks"),
         (("benchmark.batch_size=3",), r"ddp: .* does not divide 3"),
         (("benchmark.warmup=0",), "must be at least 1"),

@@ -130,22 +130,22 @@ def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:
     [
         (
             ("benchmark.stages=[4]",),
-            r"backend\.ranks=2.*: benchmark\.stages=4 takes as many ranks; set backend\.ranks=4",
+            r"backend\.ranks=2.*: benchmark\.stages=4 needs as many ranks; set backend\.ranks=4",
         ),
         (("benchmark.stages=[1,2]",), "must each be at least 2"),
-        (("benchmark.micro_batches=[]",), "names nothing"),
+        (("benchmark.micro_batches=[]",), "is empty or has duplicates"),
         (
             ("benchmark.micro_batches=[3]",),
-            "4 sequences do not make 3 micro-batches of one size; set benchmark.batch_size=6",
+            "4 sequences cannot be split into 3 micro-batches of equal size; set benchmark.batch_size=6",
         ),
-        (("benchmark.schedules=[gpipe,gpipe]",), "something twice"),
+        (("benchmark.schedules=[gpipe,gpipe]",), "is empty or has duplicates"),
         (
             ("benchmark.schedules=[zbv]", "model.num_hidden_layers=3"),
             r"zbv: 2 stages × 2 = 4 chunks, and there are 3 layers",
         ),
         (
             ("benchmark.schedules=[1f1b]", "benchmark.micro_batches=[1]", "benchmark.work=[train]"),
-            "1f1b, 2 stages, 1 micro-batches: the schedule takes 2 micro-batches there",
+            "1f1b, 2 stages, 1 micro-batches: the schedule supports 2 micro-batches there",
         ),
         (("benchmark.unit_ms=0",), "must be above 0"),
     ],
@@ -159,4 +159,4 @@ def test_the_plan_says_what_is_left_out(plan_of) -> None:
     text = render_plan(plan_of("+exp=pipeline_bubble", hosts=[Host(name="box", slots=4, cores=4)]))
     assert "200 ms for a forward pass" in text
     assert "39 in each of 3 rounds" in text
-    assert "1f1b, 4 stages, 2 micro-batches: the schedule takes 4 micro-batches there" in text
+    assert "1f1b, 4 stages, 2 micro-batches: the schedule supports 4 micro-batches there" in text

@@ -58,9 +58,9 @@ def test_blocks_share_one_compilation_and_choose_the_tokens_of_plain_passes(fami
     [
         (
             ("benchmark.cases=[int8_weights/eager]",),
-            "int8_weights/eager is no WEIGHTS/HOW; did you mean int8_weight/eager",
+            "int8_weights/eager is not of the form WEIGHTS/HOW; did you mean int8_weight/eager",
         ),
-        (("benchmark.cases=[]",), "names nothing to compare"),
+        (("benchmark.cases=[]",), "is empty or has duplicates"),
         (("benchmark.ctranslate2=folder",), "benchmark.ctranslate2_python"),
     ],
 )

@@ -56,10 +56,10 @@ def test_a_server_that_is_not_there_ends_the_run(launch) -> None:
     ("word", "message"),
     [
         ("benchmark.base_url=https://x", "is not an address"),
-        ("benchmark.max_concurrency=[0]", "different numbers above 0"),
+        ("benchmark.max_concurrency=[0]", "distinct numbers above 0"),
         ("benchmark.max_concurrency=[1.5]", "whole number"),
-        ("benchmark.request_rate=[-1]", "different numbers above 0"),
-        ("benchmark.max_concurrency=[]", "names no level of load"),
+        ("benchmark.request_rate=[-1]", "distinct numbers above 0"),
+        ("benchmark.max_concurrency=[]", "is empty"),
         ("benchmark.input_len=x", "not a distribution of lengths"),
         ("benchmark.serve={batchin: none}", r"benchmark\.serve\.batchin: no such option; did you mean batching"),
         ("benchmark.serve={max_num_seqs: 0}", "max_num_seqs"),

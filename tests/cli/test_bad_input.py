@@ -50,12 +50,15 @@ def refused(launch_in_process, tmp_path):
         (["tracker.mode=online"], ["tracker.mode=online", "WANDB_API_KEY"]),
         (["backend.ranks=0"], ["backend.ranks=0", "must be at least 1"]),
         (["backend.env.MY_TOKEN=x"], ["backend.env.MY_TOKEN", "secret"]),
-        (["backend.env.A-B=x"], ["backend.env: 'A-B' is no name of a variable", "write backend.env.A_B=<value>"]),
+        (
+            ["backend.env.A-B=x"],
+            ["backend.env: 'A-B' is not a valid name of a variable", "write backend.env.A_B=<value>"],
+        ),
         (
             ["backend=kubernetes", "backend.image=a/b:1", "backend.env={A.B: x}"],
-            ["'A.B' is no name", "backend.env.A_B=<value>"],
+            ["'A.B' is not a valid name", "backend.env.A_B=<value>"],
         ),
-        (["backend=slurm", "backend.env.A-B=x"], ["'A-B' is no name of a variable"]),
+        (["backend=slurm", "backend.env.A-B=x"], ["'A-B' is not a valid name of a variable"]),
         (["backend=slurm", "backend.mem=16"], ["backend.mem=16", "16.00 MiB", "set backend.mem=16G"]),
         (
             ["backend=kubernetes", "backend.image=a/b:1", "backend.memory=16"],
@@ -111,7 +114,7 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
     overrides = "data=hf data.path=json 'data.files=[x.jsonl]' data.column=body data.vocab_size=2048"
     for words, expected in (
         (("data.path=x.jsonl",), f"x.jsonl: holds JSON lines, not plain text; set {overrides}, or data.format=text"),
-        (("data.path=short.txt",), "data.path: has 5 tokens, 5 to learn from and 0 to evaluate"),
+        (("data.path=short.txt",), "data.path: has 5 tokens, 5 to train on and 0 to evaluate"),
         (("data=hf", "data.path=x.jsonl"), "is a file, not a folder or a data set of the hub"),
         (
             ("data=hf", "data.path=json", "data.files=[x.jsonl]", "data.vocab_size=400"),
@@ -159,14 +162,14 @@ def test_the_overrides_that_a_message_names_for_a_file_of_rows_are_enough(refuse
                 "precision=bf16: job=generate job.engine=echo does not use the group precision",
                 *("attention=eager: job=gen", "compile=true: job=gen"),
                 "model.weights=/: job.engine=echo repeats prompts and computes nothing with a model; leave",
-                *("model.num_hidden_layers=3: job.engine=echo", "job.top_k=3: job.engine=echo has no use for it"),
+                *("model.num_hidden_layers=3: job.engine=echo", "job.top_k=3: job.engine=echo does not use it"),
                 *("job.repetition_penalty=1.5: job.engine=echo", "job.no_repeat_ngram_size=2: job.engine=echo"),
                 "job.aging_s=1: job.engine=echo",
             ],
         ),
         (
             ["job=serve", "job.engine=echo", "job.tokenizer=bytes", "job.warm_up=[[1,10]]"],
-            ["job.warm_up=[[1,10]]: job.engine=echo has no use for it"],
+            ["job.warm_up=[[1,10]]: job.engine=echo does not use it"],
         ),
         (["job=evaluate", "activation=full", "checkpoint.at_end=true"], ["activation=full", "checkpoint.at_end=true"]),
         (["benchmark=activation"], ["benchmark=activation: job=train measures no benchmark; add job=benchmark"]),
@@ -174,7 +177,10 @@ def test_the_overrides_that_a_message_names_for_a_file_of_rows_are_enough(refuse
             ["job=benchmark", "benchmark=attention", "model.num_hidden_layers=1", "data.path=y", "backend.ranks=1"],
             ["model.num_hidden_layers=1", "data.path=y"],
         ),
-        (["job.sample_tokens=0", "job.sample_prompt=x"], ["job.sample_prompt=x: job.sample_tokens=0 takes no sample"]),
+        (
+            ["job.sample_tokens=0", "job.sample_prompt=x"],
+            ["job.sample_prompt=x: job.sample_tokens=0 generates no sample"],
+        ),
         (
             ["job=verify", "schedule=constant", "parallel=zero3", "job.strategies=[ddp]"],
             ["parallel=zero3: job.strategies=ddp does not name run, the strategy of the run; leave parallel out"],
@@ -191,13 +197,13 @@ def test_the_overrides_that_a_message_names_for_a_file_of_rows_are_enough(refuse
             ["job=generate", "job.tokenizer=bytes", "parallel=zero3", "job.max_batch_size=4", "job.echo_step_s=1"],
             [
                 "parallel=zero3: each engine of job=generate holds the whole model",
-                "job.max_batch_size=4: job.batching=continuous has no use for it; leave job.max_batch_size out",
+                "job.max_batch_size=4: job.batching=continuous does not use it; leave job.max_batch_size out",
                 "job.echo_step_s=1: it is for job.engine=echo, and job.engine=paged",
             ],
         ),
         (
             ["job=generate", "job.engine=echo", "job.tokenizer=bytes", "job.kv_cache_tokens=99", "job.bucket_size=32"],
-            ["job.kv_cache_tokens=99: job.engine=echo has no use for it"],
+            ["job.kv_cache_tokens=99: job.engine=echo does not use it"],
         ),
     ],
 )
@@ -288,7 +294,7 @@ def test_help_teaches(launch_in_process):
     [
         (None, ["odd.yaml cannot be read: is not a regular file"]),
         ("defaults:\n  - override /model: gpt2\n", ["does not begin with the line `# @package _global_`"]),
-        ("# @package _global_\ndefaults:\n  - /exp: odd\n", ["in its own defaults"]),
+        ("# @package _global_\ndefaults:\n  - /exp: odd\n", ["includes itself in its defaults"]),
         ("# @package _global_\noptimizer: {kind: [adamw]}\n", ["optimizer.kind", "did you mean adamw?"]),
         ("# @package _global_\njob: {kind: {a: 1}}\n", ["job.kind", "is not known; choose from: benchmark"]),
         ("# @package _global_\nrun: 5\n", ["run=5", "is not a set of options"]),
@@ -323,7 +329,7 @@ def test_a_run_that_cannot_be_looked_at(launch_in_process, verb):
     """Python 3.11 raises for a path with a name that is too long as it does for a folder that is closed."""
     word = f"{'x' * 300}/run"
     said = launch_in_process(verb, word, *([word] if verb == "diff" else [])).expect(2).stderr
-    assert "file systems take 255" in said
+    assert "file systems allow 255" in said
     assert "Traceback" not in said
 
 

@@ -126,7 +126,7 @@ def test_mistakes(make_run, results, tmp_path) -> None:
         (("compare", good), "lacks B; write launch benchmark compare A B"),
         (("compare", good, str(tmp_path / "c.json")), "benchmark=activation, the other of benchmark=serving"),
         (("compare", good, other), "no case is in both: full in one, none in the other"),
-        (("compare", good, str(tmp_path / "d.json")), "is not what a benchmark writes"),
+        (("compare", good, str(tmp_path / "d.json")), "is not a valid benchmark.json"),
         (("compare", good, str(tmp_path / "e.json")), "without a value"),
         (("compare", good, "20260101-a"), "has no benchmark.json"),
         (("compare", good, "nope"), "is not a run directory"),

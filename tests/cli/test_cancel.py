@@ -64,7 +64,7 @@ def start(alive: ProcessLocation, tmp_path: Path) -> Iterator[Start]:
 
 
 def test_a_real_run_is_followed_cancelled_and_gone(launch, launch_forked_in_background, tmp_path) -> None:
-    """From other shells: ``logs -f`` ends with the run's own exit code, and a run beside it goes on."""
+    """From other shells: ``logs -f`` ends with the run's own exit code, and a run beside it continues."""
     running, beside = launch_forked_in_background(*LONG), launch_forked_in_background(*LONG, "run.dir=beside")
     running.wait_for_output(":0 | step 2/")
     run_id = Path(re.findall(r"run directory: (\S+)", running.output)[0]).name

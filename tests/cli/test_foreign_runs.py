@@ -150,7 +150,7 @@ def test_a_snapshot_that_no_run_wrote_is_one_message(tmp_path: Path, text: str) 
     file = tmp_path / "run.yaml"
     file.write_text(text)
     for read in (load_run, read_snapshot):
-        with pytest.raises(ConfigError, match=r"run\.yaml=.*is not what a run writes"):
+        with pytest.raises(ConfigError, match=r"run\.yaml=.*is not a valid run\.yaml"):
             read(file)
 
 
@@ -162,7 +162,7 @@ def test_a_sweep_names_no_folder_but_its_own(tmp_path: Path, written: str) -> No
     if written == "/etc":
         assert read_sweep(tmp_path).trials[0].run_dir.path == tmp_path / "etc"
         return
-    with pytest.raises(ConfigError, match="is no folder of the sweep"):
+    with pytest.raises(ConfigError, match="is not a folder of the sweep"):
         read_sweep(tmp_path)
 
 
@@ -187,7 +187,7 @@ def test_cancel_passes_no_option_from_a_file(
 
     make_run(session=gone, backend=backend, job=job)
     monkeypatch.setattr("subprocess.run", no_process)
-    with pytest.raises(EnvironmentProblem, match="not a name that the scheduler gives"):
+    with pytest.raises(EnvironmentProblem, match="is not a valid job name"):
         cancel([])
 
 

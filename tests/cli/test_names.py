@@ -97,7 +97,7 @@ def test_what_a_run_had_from_its_shell_is_asked_for(
     stored: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["rerun", str(stored.path), "dry_run=true"]) == 0
-    assert "warning: the run had GITHUB_PAT from its shell" in capsys.readouterr().err
+    assert "warning: the run used GITHUB_PAT of its shell" in capsys.readouterr().err
     monkeypatch.setenv("GITHUB_PAT", "x")
     assert main(["rerun", str(stored.path), "dry_run=true"]) == 0
     assert capsys.readouterr().err == ""
@@ -147,9 +147,9 @@ def test_a_bare_name_suggests_the_option(capsys: pytest.CaptureFixture[str], wor
         (["precision=float16"], "did you mean fp16?"),
         (["backend=k8s"], "did you mean kubernetes?"),
         (["model.name="], "(command line): is empty; leave it out, or name the model"),
-        (["backend.env=A=1"], "it takes a mapping: 'backend.env={NAME: VALUE}', a value that holds a comma in quotes"),
-        (["optimizer.betas=0.9"], "is a number; it takes a list of 2 values, each a number"),
-        (["optimizer.betas=[0.9]"], "is a list of 1; it takes a list of 2 values, each a number"),
+        (["backend.env=A=1"], "give a mapping: 'backend.env={NAME: VALUE}', a value that holds a comma in quotes"),
+        (["optimizer.betas=0.9"], "is a number; give a list of 2 values, each a number"),
+        (["optimizer.betas=[0.9]"], "is a list of 1; give a list of 2 values, each a number"),
         (
             ["backend=slurm", "backend.sbatch_options=[--mail-type=FAIL,END,--exclusive]"],
             "write \"backend.sbatch_options=['--mail-type=FAIL,END','--exclusive']\"",
@@ -227,7 +227,7 @@ def test_the_current_folder_was_removed(
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert main(words) == 2
-    expected = "error: the current folder was removed; cd to another one, then type the command again\n"
+    expected = "error: the current folder was removed; cd to another one, then run the command again\n"
     assert capsys.readouterr().err == expected
 
 
@@ -241,7 +241,7 @@ def test_the_current_folder_is_closed(
     monkeypatch.setattr("launcher.cli.runs.run", closed)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert main(["runs"]) == 2
-    assert "is closed to this user (permission denied); cd to another one" in capsys.readouterr().err
+    assert "cannot be opened by this user (permission denied); cd to another one" in capsys.readouterr().err
 
 
 def test_a_terminal_without_the_characters_of_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_mistakes(make_run, tmp_path) -> None:
         write_json(tmp_path / "runs" / "tiny" / name / "sweep.json", {"metric": 1})
     with pytest.raises(ConfigError, match="2 sweeps begin with it"):
         run(["sweep-"])
-    with pytest.raises(ConfigError, match="is not what a sweep writes"):
+    with pytest.raises(ConfigError, match=r"is not a valid sweep\.json"):
         run(["sweep-a"])
 
 

@@ -91,7 +91,7 @@ def test_the_word_that_a_message_shows_works(stored, text: str, capsys) -> None:
 
 
 def test_several_numbers_are_one_message(stored) -> None:
-    with pytest.raises(ConfigError, match="give one: launch sweep makes grids, of new runs"):
+    with pytest.raises(ConfigError, match="give one value: only launch sweep runs grids, as new runs"):
         run([RUN, "job.steps=1,2"])
 
 

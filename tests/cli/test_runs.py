@@ -148,7 +148,7 @@ def test_what_names_no_run_or_several_is_refused(make_run, word: str, why: str, 
 
 
 def test_without_runs_there_is_no_newest(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match="has no run"):
         find_run(None, tmp_path)
 
 
@@ -156,8 +156,8 @@ def test_without_runs_there_is_no_newest(tmp_path) -> None:
     ("words", "said"),
     [
         (["--jason"], "did you mean --json"),
-        (["--root"], "lacks its value"),
-        (["--root="], "lacks its value"),
+        (["--root"], "needs a value"),
+        (["--root="], "needs a value"),
         (["gpt2"], "is not a run directory, and no run in runs"),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_run_with_a_directory_of_its_own_is_listed_and_named(capsys, make_run,
     shutil.copytree(own.path, deep.path)
     for run_dir, run_id in ((own, "20260103-120000-ijkl"), (deep, "20260104-120000-mnop")):
         assert add_run(ROOT, run_dir, run_id=run_id, name="tiny")
-        assert not add_run(ROOT, run_dir, run_id=run_id, name="tiny"), "a run that goes on is noted once"
+        assert not add_run(ROOT, run_dir, run_id=run_id, name="tiny"), "a continued run is noted once"
     assert not add_run(ROOT, RunDir(tmp_path / "runs" / "tiny" / "x"), run_id="x", name="tiny"), "found without"
     assert {row[0] for row in listed(capsys)} == {
         *("20260101-120000-abcd", "20260102-120000-efgh", "elsewhere/mine", "runs/deep")

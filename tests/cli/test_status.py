@@ -52,7 +52,7 @@ def test_a_run_that_goes_on(capsys, make_run, alive, far) -> None:
     run_dir.log_of("box", 1).write_text("")
     text = status_text(capsys)
     assert value(text, "run by") == f"process {alive.pid} on {alive.machine}, alive"
-    assert f"b (me@b:22): process {far.pid} on node7, not to be seen from here" in text
+    assert f"b (me@b:22): process {far.pid} on node7, unknown from this machine" in text
     assert value(text, "progress").startswith("step 4/10, loss 2.5000, ")
     assert value(text, "box:0").startswith("step 4 \N{REPLACEMENT CHARACTER}  (")
     assert value(text, "box:1").startswith("nothing printed")
@@ -108,7 +108,7 @@ def test_a_scheduler_is_asked_about_its_job(capsys, make_run, gone, backend, job
 def test_a_job_that_no_scheduler_names_so_is_not_asked_about(capsys, make_run, gone, backend, job) -> None:
     make_run(session=gone, backend=backend, job=job)
     text = status_text(capsys)
-    assert value(text, "job").endswith("is not a name that the scheduler gives)")
+    assert value(text, "job").endswith("is not a valid job name)")
     assert "squeue" not in text
     assert "kubectl" not in text
 
@@ -119,7 +119,7 @@ def test_many_hosts_and_ranks_stay_readable(capsys, make_run, alive, far) -> Non
     for rank in range(100):
         run_dir.log_of("box", rank).write_text("hello\n")
     text = status_text(capsys)
-    assert value(text, "agents") == "1 alive, 49 not to be seen from here"
+    assert value(text, "agents") == "1 alive, 49 unknown from this machine"
     assert "and 84 more" in text
     assert len(text.splitlines()) < 40
     assert len(json.loads(status_text(capsys, "--json"))["ranks"]) == 100

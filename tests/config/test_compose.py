@@ -72,7 +72,7 @@ def test_article_settings_of_zero3_gpt2xl():
         ("+job.stpes=3", "job.stpes (command line): no such option; did you mean steps?"),
         ("++job.stpes=3", "job.stpes (command line): no such option; did you mean steps?"),
         ("+typo=1", "typo (command line): no such option"),
-        ("job.steps=many", "job.steps=many (command line): is text; it takes a whole number"),
+        ("job.steps=many", "job.steps=many (command line): is text; give a whole number"),
         ("job.steps=0", "job.steps=0 (command line): must be at least 1; set job.steps=1"),
         ("job.seed=1,2", "job.seed=1,2 (command line): is several values in Hydra's grammar; add -m"),
         ("~tracker", "removes an option"),
@@ -80,7 +80,7 @@ def test_article_settings_of_zero3_gpt2xl():
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("optimizer.betas=[0.9,1.5]", "each must be at least 0 and below 1"),
         ("parallel.kind=zero", "follows from the option chosen; set parallel=<option>"),
-        ("hydra.run.dir=x", "does nothing here"),
+        ("hydra.run.dir=x", "has no effect here"),
         ("data.path=${nowhere}", "data.path=${nowhere} (command line): Interpolation key 'nowhere' not found"),
         ("model.hidden_size=130", "is not a multiple of model.num_attention_heads=4; set model.hidden_size=128"),
         ("schedule.final_factor=2", "must lie between 0 and 1"),
@@ -184,7 +184,7 @@ def test_such_an_option_in_an_experiment(tmp_path):
     assert compose(["+exp=quoted", "compile=false"], config_dir=tmp_path).run.compile.kind == "false"
     (said,) = mistakes("+exp=bare", config_dir=tmp_path)
     place = f"`- override /compile: true` (line 3 of {bare})"
-    assert f'{place} has a truth value in YAML for its option; write `- override /compile: "true"`' in said
+    assert f'{place} has a boolean in YAML for its option; write `- override /compile: "true"`' in said
 
 
 _GLOBAL = b"# @package _global_\n"
@@ -194,24 +194,24 @@ _GLOBAL = b"# @package _global_\n"
     ("content", "message"),
     {
         b"job:\n  sample_prompt: caf\xe9\n": "mine.yaml is not UTF-8: byte 0xe9 at position",
-        b"\xef\xbb\xbf": "mine.yaml begins with a byte order mark; take it out: sed -i",
+        b"\xef\xbb\xbf": "mine.yaml begins with a byte order mark; remove it: sed -i",
         b"defaults: gpt2\n": "mine.yaml: defaults is not a list; write `- override /model: gpt2`",
         b"- a\n": "mine.yaml holds no options",
         b"hello\n": "mine.yaml holds no options",
         b"job:\n  steps: " + b"[" * 2000: "mine.yaml is nested too deeply",
         b"5: 6\n": "5 (FOLDER/exp/mine.yaml:2): is a number in YAML, not the name of an option",
-        b"job:\n  yes: 3\n": "job.yes (FOLDER/exp/mine.yaml:3): is a truth value in YAML, not the name of an option",
-        b"job: {}\ndata: {}\njob: {}\n": "job (FOLDER/exp/mine.yaml:4): is there already, in line 2, and a mapping",
-        b"job:\n  steps: 3\n  steps: 4\n": "job.steps (FOLDER/exp/mine.yaml:4): is there already, in line 3",
-        b"defaults:\n  - yes\n": "`- yes` (line 3 of FOLDER/exp/mine.yaml) is a truth value in YAML, not a name",
+        b"job:\n  yes: 3\n": "job.yes (FOLDER/exp/mine.yaml:3): is a boolean in YAML, not the name of an option",
+        b"job: {}\ndata: {}\njob: {}\n": "job (FOLDER/exp/mine.yaml:4): is already set in line 2, and a mapping",
+        b"job:\n  steps: 3\n  steps: 4\n": "job.steps (FOLDER/exp/mine.yaml:4): is already set in line 3",
+        b"defaults:\n  - yes\n": "`- yes` (line 3 of FOLDER/exp/mine.yaml) is a boolean in YAML, not a name",
         b"defaults: [3]\n": "`defaults: [3]` (line 2 of FOLDER/exp/mine.yaml) is a number in YAML, not a name",
         b"defaults:\n  -\n": "`-` (line 3 of FOLDER/exp/mine.yaml) is nothing in YAML, not a name",
-        b"defaults:\n  - on: gpt2\n": "`- on: gpt2` (line 3 of FOLDER/exp/mine.yaml) begins with what is a truth value",
-        b"defaults:\n  - override /compile: False\n": "has a truth value in YAML for its option; write `- over",
+        b"defaults:\n  - on: gpt2\n": "`- on: gpt2` (line 3 of FOLDER/exp/mine.yaml) begins with what is a boolean",
+        b"defaults:\n  - override /compile: False\n": "has a boolean in YAML for its option; write `- over",
         b"defaults:\n  - override /model: [gpt2, hf]\n": "names no option: a group takes one; write `- over",
         b"defaults:\n  - override /model: gpt2\n    override /data: text\n": "holds several groups in one entry",
         b"defaults:\n  - [gpt2]\n": "`- [gpt2]` (line 3 of FOLDER/exp/mine.yaml) is a list, not a group and its option",
-        b"job.steps: 5\n": "is written with a dot, which YAML does not take apart; write job: {steps: …}",
+        b"job.steps: 5\n": "is written with a dot, which YAML does not split; write job: {steps: …}",
         b"data:\n  path: ${nope/x\n": "data.path=${nope/x (FOLDER/exp/mine.yaml): holds ${ without the name and }",
     }.items(),
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
@@ -234,7 +234,7 @@ def test_an_option_of_the_user_that_sets_a_key_twice_is_refused(tmp_path):
     (tmp_path / "exp" / "own.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: mine\n")
     for word in ("model=mine", "exp=own"):
         (said,) = mistakes(word, config_dir=tmp_path)
-        assert said.startswith(f"model.name ({file}:3): is there already, in line 2")
+        assert said.startswith(f"model.name ({file}:3): is already set in line 2")
 
 
 def test_the_advice_for_such_a_file_works(tmp_path):

@@ -182,7 +182,7 @@ def test_a_sweep_takes_each_text_as_typed():
 def test_what_is_no_override_says_how_one_looks():
     assert mistakes("nothing") == ["nothing: is not an override of the form option=value; write it as option=value"]
     (said,) = mistakes("data.path=/tmp/\udcff")
-    assert "holds bytes that are not UTF-8" in said
+    assert "contains bytes that are not UTF-8" in said
 
 
 def test_a_yaml_file_gives_text_as_it_is_written(tmp_path):
@@ -223,16 +223,16 @@ def test_home_is_expanded_in_every_option_that_holds_a_path(monkeypatch):
     [
         (
             "optimizer.lr=interval(0,1)",
-            "optimizer.lr=interval(0,1) (command line): is an interval, which holds no list",
+            "optimizer.lr=interval(0,1) (command line): is an interval, not a list",
         ),
-        ("job.steps=glob(*)", "is a pattern of a group's options, and this is no group; write the values: a,b,c"),
+        ("job.steps=glob(*)", "is a pattern of a group's options, and this is not a group; write the values: a,b,c"),
         ("job.sample_prompt=glob(*)", "or quote it if it is one text: \"job.sample_prompt='glob(*)'\""),
         ("parallel=glob(x*)", "parallel=glob(x*) (command line): matches no option; choose from: ddp"),
         ("job..steps=5", "job..steps=5: is not an override of the form option=value; write job.steps=5"),
         ("job.steps =5", "write job.steps=5"),
         ("=5", "=5: is not an override of the form option=value"),
         ("", "'': is not an override of the form option=value"),
-        ("hydra/launcher=x", "hydra/launcher: does nothing here"),
+        ("hydra/launcher=x", "hydra/launcher: has no effect here"),
         ("zero2", "zero2: is not an override of the form option=value; write parallel=zero2"),
     ],
 )
@@ -300,8 +300,8 @@ def continue_or_rerun(run_dir: RunDir) -> str:
         ("~model}", "is not an override of the form option=value"),
         ("backend.env={A: 'it''s'}", "its quotes and brackets do not match in Hydra's grammar"),
         ("""unknown.key=[%a~"],~]""", "its quotes and brackets do not match in Hydra's grammar"),
-        ("model@x=gpt2", "model@x: has a package behind @, and each group has its place; write model=gpt2"),
-        ("+model@=gpt2", "+model@: has a package behind @"),
+        ("model@x=gpt2", "model@x: has a package after @, and the package of each group is fixed; write model=gpt2"),
+        ("+model@=gpt2", "+model@: has a package after @"),
     ],
 )
 def test_words_that_hydra_cannot_read_or_reads_otherwise(word, said):
@@ -312,7 +312,7 @@ def test_words_that_hydra_cannot_read_or_reads_otherwise(word, said):
 def test_two_experiments():
     (error,) = mistakes("+exp=zero1_gpt2", "+exp=ddp_gpt2")
     assert error == (
-        "exp=ddp_gpt2 (command line): exp=zero1_gpt2 is given already, and a command takes one; "
+        "exp=ddp_gpt2 (command line): exp=zero1_gpt2 is already given, and only one can be used; "
         "leave one out, or name it in the defaults of the other"
     )
 
@@ -327,7 +327,7 @@ def test_an_experiment_of_any_name(name, tmp_path):
 
 def test_a_variable_inside_a_list():
     (error,) = mistakes("backend=slurm", "backend.sbatch_options=[--comment=${HOME}]")
-    assert error.endswith(r"to give this text itself: write it in quotes, with \${ for ${")
+    assert error.endswith(r"to pass this text literally: write it in quotes, with \${ for ${")
     run = compose(["backend=slurm", r"backend.sbatch_options=['--comment=\${HOME}']"]).run
     assert run.backend.sbatch_options == ("--comment=${HOME}",)
 
@@ -343,7 +343,7 @@ def test_a_variable_inside_a_list():
 )
 def test_a_verb_that_does_not_come_first(words, meant, capsys):
     assert main(words) == 2
-    assert capsys.readouterr().err.endswith(f"is a verb, and the verb comes first; write {meant}\n")
+    assert capsys.readouterr().err.endswith(f"is a verb, and must come first; write {meant}\n")
 
 
 def test_a_sweep_in_the_directory_of_one_run(tmp_path):
@@ -362,7 +362,7 @@ def test_a_sweep_in_the_directory_of_one_run(tmp_path):
         ),
         ("job:\n  steps: 5\n run: x\n", "line 4 of FILE is not YAML: expected <block end>"),
         ("job:\n\tsteps: 5\n", "line 3 of FILE is not YAML: found character '\\t' that cannot start any token; indent"),
-        ("hydra: {run: {dir: x}}\n", "hydra (FILE): does nothing here; use run.root, run.name and run.dir"),
+        ("hydra: {run: {dir: x}}\n", "hydra (FILE): has no effect here; use run.root, run.name and run.dir"),
         ("model: gpt2\n", "model=gpt2 (own/exp/mine.yaml:2): is not a set of options; choose one: model=<option>"),
     ],
     ids=["experiment", "group", "option", "indentation", "tab", "hydra", "group as a key"],

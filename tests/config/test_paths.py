@@ -82,7 +82,7 @@ TOO_LONG = "y" * 300
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_name_that_no_file_system_takes(option):
     (said,) = refused(words_for(option, f"/tmp/{TOO_LONG}"))
-    assert said == f"{option}=/tmp/{TOO_LONG}: a name in it has 300 bytes, and file systems take 255; " + (
+    assert said == f"{option}=/tmp/{TOO_LONG}: a name in it has 300 bytes, and file systems allow 255; " + (
         f"set {option} to another path"
     )
 
@@ -117,7 +117,7 @@ NOWHERE = {
     "dangling/below": "dangling is a link to nowhere, which does not exist",
     "file/below": "file is a file, not a folder",
     "pipe": "pipe is neither a file nor a folder",
-    "a/" * 2100: "bytes, and the system takes 4095",
+    "a/" * 2100: "bytes, and the system allows 4095",
 }
 
 
@@ -183,8 +183,8 @@ def as_another_user():
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("closed/text.txt", "closed is closed to this user (permission denied)"),
-        ("closed/x/y/z.txt", "closed is closed to this user (permission denied)"),
+        ("closed/text.txt", "closed cannot be opened by this user (permission denied)"),
+        ("closed/x/y/z.txt", "closed cannot be opened by this user (permission denied)"),
         ("closed/*.txt", "closed cannot be read by this user (permission denied)"),
         ("secret.txt", "secret.txt cannot be read by this user (permission denied)"),
     ],
@@ -219,7 +219,7 @@ def test_the_home_of_an_unknown_user(option):
     errors = [line for line in refused(words_for(option, "~no-such-user/x")) if option in line]
     assert len(errors) == 1
     assert f"{option}=~no-such-user/x" in errors[0]
-    assert "there is no user no-such-user here; give the path whole" in errors[0]
+    assert "there is no user no-such-user here; give an absolute path" in errors[0]
 
 
 @pytest.mark.parametrize("typed", ["~notes.txt", "./~notes.txt"])
@@ -232,7 +232,7 @@ def test_a_file_whose_name_begins_with_a_tilde(typed, tmp_path, monkeypatch):
 
 
 def test_the_home_of_a_user_in_a_pod():
-    with pytest.raises(ConfigErrors, match=r"data\.path=~ada/x.*a pod has other users; give the path whole"):
+    with pytest.raises(ConfigErrors, match=r"data\.path=~ada/x.*a pod has other users; give the absolute path"):
         compose(["backend=kubernetes", "backend.image=x", "data.path=~ada/x"])
     compose(["backend=kubernetes", "backend.image=x", "data.path=~/x"])
 

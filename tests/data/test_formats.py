@@ -295,7 +295,7 @@ def test_what_must_be_converted_is_refused_with_the_command_that_does_far_into_r
     at = int(re.findall(r"at position (\d+)", message)[-1])
     raw = gzip.decompress(content) if name.endswith(".gz") else content
     assert raw[at] in b"\xe9\0"
-    advice = message.partition("leave such rows out, or ")[2] or message.partition("; ")[2]
+    advice = message.partition("skip such rows, or ")[2] or message.partition("; ")[2]
     made = follow(f"; {advice}", tmp_path)
     repaired = replace(data, files=(str(made),))
     assert (problems(repaired), texts(repaired)[-1]) == ([], last)
@@ -330,7 +330,7 @@ def test_a_json_object_becomes_rows_by_the_command_named(tmp_path: Path, content
         (b"\x04\x22\x4d\x18" + b"\1" * 20, "is lz4-compressed; unpack it: lz4 -dc"),
         (b"SQLite format 3\0" + b"\1" * 20, "is an SQLite database"),
         (b"\x93NUMPY\1\0", "is a NumPy array"),
-        ((40).to_bytes(8, "little") + b'{"a":{}}' + b"\0" * 99, "is weights of a model (safetensors)"),
+        ((40).to_bytes(8, "little") + b'{"a":{}}' + b"\0" * 99, "holds the weights of a model (safetensors)"),
         (b"\0\1\2" * 100, "is not text: it has NUL bytes (100 of 300)"),
         (b"ORC" + bytes(range(1, 256)) * 9, "is ORC, not text"),
         (bytes(range(1, 256)) * 9, "is a binary file, not text"),
@@ -465,7 +465,7 @@ def test_a_bad_byte_far_into_a_file_is_named_by_its_place_in_the_file(
         (tmp_path / "x.txt").write_bytes(pack(before + bad))
         data = Text(path=f"{tmp_path}/x.txt")
         assert not problems(data)
-        with pytest.raises(ConfigError, match=f"{message}.* {len(before) + 3}; (leave such bytes|take them) out"):
+        with pytest.raises(ConfigError, match=f"{message}.* {len(before) + 3}; remove (these bytes|them)"):
             texts(data)
 
 
@@ -498,8 +498,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
         ('{"text": ["a"]}', "it is a list"),
         (json.dumps({"text": MESSAGES}), "it is a chat (a list of messages)"),
         ('{"text": "\\ud800"}', "half of a surrogate pair"),
-        ('{"text": "cut of', "line 61 of {} is no JSON object: Unterminated string"),
-        ("[1]", "line 61 of {} is no JSON object: it is a list"),
+        ('{"text": "cut of', "line 61 of {} is not a JSON object: Unterminated string"),
+        ("[1]", "line 61 of {} is not a JSON object: it is a list"),
     ],
 )
 def test_a_row_without_text_is_named_and_left_out_when_asked(
@@ -511,12 +511,12 @@ def test_a_row_without_text_is_named_and_left_out_when_asked(
     data = HfData(path="json", files=(str(file),))
     (message,) = problems(data)
     assert why.format(file) in message
-    assert message.endswith("set data.skip_bad_rows=true to leave such rows out")
+    assert message.endswith("set data.skip_bad_rows=true to skip such rows")
     with pytest.raises(ConfigError, match=re.escape(why.format(file))):
         texts(data)
     data = HfData(path="json", files=(str(file),), skip_bad_rows=True)
     assert (problems(data), texts(data)) == ([], [*ROWS, "the last"])
-    assert f"1 of 62 rows of {file} hold no text: left out" in capsys.readouterr().out
+    assert f"1 of 62 rows of {file} have no text and are skipped" in capsys.readouterr().out
 
 
 def test_a_late_row_is_found_by_the_rank(tmp_path: Path) -> None:
@@ -586,7 +586,7 @@ def test_folders_of_data_sets_are_looked_into(tmp_path: Path) -> None:
     assert "choose from: body" in problems(HfData(path=str(tmp_path / "set")))[0]
     assert not problems(HfData(path=str(tmp_path / "set"), column="body"))
     (tmp_path / "set" / "a.jsonl").write_bytes(json_lines() + b'{"text": "x\n')
-    assert "is no JSON object" in problems(HfData(path=str(tmp_path / "set")))[0]
+    assert "is not a JSON object" in problems(HfData(path=str(tmp_path / "set")))[0]
     packed = tmp_path / "packed"
     packed.mkdir()
     with pa.output_stream(str(packed / "a.jsonl.zst"), compression="zstd") as file:
@@ -676,7 +676,7 @@ def test_a_split_without_rows_is_refused_before_a_rank_reads_it(tmp_path: Path) 
     for data in sources:
         for split in ("train[60:]", "train[-5:-60]+train[99:]", "train[:-60]", "train[100:200]"):
             (message,) = problems(replace(data, split=split))
-            assert message.startswith(f"data.split={split}: holds none of the 60 rows")
+            assert message.startswith(f"data.split={split}: selects none of the 60 rows")
         for split in ("train5", "train2[:5]", "training"):
             (message,) = problems(replace(data, split=split))
             assert "has one, train" in message or "have one split, train" in message
@@ -693,7 +693,7 @@ def test_a_slice_that_is_empty_whatever_it_is_of_is_refused(split: str) -> None:
 
 @pytest.mark.parametrize("split", ["", "train[", "train[1]", "train[:101%]", "train[:5](closest)", "tr ain", "a+"])
 def test_a_split_that_datasets_cannot_read_is_refused(split: str) -> None:
-    with pytest.raises(ConfigErrors, match="is no split: a name, or slices of it"):
+    with pytest.raises(ConfigErrors, match="is not a split: give a name, or slices of it"):
         HfData(path="org/name", split=split)
 
 
@@ -720,10 +720,10 @@ def test_blank_lines_of_text_are_rows_in_a_slice(tmp_path: Path) -> None:
     assert problems(data) == []
     assert len(texts(data)) == 20
     assert data.small_pieces() is None
-    assert "holds none of the 60 rows" in problems(replace(data, split="train[60:]"))[0]
+    assert "selects none of the 60 rows" in problems(replace(data, split="train[60:]"))[0]
     folder = replace(data, path=str(tmp_path), files=())
     assert problems(folder) == []
-    assert "holds none of the 60 rows" in problems(replace(folder, split="train[60:]"))[0]
+    assert "selects none of the 60 rows" in problems(replace(folder, split="train[60:]"))[0]
 
 
 def test_slices_of_small_files_are_counted_in_tokens(tmp_path: Path) -> None:
@@ -740,7 +740,7 @@ def test_blank_text_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is empty"):
         texts(Text(path=str(blank)))
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
-    with pytest.raises(ConfigError, match="none of 2 rows holds text"):
+    with pytest.raises(ConfigError, match="none of 2 rows has text"):
         texts(HfData(path="json", files=(f"{tmp_path}/x.jsonl",)))
 
 

@@ -1,4 +1,4 @@
-"""The order of samples: permutations, the same however a step is divided, and the same for ever."""
+"""The order of samples: permutations, the same however a step is divided, and the same in every run."""
 
 from __future__ import annotations
 

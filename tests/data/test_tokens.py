@@ -181,7 +181,7 @@ def test_the_trained_tokenizer_is_the_same_every_time(text: MakeText, tmp_path: 
 def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sequence_length=65: small takes at most 64 tokens; set .*=64"):
         open_splits(text(), model, sequence_length=65, seed=0)
-    with pytest.raises(ConfigError, match=r"data.path: has \d+ tokens, \d+ to learn from and 0 to .* takes 60 \+ 1"):
+    with pytest.raises(ConfigError, match=r"data.path: has \d+ tokens, \d+ to train on and 0 to .* takes 60 \+ 1"):
         open_splits(text("short text"), model, sequence_length=60, seed=0)
     with pytest.raises(ConfigError, match=r"data.held_out=0.001: leaves \d+ of \d+ tokens"):
         open_splits(text(held_out=0.001), model, sequence_length=60, seed=0)
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gp
     folder.mkdir()
     (folder / "tokenizer.json").write_text(train_bpe(read_corpus(Text()), vocab_size=500).to_json())
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ConfigError, match=r"data.tokenizer=.*: it has 500 tokens and small only 400 rows of embedding"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer=.*: it has 500 tokens and small only 400 embedding rows"):
         open_splits(text(tokenizer=str(folder)), model, sequence_length=16, seed=0)
     with pytest.raises(EnvironmentProblem, match="some/tokenizer is not in the local cache"):
         open_splits(text(tokenizer="some/tokenizer"), model, sequence_length=16, seed=0)

@@ -32,7 +32,7 @@ def written(path: Path, content: bytes) -> str:
     [
         (b"", "is empty"),
         (b" \n\n ", "is empty"),
-        (b"text\0more", "has NUL bytes, the first at position 4; take them out: tr -d "),
+        (b"text\0more", "has NUL bytes, the first at position 4; remove them: tr -d "),
         ("été".encode("latin1"), "is not UTF-8: byte 0xe9 at position 0; convert it: iconv -f latin1 -t utf-8"),
         ("text".encode("utf-16"), "is UTF-16, not UTF-8; convert it: iconv -f utf-16"),
         (b"\x89PNG\r\n\x1a\n", "is a picture"),
@@ -95,7 +95,7 @@ def test_local_data_sets(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     blocked = written(tmp_path / "file", b"x")
     (problem,) = problems(Text(cache=f"{blocked}/cache"))
-    assert problem.startswith(f"data.cache={blocked}/cache: {blocked} is not a folder that this user can write")
+    assert problem.startswith(f"data.cache={blocked}/cache: {blocked} is not a folder that this user can write to")
     assert not problems(Text(cache=str(tmp_path / "not" / "yet" / "there")))
 
 

@@ -192,5 +192,5 @@ def test_hundreds_of_hosts_are_asked_at_once_with_few_files_allowed(examine_here
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert time.monotonic() - started < 120
     assert len(report.findings) == 299
-    assert {found.what for found in report.errors} == {"runs, but nothing listens on its ssh port"}
+    assert {found.what for found in report.errors} == {"is up, but nothing listens on its ssh port"}
     assert list(report.facts) == ["node1"]

@@ -82,11 +82,11 @@ def test_slots_against_devices(facts_of: FactsOf) -> None:
     facts = facts_of(1, **gpus)
     assert judged(facts, slots=2) == []
     (finding,) = judged(facts, slots=3)
-    assert (finding.level, finding.what) == (Level.ERROR, "takes 3 ranks and shows 2 GPUs")
+    assert (finding.level, finding.what) == (Level.ERROR, "has 3 ranks and shows 2 GPUs")
     (finding,) = judged(facts, slots=2, slot_ids=(1, 2))
     assert finding.what == "shows 2 GPUs, and the filter chooses slot 2"
     (finding,) = judged(facts_of(1), slots=9)
-    assert (finding.level, finding.what) == (Level.WARNING, "takes 9 ranks and has 8 cores")
+    assert (finding.level, finding.what) == (Level.WARNING, "is given 9 ranks and has 8 cores")
     assert finding.remedy == "set backend.ranks=8"
     (finding,) = judged(facts_of(1), slots=9, ssh_destination="node1")
     assert finding.remedy == "write slots=8 in the hostfile"

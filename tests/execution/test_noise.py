@@ -103,7 +103,7 @@ def test_a_quantization_is_not_announced_in_steps_of_a_batch(plan_of: PlanOf) ->
 
 @pytest.mark.parametrize(
     ("sequences", "said"),
-    [("64", "1,024 a step × 8 steps = 8,192"), ("60", "1,024 a step, 7,680 in 8 steps, the last not full")],
+    [("64", "1,024 a step × 8 steps = 8,192"), ("60", "1,024 a step, 7,680 in 8 steps, the last one partial")],
 )
 def test_an_evaluation_counts_the_tokens_of_its_sequences(plan_of: PlanOf, sequences: str, said: str) -> None:
     words = ("job=evaluate", "parallel=single", f"job.eval_sequences={sequences}")

@@ -91,9 +91,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], str]], 
 
 
 def refuse(_file: Path) -> str:
-    raise ConfigError(
-        "backend.account", "nope", why="Slurm says: Invalid account", fix="`sinfo` shows what it can give"
-    )
+    raise ConfigError("backend.account", "nope", why="Slurm reports: Invalid account", fix="`sinfo` shows what it has")
 
 
 def written_run(folder: Path, launch_in_process: Launch, slurm: Callable[[Callable[[Path], str]], None]) -> RunDir:
@@ -159,7 +157,7 @@ def test_no_run_takes_the_folder_of_another_job(tmp_path: Path, held: str) -> No
         said = [str(error) for error in validate_run_dir(run, RunDir(tmp_path))]
         if job != held:
             assert len(said) == 1, (job, resume)
-            assert f"holds a run of job={held}" in said[0]
+            assert f"contains a run of job={held}" in said[0]
             assert "checkpoint.resume" not in said[0], "advice that would be refused"
         elif resume == "auto":
             assert said == []
@@ -172,7 +170,7 @@ def test_no_benchmark_takes_the_folder_of_another_one(tmp_path: Path) -> None:
     save_run(run_of("benchmark", "benchmark=activation", "checkpoint.resume=auto"), tmp_path / "run.yaml")
     run = run_of("benchmark", "benchmark=batching", "checkpoint.resume=auto")
     (error,) = validate_run_dir(run, RunDir(tmp_path))
-    assert "holds a run of job=benchmark benchmark=activation" in str(error)
+    assert "contains a run of job=benchmark benchmark=activation" in str(error)
 
 
 def test_a_command_that_names_the_folder_of_another_job_leaves_it(launch_in_process: Launch, tmp_path: Path) -> None:
@@ -180,7 +178,7 @@ def test_a_command_that_names_the_folder_of_another_job_leaves_it(launch_in_proc
     save_run(run_of("train"), tmp_path / "run" / "run.yaml")
     before = tree_of(tmp_path)
     words = (*SMALL[:2], "job=generate", "checkpoint.resume=auto", "run.dir=run")
-    assert "holds a run of job=train" in launch_in_process(*words).expect(2).stderr
+    assert "contains a run of job=train" in launch_in_process(*words).expect(2).stderr
     assert tree_of(tmp_path) == before
 
 
@@ -219,7 +217,7 @@ def test_what_was_queued_stays_when_slurm_then_falls_silent(
     launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def silent(_plan: object, _job_id: str) -> int:
-        raise EnvironmentProblem("Slurm does not answer any more")
+        raise EnvironmentProblem("Slurm no longer answers")
 
     slurm(lambda _file: "7")
     monkeypatch.setattr("launcher.backends.slurm.submit.follow", silent)
@@ -259,7 +257,7 @@ def test_a_run_that_ends_while_this_one_waits_for_the_lock_is_kept(
     before: dict[str, bytes | None] = {}
     monkeypatch.setattr(lifecycle, "RunLock", Late)
     refused = launch_in_process(*SMALL, "run.dir=run").expect(2)
-    assert "two runs never share a directory" in refused.stderr
+    assert "two runs cannot share a directory" in refused.stderr
     del before["run/logs"]  # made by the launcher that was late, and empty
     assert tree_of(tmp_path) == before
 
@@ -356,7 +354,7 @@ def test_nothing_is_written_through_a_link_in_a_run_directory(writer: str, kind:
             PartWriter(trap)
 
     if writer == "timeline":
-        Timeline(trap).note("node0", "prepared")  # a run goes on without it
+        Timeline(trap).note("node0", "prepared")  # a run continues without it
     else:
         with pytest.raises(UnreadableFile):
             write()
@@ -383,7 +381,7 @@ def test_a_run_directory_with_links_is_refused_before_a_start(name: str, kind: s
 
 def test_parts_that_no_run_writes_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "rank0.part").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(JobError, match=r"rank0\.part is a link or no regular file: .*Remove it"):
+    with pytest.raises(JobError, match=r"rank0\.part is a link or not a regular file: .*Remove it"):
         PartIndex(tmp_path, 3).scan()
     (tmp_path / "rank0.part").unlink()
     answer = b'{"line": 1}'

@@ -224,12 +224,12 @@ def test_another_model_is_refused(write: Write, words: tuple[str, ...], said: st
 
 
 NO_CHECKPOINT = {
-    "nowhere": "is no folder, and no run in runs begins with it",
+    "nowhere": "is not a folder, and no run in runs begins with it",
     "2026": "2 runs in runs begin with it; write more of it",
     f"{ID}@step_7": "no complete checkpoint of step 7; it has @step_00000010",
     f"{ID}@best": "has a held-out loss",
     f"{ID}@worst": "write RUN@best or RUN@step_00000010",
-    f"runs/gpt2_tiny/{ID}/checkpoints/step_00000010@best": "is one checkpoint already",
+    f"runs/gpt2_tiny/{ID}/checkpoints/step_00000010@best": "is already one checkpoint",
     "empty@best": "holds no complete checkpoint",
     "other@best": "other is neither a run nor a checkpoint",
 }
@@ -314,7 +314,7 @@ def test_runs_of_this_machine_are_not_sent_to_a_cluster_that_does_not_see_them(w
     write(10)
     there = ("job=train", "backend=kubernetes", "backend.image=x", "backend.claim=y")
     for option, value in (("model.weights", ID), ("checkpoint.resume", f"{ID}@best"), ("model.weights", "runs/x")):
-        assert "as its ranks see it" in refused(*there, f"{option}={value}")
+        assert "as an absolute path on its hosts" in refused(*there, f"{option}={value}")
     assert resolved(*there, "model.weights=/pods/see/this").model.weights == "/pods/see/this"
 
 
@@ -333,7 +333,7 @@ def test_resume_is_refused_where_nothing_is_continued(plan_of: PlanOf, words: tu
     with pytest.raises(ConfigErrors) as mistakes:
         plan_of(*words, "checkpoint.resume=elsewhere")
     (message,) = [str(error) for error in mistakes.value.errors if error.option == "checkpoint.resume"]
-    assert "continues no training run" in message
+    assert "does not continue a training run" in message
 
 
 def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_process: Launch) -> None:
@@ -503,7 +503,7 @@ def test_a_model_without_a_name_is_left_to_the_weights() -> None:
 def test_a_tokenizer_of_a_checkpoint_needs_one(write: Write) -> None:
     write(10)
     for words in ((), ("job=generate", f"model.weights={ID}")):
-        assert "the run resumes from no checkpoint" in refused(*words, "data.tokenizer=checkpoint")
+        assert "the run does not resume from a checkpoint" in refused(*words, "data.tokenizer=checkpoint")
 
 
 @pytest.mark.usefixtures("texts")
@@ -514,7 +514,7 @@ def test_a_vocabulary_is_sized_only_where_it_is_trained(write: Write) -> None:
         ("job=evaluate", f"model.weights={saved.folder}/model", "data.tokenizer=model"),
         ("job=train", f"checkpoint.resume={ID}", "data=text", "data.path=other.txt"),
     ):
-        with pytest.raises((ConfigError, ConfigErrors), match=r"data.vocab_size=300.* brings its own vocabulary"):
+        with pytest.raises((ConfigError, ConfigErrors), match=r"data.vocab_size=300.* has its own vocabulary"):
             resolved(*words, "data.vocab_size=300")
 
 

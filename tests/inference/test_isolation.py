@@ -1,4 +1,4 @@
-"""Whatever values a request has, it is refused or ends by itself: the requests beside it never notice."""
+"""Whatever values a request has, it is rejected or ends on its own: the requests beside it are not affected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from launcher.config.sampling import SamplingParams
 from launcher.inference.engine import base as engine_module
 from launcher.inference.engine.base import EngineRequest, InferenceEngine, InvalidRequest
 from launcher.inference.engine.echo_engine import EchoEngine
-from launcher.inference.engine.loop import EngineConnection, run_engine_loop
+from launcher.inference.engine.loop import (
+    LENGTH_PREFIX,
+    AddRequest,
+    EngineConnection,
+    EngineMessage,
+    Shutdown,
+    StepOutputs,
+    pack_message,
+    run_engine_loop,
+    unpack_message,
+)
 from launcher.inference.engine.paged_engine import PagedEngine
 from tests.inference.models import finish, tokens
 from tests.inference.values import FLOATS, INTEGERS, VOCABULARY, Table
@@ -133,29 +143,24 @@ def test_an_error_on_the_way_in_is_the_requests_own() -> None:
     class Breaks(EchoEngine):
         def add(self, request: EngineRequest) -> None:
             if request.id == "bad":
-                raise ArithmeticError("unlucky")
+                raise ArithmeticError("unlucky \udcff")
             super().add(request)
 
-    sent: list[dict[str, object]] = []
+    sent: list[EngineMessage] = []
 
     class Link(EngineConnection):
         def __init__(self) -> None:
             self._rounds = self._said()
 
-        def _said(self) -> Iterator[list[dict[str, object]]]:
-            from launcher.inference.engine.loop import request_to_wire
-
-            yield [
-                {"kind": "add", "request": request_to_wire(dataclasses.replace(CONTROLS[0], id=name))}
-                for name in ("bad", "good")
-            ]
+        def _said(self) -> Iterator[list[EngineMessage]]:
+            yield [AddRequest(request=dataclasses.replace(CONTROLS[0], id=name)) for name in ("bad", "good")]
             yield from ([] for _ in range(10))
-            yield [{"kind": "shutdown"}]
+            yield [Shutdown()]
 
-        def send(self, message: dict[str, object]) -> None:
-            sent.append(message)
+        def send(self, message: EngineMessage) -> None:
+            sent.append(unpack_message(pack_message(message)[LENGTH_PREFIX.size :]))
 
-        def receive(self, *, wait_s: float) -> list[dict[str, object]]:
+        def receive(self, *, wait_s: float) -> list[EngineMessage]:
             return next(self._rounds)
 
     run_engine_loop(
@@ -163,6 +168,6 @@ def test_an_error_on_the_way_in_is_the_requests_own() -> None:
         Link(),
         heartbeat=lambda phase: None,
     )
-    rows = [row for message in sent if message["kind"] == "step" for row in message["outputs"]]
-    ends = {row[0]: (row[2], row[3]) for row in rows if row[2]}
-    assert ends == {"bad": ("error", "ArithmeticError: unlucky"), "good": ("length", "")}
+    outputs = [output for message in sent if isinstance(message, StepOutputs) for output in message.outputs]
+    ends = {output.request_id: (output.finish_reason, output.error) for output in outputs if output.finish_reason}
+    assert ends == {"bad": ("error", "ArithmeticError: unlucky \ufffd"), "good": ("length", "")}

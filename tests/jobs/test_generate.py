@@ -83,7 +83,7 @@ def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(
     assert not (tmp_path / "two" / "generated.jsonl").exists()
     kept = [part.read_bytes() for part in sorted((tmp_path / "two" / "generated").glob("*.part"))]
     other = launch("resume", "two", "job.temperature=0.5").expect(2)
-    assert "job.temperature=0.5: the answers that are there were made with 0.0" in other.output
+    assert "job.temperature=0.5: the existing answers were generated with 0.0" in other.output
     assert [part.read_bytes() for part in sorted((tmp_path / "two" / "generated").glob("*.part"))] == kept
     launch("resume", "two", "backend.ranks=1", "job.echo_step_s=0").expect(EXIT_BAD_INPUT)
     assert (tmp_path / "two" / "generated.jsonl").read_bytes() == expected
@@ -104,10 +104,10 @@ def test_a_preempted_task_exits_and_continues_later(launch, launch_in_background
     launch("resume", "asked").expect(EXIT_BAD_INPUT)
     assert [answer["line"] for answer in answers(tmp_path / "out.jsonl")] == list(range(1, NUM_LINES + 1))
     refused = launch(*words, "run.dir=another").expect(2)
-    assert "out.jsonl: is there already" in refused.output
+    assert "out.jsonl: already exists" in refused.output
     prompts.write_text('{"prompt": "another"}\n')
     refused = launch("resume", "asked").expect(2)
-    assert "is another file than the one this run directory holds answers to" in refused.output
+    assert "is not the file whose answers are in this run directory" in refused.output
 
 
 def test_ranks_that_are_one_engine_answer_as_one_rank_does_and_make_room(

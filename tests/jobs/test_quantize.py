@@ -77,7 +77,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantize_themselves(
             ("job=quantize", "quantization=nf4", "model.quantization=fp8", "parallel=single"),
             "set model.quantization=none quantization=fp8",
         ),
-        (("job=evaluate", "model.quantization=fp8", "parallel=zero3"), "quantized ones stay whole"),
+        (("job=evaluate", "model.quantization=fp8", "parallel=zero3"), "quantized ones cannot be split"),
         (("job=benchmark", "benchmark=memory", "model.quantization=fp8"), "benchmark=memory trains the model"),
         (
             ("job=generate", "job.engine=vllm", "job.vllm_python=python", "model.quantization=fp8"),
@@ -117,8 +117,8 @@ def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantized_a
     weights = f"model.weights={folder}"
     for words, said in (
         ((weights,), "quantized layers cannot be trained; give weights that are not quantized"),
-        ((weights, "job=evaluate", "parallel=zero3"), "quantized ones stay whole; set parallel=single"),
-        ((weights, "job=quantize", "quantization=int4_weight"), "its weights are quantized already"),
+        ((weights, "job=evaluate", "parallel=zero3"), "quantized ones cannot be split; set parallel=single"),
+        ((weights, "job=quantize", "quantization=int4_weight"), "its weights are already quantized"),
     ):
         found = [str(problem) for problem in validate_machine(compose(words).run, tmp_path / "run", hosts=[])]
         assert any(problem.startswith(weights) and said in problem for problem in found), found

@@ -150,8 +150,8 @@ def answers(**changes: Any) -> dict[int, Any]:
         ({"losses": [2.0, math.nan]}, "loss differs by inf"),
         ({"grad_norms": [0.5, None]}, "gradient norm differs by inf"),
         ({"generated": [[1, 3]]}, "other tokens"),
-        ({"weights": {"apart": {}, "unknown": [], "all": ["a"]}}, "no rank gave a"),
-        ({"weights": {"apart": {"a": [0, 1]}, "unknown": ["b"], "all": ["a"]}}, "the reference has no such b"),
+        ({"weights": {"apart": {}, "unknown": [], "all": ["a"]}}, "missing on all ranks: a"),
+        ({"weights": {"apart": {"a": [0, 1]}, "unknown": ["b"], "all": ["a"]}}, "not in the reference: b"),
     ],
 )
 def test_what_is_wrong_is_said(changes: dict[str, Any], words: str) -> None:

@@ -78,7 +78,7 @@ def model_folder(folder: Path, config: object = LLAMA, *, num_tokens: int | None
 
 
 def refused(*words: str, length: str | None = "job.sequence_length=32") -> list[str]:
-    """Return what stands against a run, as the command line shows it."""
+    """Return what prevents a run, as the command line shows it."""
     with pytest.raises(ConfigErrors) as errors:
         prepare(compose([*LOCAL, *filter(None, [length]), *words]))
     return str(errors.value).splitlines()
@@ -100,7 +100,7 @@ def test_the_tokenizer_of_given_weights_is_the_default(tmp_path: Path) -> None:
     assert tokenizer_of("model=gpt2", f"model.weights={own}") == "model"
     assert tokenizer_of("model=gpt2", f"model.weights={bare}") == "bpe"
     assert tokenizer_of("model=smollm2_135m", "data.tokenizer=bpe") == "bpe"
-    with pytest.raises(ConfigErrors, match=r"data.vocab_size=999.*: data.tokenizer=model brings its own vocabulary"):
+    with pytest.raises(ConfigErrors, match=r"data.vocab_size=999.*: data.tokenizer=model has its own vocabulary"):
         compose(["model=smollm2_135m", "data.vocab_size=999"])
 
 
@@ -109,7 +109,7 @@ def warned(*words: str) -> str:
 
 
 def test_given_weights_with_a_foreign_tokenizer_or_a_rate_for_random_ones_are_warned_of() -> None:
-    assert "optimizer.lr=0.001 is a rate for random weights" in warned("model=smollm2_135m")
+    assert "optimizer.lr=0.001 is a learning rate for random weights" in warned("model=smollm2_135m")
     assert "set optimizer.lr=2e-5" in warned("model=smollm2_135m")
     assert "data.tokenizer" not in warned("model=smollm2_135m")
     foreign = warned("model=smollm2_135m", "data.tokenizer=bpe", "optimizer.lr=2e-5")
@@ -127,7 +127,7 @@ def test_given_weights_with_a_foreign_tokenizer_or_a_rate_for_random_ones_are_wa
         ({"rope_scaling": {"type": "mystery", "factor": 4.0}}, "rotary positions of type 'mystery'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "riddle"}}}, "rotary positions of type 'riddle'"),
         ({"model_type": "llama17"}, "no causal language model of type llama17"),
-        ({"model_type": "t17", "auto_map": {}}, "code that a model ships is never run"),
+        ({"model_type": "t17", "auto_map": {}}, "the launcher never runs code of a model"),
         ({"model_type": None}, "names no model_type"),
         ({"num_hidden_layers": "two"}, 'config.json says num_hidden_layers: "two"'),
         ({"num_hidden_layers": -1}, "config.json says num_hidden_layers: -1"),
@@ -178,7 +178,7 @@ def test_advice_for_a_quantized_model_without_a_tokenizer_leads_to_no_other_erro
     words = ("job=quantize", "quantization=int8_weight", "model=hf", f"model.name={bare}", "job.tokenizer=bytes")
     for choice in ("data.tokenizer=model", "data.tokenizer=bpe"):
         (line,) = [line for line in refused(*words, choice) if line.startswith("data.tokenizer=")]
-        assert line.endswith("; set data.tokenizer=FOLDER to one that holds the tokenizer of these weights")
+        assert line.endswith("; set data.tokenizer=FOLDER to a folder with the tokenizer of these weights")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "nonsense", '{"model_type": "llama"', "[" * 100_000, "\x00"])
@@ -229,8 +229,8 @@ def test_a_damaged_header_names_the_file(tmp_path: Path, header: object) -> None
     [
         (lambda content: content[:5], "is not a safetensors file, or is cut short"),
         (lambda content: content[:100], "is cut short within its header"),
-        (lambda content: content[:-1], "bytes where its header promises"),
-        (lambda content: content + b"x", "bytes where its header promises"),
+        (lambda content: content[:-1], "bytes, and its header describes"),
+        (lambda content: content + b"x", "bytes, and its header describes"),
         (lambda content: b"", "is not a safetensors file"),
         (lambda content: b"\xff" * 100, "is not a safetensors file"),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
@@ -272,7 +272,7 @@ def test_a_tokenizer_that_is_not_there_is_damaged_or_is_larger_than_the_model(tm
         assert any(line.startswith("job.tokenizer=model") and "holds no tokenizer" in line for line in lines)
     large = model_folder(tmp_path / "large", num_tokens=68)
     (line,) = refused("model=hf", f"model.name={large}")
-    assert "has 68 tokens, and the model 67 rows of embedding" in line
+    assert "has 68 tokens, and the model 67 embedding rows" in line
     (large / "tokenizer.json").write_text("{")
     (line,) = refused("model=hf", f"model.name={large}")
     assert "tokenizer.json is not JSON" in line
@@ -352,7 +352,7 @@ def test_a_data_set_of_the_hub_without_a_network_is_refused(tmp_path: Path, monk
             "is a file, not a folder; give a folder that holds a tokenizer",
         ),
         (("data.tokenizer=a/b/c",), "data.tokenizer=a/b/c: is neither a folder nor a name on the hub"),
-        (("data.tokenizer=./nowhere",), "data.tokenizer=./nowhere: there is no such folder (seen from"),
+        (("data.tokenizer=./nowhere",), "data.tokenizer=./nowhere: there is no such folder (relative to"),
         (("job=generate", "job.tokenizer=a/tokenizer.json"), "is a file, not a folder; set job.tokenizer=./a"),
         (("job=generate", "job.tokenizer=org/name"), "job.tokenizer=org/name: there is no such folder"),
         (("job=serve", "job.tokenizer=nowhere"), "job.tokenizer=nowhere: there is no such folder"),
@@ -399,7 +399,7 @@ def test_the_sizes_of_any_family_are_counted_in_its_files(tmp_path: Path) -> Non
         (MIXTRAL, "tensor", "parallel.tensor=2: Transformers' tensor plan for mixtral is one with styles moe_tp"),
         ({**MIXTRAL, "model_type": "opt"}, "tensor", "parallel.tensor=2: Transformers' tensor plan for opt is none"),
         ({**MIXTRAL, "model_type": "opt"}, "pipeline", "parallel.stages=2: Transformers has no pipeline plan for opt"),
-        (MIXTRAL, "deepspeed_pipeline", "the layers of mixtral are not known to work as a chain"),
+        (MIXTRAL, "deepspeed_pipeline", "the layers of mixtral are not verified to work as a chain"),
         (
             {**LLAMA, "model_type": "qwen3_next"},
             "pipeline",
@@ -439,10 +439,10 @@ GEMMA2 = {**LLAMA, "model_type": "gemma2", "head_dim": 16, "sliding_window": 16}
         (WINDOWED, "mistral has layers that see 16 tokens (sliding_window), and sequences have 32"),
         (
             {**LLAMA, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-            "lfm2 has layers (conv) that join tokens by more",
+            "lfm2 has layers (conv) that mix tokens by more",
         ),
         ({**LLAMA, "layer_types": ["attention", "full_attention"]}, None),
-        ({**LLAMA, "model_type": "qwen3_next"}, "qwen3_next has layers that join tokens by more than"),
+        ({**LLAMA, "model_type": "qwen3_next"}, "qwen3_next has layers that mix tokens by more than"),
         ({**LLAMA, "model_type": "falcon"}, "falcon computes attention in its own code"),
     ],
 )
@@ -465,13 +465,15 @@ def test_a_kernel_that_a_family_lacks_is_refused(plan_of: Callable[..., object],
         plan_of(*model, "job.sequence_length=32")
     plan_of(*model, "job.sequence_length=32", "attention=eager")
     (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
-    assert line.startswith("job.engine=paged: gemma2 keeps other things than keys and values of all tokens (sliding_")
+    assert line.startswith(
+        "job.engine=paged: gemma2 keeps state other than the keys and values of all tokens (sliding_"
+    )
     model_folder(tmp_path, {**LLAMA, "model_type": "bloom"})
     (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
     assert line.startswith("job.engine=paged: bloom computes attention by code that the engine cannot replace")
     model_folder(tmp_path, {**LLAMA, "model_type": "mamba"})
     (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
-    assert line.startswith("job.engine=paged: mamba keeps other things than keys and values of all tokens (a state)")
+    assert line.startswith("job.engine=paged: mamba keeps state other than the keys and values of all tokens (a state)")
     plan_of(*model, "job=generate", "job.input=sample", "job.engine=echo", "job.tokenizer=bytes")
 
 

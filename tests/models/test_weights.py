@@ -44,7 +44,7 @@ def test_pickles_nothing_and_half_a_file(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "bytes where its header promises" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+    assert "bytes, and its header describes" in only_problem(Gpt2(**SIZES, weights=str(folder)))
     weights.write_text("version https://git-lfs.github.com/spec/v1")
     assert "is a Git LFS pointer" in only_problem(Gpt2(**SIZES, weights=str(folder)))
     weights.unlink()
@@ -74,5 +74,5 @@ def test_a_random_model_of_a_local_folder_needs_only_its_config(saved: Path, tmp
 
 
 def test_sizes_that_were_never_published_cannot_be_pretrained() -> None:
-    with pytest.raises(Exception, match="no weights of this size were ever published"):
+    with pytest.raises(Exception, match="there are no pretrained weights of this size"):
         Gpt2(**SIZES, weights="pretrained")

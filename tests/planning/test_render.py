@@ -1,4 +1,4 @@
-"""Plans as people and programs read them, compared whole with files: ``UPDATE_GOLDEN=1 pytest`` writes these anew."""
+"""Plans as people and programs read them, compared whole with files: ``UPDATE_GOLDEN=1 pytest`` rewrites them."""
 
 import json
 import os

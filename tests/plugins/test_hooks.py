@@ -169,8 +169,8 @@ def test_a_metric_that_is_not_declared_is_refused(load: Load) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (', callback_metrics={"b": ["x"]}', "callback_metrics names b, which is no callback of this plugin"),
-        (', callback_metrics={"a": "x"}', "callback_metrics holds something else than lists of text"),
+        (', callback_metrics={"b": ["x"]}', "callback_metrics names b, which is not a callback of this plugin"),
+        (', callback_metrics={"a": "x"}', "callback_metrics has values that are not lists of text"),
     ],
 )
 def test_wrong_declarations_are_refused(more: str, said: str, load: Load) -> None:
@@ -179,7 +179,7 @@ def test_wrong_declarations_are_refused(more: str, said: str, load: Load) -> Non
 
 
 def test_names_of_the_launchers_own_metrics_are_taken(load: Load) -> None:
-    with pytest.raises(ConfigError, match="adds the metric loss, which the launcher has already"):
+    with pytest.raises(ConfigError, match="adds the metric loss, which the launcher already has"):
         load("def f(logits, labels): pass", metric={"loss": "f"})
 
 

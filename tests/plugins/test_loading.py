@@ -74,24 +74,24 @@ def test_the_current_folder_is_searched_for_modules_in_it(example: str, write_pl
     ("plugin", "parts"),
     [
         ("1 / 0", ["ZeroDivisionError", "mine/__init__.py:3", "correct"]),
-        ("None", ["mine/__init__.py holds no launcher.plugins.Plugin"]),
+        ("None", ["mine/__init__.py has no launcher.plugins.Plugin"]),
         ('Plugin(name="mine", options={"layer": {}})', ["which plugins cannot add to"]),
         (
             'Plugin(name="mine", options={"schedule": {"cosine": "mine.options:Steps"}})',
-            ["has already", "another name"],
+            ["already has", "another name"],
         ),
         ('Plugin(name="mine", options={"schedule": {"steps": "mine.options:Stairs"}})', ["has no attribute 'Stairs'"]),
         (
             'Plugin(name="mine", options={"optimizer": {"x": "mine.options:Steps"}})',
             ["only one of options and"],
         ),
-        ('Plugin(name="mine", conf="conf")', ["is no folder"]),
+        ('Plugin(name="mine", conf="conf")', ["is not a folder"]),
         ('__import__("sys").exit(2)', ["SystemExit: 2", "mine/__init__.py:3"]),
-        ('Plugin(name="mine", executors={"loss": {"x": print}})', ["executors holds something else than text"]),
-        ('Plugin(name="mine", options={"schedule": "steps"})', ["options holds something else than text"]),
+        ('Plugin(name="mine", executors={"loss": {"x": print}})', ["executors has values that are not text"]),
+        ('Plugin(name="mine", options={"schedule": "steps"})', ["options has values that are not text"]),
         (
             'Plugin(name="mine", executors={"loss": {"cross_entropy": "mine.options:Steps"}})',
-            ["the loss cross_entropy, which the launcher has already"],
+            ["the loss cross_entropy, which the launcher already has"],
         ),
         ('Plugin(name="mine", executors={"loss": {"x": "no.such:f"}})', ["importing its package fails", "named 'no'"]),
         ('Plugin(name="mine", executors={"loss": {"x": "mine.no:f"}})', ["loss x names mine.no:f", "there is no such"]),
@@ -117,7 +117,7 @@ def test_what_a_plugin_says_wrongly_is_named_with_its_file(
         ("height: float = 0.5", "height: 'Unknown' = 0.5", "Steps has types that cannot be read"),
         ("frozen=True, ", "", "cannot inherit non-frozen"),
         ('] = "steps"', '] = "stairs"', "has the kind 'stairs'"),
-        ("(Schedule)", "", "no dataclass that derives from launcher.config.schedule.Schedule"),
+        ("(Schedule)", "", "not a dataclass that derives from launcher.config.schedule.Schedule"),
     ],
 )
 def test_a_dataclass_needs_docs_types_and_its_base(
@@ -149,7 +149,7 @@ def test_a_missing_module_is_named() -> None:
         assert "is not the name of a module" in refused(f"plugins={value}")
     Path("folder").mkdir()
     for value in ("folder", "sys"):
-        assert "it holds no launcher.plugins.Plugin" in refused(f"plugins={value}")
+        assert "it has no launcher.plugins.Plugin" in refused(f"plugins={value}")
 
 
 def test_files_of_options_import_no_code(tmp_path: Path, write_plugin: WritePlugin) -> None:
@@ -175,7 +175,7 @@ def test_yaml_of_a_plugin_is_checked(write_plugin: WritePlugin) -> None:
     error = refused(
         write_plugin(plugin, schedule__cosine=STEPS_YAML, schedule__fall="height: 1\n", schedul__x="height: 1\n")
     )
-    assert "the launcher has schedule/cosine already" in error
+    assert "the launcher already has schedule/cosine" in error
     assert "schedule/fall.yaml: names no kind of the group schedule; begin it with kind: steps" in error
     assert "schedul/x.yaml: there is no group schedul; did you mean schedule?" in error
 

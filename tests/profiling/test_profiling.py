@@ -25,7 +25,7 @@ from launcher.config.snapshot import save_run
 from launcher.engines.context import Context
 from launcher.errors import ConfigErrors
 from launcher.inference.engine.base import EngineRequest
-from launcher.inference.engine.loop import EngineConnection, request_to_wire
+from launcher.inference.engine.loop import AddRequest, EngineConnection, Shutdown, StepOutputs
 from launcher.profiling.memory import memory_timeline
 from launcher.profiling.profiler import NO_PROFILER, TimedProfiler, WindowProfiler, make_profiler
 from launcher.profiling.recording import Recording
@@ -266,14 +266,16 @@ def test_the_engine_of_a_server(tmp_path) -> None:
         engine_end.close()
         link, received = EngineConnection(ours), []
         request = EngineRequest(id="one", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9, ignore_eos=True))
-        link.send({"kind": "add", "request": request_to_wire(request)})
+        link.send(AddRequest(request=request))
 
         def is_finished() -> bool:
             received.extend(link.receive(wait_s=1))
-            return any(row[2] for message in received for row in message.get("outputs", []))
+            return any(
+                output.finish_reason for each in received if isinstance(each, StepOutputs) for output in each.outputs
+            )
 
         wait_for(is_finished)
-        link.send({"kind": "shutdown"})
+        link.send(Shutdown())
         output, _ = engine.communicate(timeout=60)
     assert engine.returncode == 0
     assert "profile: engine steps 3 to 6 of engine7" in output
@@ -284,7 +286,7 @@ def test_the_engine_of_a_server(tmp_path) -> None:
 
 def test_the_plan_says_what_is_recorded(plan_of) -> None:
     plan = plan_of("profile=true", "profile.active=3")
-    assert plan.details["profile"] == "steps 3 to 5 of each process, which are slower for it"
+    assert plan.details["profile"] == "steps 3 to 5 of each process, which are slower because of it"
     assert any(file.startswith("profile/") for file in plan.files)
     assert not plan_of().details
     assert not any(file.startswith("profile/") for file in plan_of().files)

@@ -102,7 +102,7 @@ def test_all_come_back_bit_for_bit_in_another_process_and_in_transformers_where_
 def test_a_width_that_groups_do_not_fill_is_refused_by_name(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError) as refused:
         load(folders["gpt2"], Int4Weight(group_size=128))
-    assert "transformer.h.0.attn.c_attn has 192 inputs, which groups of 128 do not fill" in str(refused.value)
+    assert "transformer.h.0.attn.c_attn has 192 inputs, which groups of 128 do not divide" in str(refused.value)
     assert "set quantization.group_size=64" in str(refused.value)
 
 

@@ -197,4 +197,4 @@ class TestSidecars:
         run = supervise("some_steps", sidecars=(bad, Command(argv=("/no/such/program",))))
         assert run.end() == 0
         assert "ended with exit code 5; this does not change the run" in run.stdout
-        assert "program cannot be started (No such file or directory); the run goes on" in run.stdout
+        assert "program cannot be started (No such file or directory); the run continues" in run.stdout

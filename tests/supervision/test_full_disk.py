@@ -176,7 +176,7 @@ def test_what_a_rank_cannot_write_names_the_disk(small: Path, write: Callable[[P
     said = disk_full_message(caught.value, {"run.root": small, "TMPDIR": Path("/")})
     assert said is not None
     assert NAMED.match(said)
-    assert said.endswith("Free some of it, or set run.root to a folder on another disk")
+    assert said.endswith("Free some space, or set run.root to a folder on another disk")
 
 
 def test_a_swap_folder_without_room_is_named_before_deepspeed_aborts(small: Path) -> None:

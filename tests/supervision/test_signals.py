@@ -120,7 +120,7 @@ def test_what_forks_while_it_is_killed_is_killed_too(supervise):
 
 
 def sleeper(up):
-    """Return a command that goes on until it is killed, and makes the file ``up`` when it has begun."""
+    """Return a command that runs until it is killed, and makes the file ``up`` when it has begun."""
     code = f"import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path({str(up)!r}).touch()"
     return Command(argv=(sys.executable, "-c", f"{code}; time.sleep(600)"))
 

@@ -194,7 +194,7 @@ def test_any_error_of_wandb_is_one_line(
         monkeypatch.setenv(name, "")
     with pytest.raises(SystemExit):
         sidecar_program.main(planned().run_dir.path)
-    assert capsys.readouterr().out == "W&B gave up (no answer will come): metrics.jsonl goes on\n"
+    assert capsys.readouterr().out == "W&B gave up (no answer will come): metrics.jsonl continues\n"
 
 
 def test_the_offline_folder_of_a_resumed_run_is_the_whole_run(planned: Planned, start: Start) -> None:

@@ -69,7 +69,7 @@ def test_the_settings_file_of_wandb_counts_last(tmp_path: Path) -> None:
     assert plan(tmp_path, WANDB_API_KEY=KEY).mode == "online"
 
 
-@pytest.mark.parametrize(("key", "why"), [("abc", "has 3 characters"), (f"{KEY} {KEY}", "holds characters")])
+@pytest.mark.parametrize(("key", "why"), [("abc", "has 3 characters"), (f"{KEY} {KEY}", "contains characters")])
 def test_a_key_that_cannot_be_one_is_no_key(tmp_path: Path, key: str, why: str) -> None:
     planned = plan(tmp_path, WANDB_API_KEY=key)
     assert planned.mode == "offline"

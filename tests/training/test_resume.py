@@ -140,7 +140,7 @@ def test_damaged_ones_are_named_set_aside_and_the_one_before_is_loaded(continued
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(continued, tmp_path):
     for step in (10, 20, 30):
         damage(folder_of(tmp_path, step))
-    for _ in range(2):  # nothing is set aside, so the next try does not begin anew either
+    for _ in range(2):  # nothing is set aside, so the next try does not start over either
         with pytest.raises(ConfigError, match="no checkpoint is intact") as refused:
             continued()
     assert exit_code_of_rank(refused.value) == 65

@@ -98,7 +98,7 @@ def index_of(environ: Mapping[str, str]) -> int:
         if environ.get(name, "").isdigit():
             return int(environ[name])
     raise EnvironmentProblem(
-        f"none of {', '.join(_INDEX_VARIABLES)} is a number: pods are made by `backend=kubernetes`"
+        f"none of {', '.join(_INDEX_VARIABLES)} is a number: pods are created by `backend=kubernetes`"
     )
 
 

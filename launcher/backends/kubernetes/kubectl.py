@@ -13,17 +13,29 @@ from launcher.errors import EnvironmentProblem
 
 _TIMEOUT_S = 120.0
 _REMEDIES = (
-    ("context was not found", "", "`kubectl config get-contexts` lists those there are; set backend.context"),
-    ("does not exist", "context", "`kubectl config get-contexts` lists those there are; set backend.context"),
+    ("context was not found", "", "`kubectl config get-contexts` lists the existing ones; set backend.context"),
+    ("does not exist", "context", "`kubectl config get-contexts` lists the existing ones; set backend.context"),
     ("no matches for kind", "", "its controller is not installed in this cluster; set backend.workload=indexed_job"),
     ("not found", "namespaces", "create it with `kubectl create namespace`, or set backend.namespace"),
-    ("forbidden", "exceeded quota", "ask for less: backend.nodes, backend.gpus_per_node, backend.cpus, backend.memory"),
-    ("forbidden", "", "ask who runs the cluster for the right; `kubectl auth can-i --list` shows what you may do"),
+    (
+        "forbidden",
+        "exceeded quota",
+        "request fewer resources: backend.nodes, backend.gpus_per_node, backend.cpus, backend.memory",
+    ),
+    ("forbidden", "", "ask the cluster's administrator for this permission; `kubectl auth can-i --list` shows yours"),
     ("unauthorized", "", "log in to the cluster again"),
     ("must be logged in", "", "log in to the cluster again"),
-    ("refused", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
-    ("unable to connect", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
-    ("no such host", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
+    ("refused", "", "`kubectl cluster-info` must work first; check that this is the right cluster (backend.context)"),
+    (
+        "unable to connect",
+        "",
+        "`kubectl cluster-info` must work first; check that this is the right cluster (backend.context)",
+    ),
+    (
+        "no such host",
+        "",
+        "`kubectl cluster-info` must work first; check that this is the right cluster (backend.context)",
+    ),
 )
 """Two phrases of a kubectl message, in lower case, and the remedy.
 The first entry that matches is used."""
@@ -88,4 +100,4 @@ def _shown(argv: Sequence[str]) -> str:
 def _remedy(said: str) -> str:
     small = said.lower()
     known = (remedy for one, other, remedy in _REMEDIES if one in small and other in small)
-    return next(known, "the same command by hand must work first")
+    return next(known, "this command must work by hand first")

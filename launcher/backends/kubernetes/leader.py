@@ -137,7 +137,7 @@ def _continued(run: Run, run_dir: RunDir, *, run_id: str) -> Run:
         raise ConfigErrors(foreign)
     found = read_json(run_dir.plan)["run_id"] if run_dir.plan.is_file() else run_id
     if found != run_id:
-        why = f"holds the run {found}, and two runs never share a directory"
+        why = f"holds the run {found}, and two runs cannot share a directory"
         raise ConfigError("run.dir", run_dir.path, why=why, fix="choose another")
     if not any(run_dir.checkpoints.glob("step_*/manifest.json")):
         return run

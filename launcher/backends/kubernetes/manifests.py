@@ -354,8 +354,12 @@ def render_manifests(submission: Submission, *, snapshot: str) -> str:
 
 def _remarks(submission: Submission) -> Iterator[str]:
     backend, job = submission.backend, submission.job
-    yield f"Run {submission.plan.name} · {submission.plan.run_id} is called {job} in the cluster."
-    where = f"on the claim {backend.claim}" if backend.claim else "gone with the pods (backend.claim): only logs remain"
+    yield f"Run {submission.plan.name} · {submission.plan.run_id} has the name {job} in the cluster."
+    where = (
+        f"on the claim {backend.claim}"
+        if backend.claim
+        else "deleted with the pods (no backend.claim): only logs are kept"
+    )
     yield f"Run directory in the pods: {submission.config.identity.run_dir}, {where}."
     if "plugins" in submission.plan.details:
         yield f"The image must hold the plugins of the run: {submission.plan.details['plugins']}."

@@ -90,7 +90,9 @@ def load_pod_config(folder: Path) -> PodConfig:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise EnvironmentProblem(f"{path} does not exist: this is the entry of a pod that `backend=kubernetes` makes")
+        raise EnvironmentProblem(
+            f"{path} does not exist: this is the entry point of a pod that `backend=kubernetes` creates"
+        )
     mistakes: list[ConfigError] = []
     config = build(PodConfig, read_json(path), path="config", report=mistakes.append)
     if config is None:

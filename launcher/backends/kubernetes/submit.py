@@ -46,7 +46,7 @@ class KubernetesExecutor(Executor[KubernetesBackend]):
         Raises:
             EnvironmentProblem: always.
         """
-        raise EnvironmentProblem(f"{host.name} is a pod: it exists only while its run lasts, and nothing logs in to it")
+        raise EnvironmentProblem(f"{host.name} is a pod: it exists only during its run, and cannot be logged in to")
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
         """Return the manifests."""
@@ -257,7 +257,9 @@ class _Follower:
         if first:
             return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
         job = self._submission.job
-        return self._failed(_ContainerEnd(pod=job, code=_LOST, said=f"{job} failed, and no pod is left to say why"))
+        return self._failed(
+            _ContainerEnd(pod=job, code=_LOST, said=f"{job} failed, and its pods are gone, so the reason is unknown")
+        )
 
     def _ends(self, *, all_pods: bool) -> list[_ContainerEnd]:
         return [end for pod in self._pods(all_pods=all_pods) if (end := _container_end(pod))]
@@ -294,7 +296,7 @@ def _waiting_reason(pod: Any) -> str:
     for condition in pod["status"].get("conditions", ()):
         if condition["status"] == "False" and condition.get("message"):
             return f"{condition.get('reason', condition['type'])}: {condition['message']}"
-    return "waits to be placed"
+    return "waits to be scheduled"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,8 +67,8 @@ def run_slurm(
     """
     program = shutil.which(command[0])
     if program is None:
-        fix = "submit where Slurm's programs are (a login node); on Debian they are in the package slurm-client"
-        raise EnvironmentProblem(f"{command[0]} is not on this machine: {fix}")
+        fix = "submit from a machine with Slurm's programs (a login node); Debian has them in the package slurm-client"
+        raise EnvironmentProblem(f"{command[0]} is not installed on this machine: {fix}")
     try:
         return subprocess.run(
             [program, *command[1:]],
@@ -81,7 +81,7 @@ def run_slurm(
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise EnvironmentProblem(f"Slurm does not answer: {command[0]} was silent for {timeout_s:g} s") from error
+        raise EnvironmentProblem(f"Slurm does not answer: {command[0]} gave no output for {timeout_s:g} s") from error
 
 
 def error_text(stderr: str) -> str:
@@ -123,4 +123,4 @@ def job_state(job_id: str) -> JobState:
             name, _, reason = answer.stdout.strip().partition("|")
             return JobState(name=name, reason=reason.replace("None", ""))
         time.sleep(pause_s)
-    raise EnvironmentProblem(f"Slurm does not answer any more, and job {job_id} continues: {error_text(answer.stderr)}")
+    raise EnvironmentProblem(f"Slurm no longer answers, and job {job_id} continues: {error_text(answer.stderr)}")

@@ -127,7 +127,7 @@ def plan_on_nodes(run: Run, run_dir: RunDir, *, run_id: str) -> PreparedRun:
     assumed = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     names, addresses = node_names(), node_addresses()
     if len(names) != len(assumed):
-        raise EnvironmentProblem(f"Slurm gave {len(names)} nodes for backend.nodes={len(assumed)}")
+        raise EnvironmentProblem(f"Slurm allocated {len(names)} nodes instead of backend.nodes={len(assumed)}")
     hosts: list[Host] = [
         replace(host, name=name, address=addresses.get(name, name), ssh_destination=name)
         for host, name in zip(assumed, names, strict=True)

@@ -57,8 +57,8 @@ class SlurmExecutor(Executor[SlurmBackend]):
         Raises:
             EnvironmentProblem: always.
         """
-        why = "its job examines the nodes that it is given before anything starts there"
-        raise EnvironmentProblem(f"{host.name} stands for a node that Slurm has not chosen yet: {why}")
+        why = "the job checks its nodes before it starts anything there"
+        raise EnvironmentProblem(f"{host.name} is a placeholder for a node that Slurm has not chosen yet: {why}")
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
         """Return the batch script."""
@@ -68,7 +68,7 @@ class SlurmExecutor(Executor[SlurmBackend]):
         """Check that the run is not queued already, and that a partition can give what it asks for.
 
         Raises:
-            ConfigErrors: Slurm would reject it, or leave it pending for ever.
+            ConfigErrors: Slurm would reject it, or leave it pending indefinitely.
             EnvironmentProblem: Slurm is not installed here, or does not answer.
         """
         check_submission(self.backend, plan)
@@ -113,7 +113,7 @@ def check_submission(backend: SlurmBackend, plan: Plan) -> None:
     """Check that the run is not queued already, and that a partition can give what it asks for.
 
     Raises:
-        ConfigErrors: Slurm would reject it, or leave it pending for ever.
+        ConfigErrors: Slurm would reject it, or leave it pending indefinitely.
         EnvironmentProblem: Slurm is not installed here, or does not answer.
     """
     _check_not_queued(RunDir(Path(plan.run_dir)))
@@ -134,7 +134,9 @@ def _record(run_dir: RunDir, job_id: str) -> None:
         record = SessionRecord(backend="slurm", session=locate_this_process(), cwd=here, job={"id": job_id})
         write_session_file(run_dir, record)
     except OSError as error:
-        print(f"{run_dir.session} cannot be written ({error.strerror}): end the job with scancel {job_id}", flush=True)
+        print(
+            f"{run_dir.session} cannot be written ({error.strerror}): cancel the job with scancel {job_id}", flush=True
+        )
 
 
 def validate_partitions(backend: SlurmBackend, known: Sequence[SlurmPartition]) -> Iterator[ConfigError]:
@@ -189,8 +191,8 @@ def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
                 if option in ("partition", "time", "nodes")
                 else "`scontrol show node` shows more"
             )
-            return ConfigError(f"backend.{option}", getattr(backend, option), why=f"Slurm says: {words}", fix=fix)
-    return ConfigError("backend", "slurm", why=f"Slurm says: {words}", fix="`sinfo` shows what it has")
+            return ConfigError(f"backend.{option}", getattr(backend, option), why=f"Slurm reports: {words}", fix=fix)
+    return ConfigError("backend", "slurm", why=f"Slurm reports: {words}", fix="`sinfo` shows what it has")
 
 
 def _check_not_queued(run_dir: RunDir) -> None:

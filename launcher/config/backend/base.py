@@ -79,7 +79,7 @@ class Backend(Component):
     """The same after SIGUSR1, by which schedulers preempt a run that will be resumed."""
 
     restarts: int = 0
-    """Times a run that failed is started again from its newest checkpoint."""
+    """How often a failed run is restarted from its newest checkpoint."""
 
     def sees_files_of_hosts(self, run_dir: str) -> bool:
         """Return whether this process sees the hosts' files: same paths, or it runs on a host."""
@@ -196,7 +196,7 @@ def validate_env(env: Mapping[str, str], *, forward: Sequence[str] | None = None
     """
     for name, value in env.items():
         if not _VARIABLE.fullmatch(name):
-            why = f"{name!r} is no name of a variable: letters, digits and _, and no digit first"
+            why = f"{name!r} is not a valid name of a variable: use letters, digits and _, and no digit first"
             fix = f"write backend.env.{re.sub(r'[^A-Za-z0-9_]', '_', re.sub(r'^(?=[0-9]|$)', '_', name))}=<value>"
             yield ConfigError("backend.env", why=why, fix=fix if name.strip() else "give it a name, or leave it out")
         elif "\0" in value:
@@ -207,5 +207,5 @@ def validate_env(env: Mapping[str, str], *, forward: Sequence[str] | None = None
                 fix += f"; add backend.forward=[{','.join((*forward, name))}], which sends it to the hosts"
             yield ConfigError(f"backend.env.{name}", why="looks like a secret, and plans are written to disk", fix=fix)
         elif name in _RESERVED_ENV or name.startswith("LAUNCHER_"):
-            fix = "leave it out" if name != "CUDA_VISIBLE_DEVICES" else "set it in your shell; the plan follows it"
+            fix = "leave it out" if name != "CUDA_VISIBLE_DEVICES" else "set it in your shell, and the plan will use it"
             yield ConfigError(f"backend.env.{name}", why="is set by the launcher", fix=fix)

@@ -77,19 +77,19 @@ def read_hostfile(path: str | Path) -> tuple[HostfileEntry, ...]:
         try:
             if len(words) == 1 and (times := repeated.get(words[0])):
                 repeated[words[0]] = 0  # said once
-                fix = f"write one line instead of them: {words[0]} slots={times}"
-                raise _EntryError(f"{words[0]} has no slots, and a line for each of {times}", fix)
+                fix = f"replace these lines by one: {words[0]} slots={times}"
+                raise _EntryError(f"{words[0]} has no slots=N, and is on {times} lines", fix)
             entry = _entry(words, number)
             if known := entries.get(entry.name.lower()):
                 fix = "write one line with all of its slots; if these are two machines, use an ssh alias for each"
-                raise _EntryError(f"{entry.name} stands on line {known.line} already", fix)
+                raise _EntryError(f"{entry.name} is already on line {known.line}", fix)
             entries[entry.name.lower()] = entry
         except _EntryError as wrong:
             mistakes.append(ConfigError(_OPTION, path, why=wrong.why, fix=wrong.fix, source=f"{path}:{number}"))
     if mistakes:
         raise ConfigErrors(mistakes)
     if not entries:
-        raise ConfigError(_OPTION, path, why="names no host", fix=f"{_FORM}, one host a line")
+        raise ConfigError(_OPTION, path, why="names no host", fix=f"{_FORM}, one host per line")
     return tuple(entries.values())
 
 
@@ -118,7 +118,7 @@ def filter_hosts(
         if devices:
             left.append(replace(entry, slots=len(devices), devices=devices))
     if not left:
-        raise ConfigError(option, given, why="leaves no host", fix="leave at least one slot of one host")
+        raise ConfigError(option, given, why="leaves no host", fix="keep at least one slot of one host")
     return tuple(left)
 
 
@@ -126,7 +126,7 @@ def _text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        fix = "name a file with one host a line (host slots=N), as hostfile.example shows"
+        fix = "name a file with one host per line (host slots=N), as hostfile.example shows"
         raise ConfigError(_OPTION, path, why=error.strerror or "cannot be read", fix=fix) from error
     except UnicodeDecodeError as error:
         raise ConfigError(_OPTION, path, why="is not a text file", fix=_FORM) from error
@@ -146,9 +146,9 @@ def _entry(words: Sequence[str], line: int) -> HostfileEntry:
             of_mpich = port is not None and port <= _MOST_PROCESSES and "slots" not in "".join(settings)
             if of_mpich:  # its number of processes, which is no port here
                 known, login = [f"slots={port}"], login.rpartition(":")[0]
-            raise _EntryError(f"{word!r} means nothing here", _without(login, known, settings, word))
+            raise _EntryError(f"{word!r} is not recognized", _without(login, known, settings, word))
         if slots is not None:
-            raise _EntryError(f"{name} has slots twice")
+            raise _EntryError(f"{name} sets slots twice")
         fix = f"give a whole number from 1 to {_MAX_SLOTS}, or put # before the host to leave it out"
         slots = _number(value, "slots", range(1, _MAX_SLOTS + 1), fix)
     if slots is None and port is not None and port <= _MOST_PROCESSES:
@@ -188,12 +188,12 @@ def _login(word: str) -> tuple[str | None, str, int | None]:
     found = _LOGIN.fullmatch(word)
     if ranged := _RANGE.fullmatch(word):
         fix = f"write a line for each of its hosts: {ranged[1]}{ranged[2]} slots=N, …"
-        raise _EntryError(f"{word!r} stands for several hosts, as in Slurm and pdsh", fix)
+        raise _EntryError(f"{word!r} is a range of hosts, as in Slurm and pdsh", fix)
     if found is None:
         raise _EntryError(f"{word!r} is not a host", "write IPv6 addresses in brackets: [fd00::1]:22")
     user, port = found["user"], found["port"]
     if user is not None and ":" in user:
-        raise _EntryError("a password stands before a host", "take it out: ssh logs in with a key or an agent")
+        raise _EntryError("there is a password before a host", "remove it: ssh logs in with a key or an agent")
     if user is not None and not _NAME.fullmatch(user):
         raise _EntryError(f"{user!r} is not a user name", "use letters, digits, dots, dashes and underscores")
     if port is not None and ":" in port and found["ipv6"] is None:

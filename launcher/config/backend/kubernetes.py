@@ -84,7 +84,7 @@ class KubernetesBackend(Backend):
     """RAM of each pod, shared memory included."""
 
     shared_memory: str = "2Gi"
-    """Size of /dev/shm, through which the ranks of one pod talk to each other."""
+    """Size of /dev/shm, through which the ranks of one pod communicate."""
 
     claim: str | None = None
     """PersistentVolumeClaim for run directories; several nodes need ReadWriteMany.
@@ -92,7 +92,7 @@ class KubernetesBackend(Backend):
 
     mount: str = "/runs"
     """Where pods mount ``claim``.
-    A run directory outside of it is kept there under its own last two names."""
+    A run directory outside it is stored there, under its last two names."""
 
     volumes: dict[str, str] = field(default_factory=dict)
     """More claims and where pods see them: ``{datasets: /data}``."""
@@ -110,13 +110,13 @@ class KubernetesBackend(Backend):
     """Labels that a node must have."""
 
     tolerations: tuple[dict[str, Any], ...] = ()
-    """Taints that pods put up with, as in a pod's specification."""
+    """Taints that pods tolerate, as in a pod's specification."""
 
     image_pull_secrets: tuple[str, ...] = ()
     """Secrets with which the image is pulled."""
 
     secret: str | None = None
-    """A Secret that is there already; its entries become variables of the ranks."""
+    """An existing Secret; its entries become variables of the ranks."""
 
     forward: tuple[str, ...] = ()
     """Further environment variables that ranks get, as names or globs.
@@ -164,13 +164,13 @@ class KubernetesBackend(Backend):
             if not path.startswith("/") or ":" in path or folder in ("/", "//"):
                 yield ConfigError(f"backend.{name}", path, why="pods mount at absolute paths", fix="begin it with /")
             elif folder in taken:
-                why = f"is the folder of {taken[folder]} in every pod, and two volumes cannot have one folder"
+                why = f"is the folder of {taken[folder]} in every pod, and two volumes cannot share a folder"
                 yield ConfigError(f"backend.{name}", path, why=why, fix="choose another folder")
             taken.setdefault(folder, f"backend.{name}")
         for toleration in self.tolerations:
             for key, choices in _TOLERATION_VALUES.items():
                 if key in toleration and toleration[key] not in choices:
-                    why, fix = f"is no {key} of a toleration", did_you_mean(str(toleration[key]), choices)
+                    why, fix = f"is not a valid {key} of a toleration", did_you_mean(str(toleration[key]), choices)
                     yield ConfigError("backend.tolerations", toleration[key], why=why, fix=fix)
             for key in toleration:
                 if key not in _TOLERATION_KEYS:
@@ -178,22 +178,22 @@ class KubernetesBackend(Backend):
                     yield ConfigError("backend.tolerations", key, why="is not a field of a toleration", fix=fix)
 
     def _bad_names(self) -> Iterator[ConfigError]:
-        rule = "small letters, digits and dashes, with a letter or digit at both ends"
+        rule = "lowercase letters, digits and dashes, with a letter or digit at both ends"
         if not is_label(self.namespace):
-            yield self.error("namespace", "cannot name a namespace", f"use at most 63 {rule}")
+            yield self.error("namespace", "is not a valid name of a namespace", f"use at most 63 {rule}")
         named = {name: getattr(self, name) for name in ("claim", "service_account", "secret")}
         many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
         for name, values in {**{key: (value,) for key, value in named.items() if value is not None}, **many}.items():
             for value in values:
                 if not is_subdomain(value):
-                    why = "cannot be a name in Kubernetes"
-                    yield ConfigError(f"backend.{name}", value, why=why, fix=f"names there are {rule}, and dots")
+                    why = "is not a valid name in Kubernetes"
+                    yield ConfigError(f"backend.{name}", value, why=why, fix=f"use {rule}, and dots")
         if "@" in self.image and not _DIGEST.fullmatch(self.image):
-            why = "cannot name an image: only a digest (sha256:…) may follow the @"  # its value may hold a password
+            why = "is not a valid image: only a digest (sha256:…) may follow the @"  # its value may hold a password
             fix = "write it like registry/team/launcher:tag; backend.image_pull_secrets names logins of a registry"
             yield ConfigError("backend.image", why=why, fix=fix)
         elif not self.image.strip() or "://" in self.image or any(letter.isspace() for letter in self.image):
-            yield self.error("image", "cannot name an image", "write it like registry/team/launcher:tag")
+            yield self.error("image", "is not a valid image", "write it like registry/team/launcher:tag")
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return placeholders for the pods; their hosts are known once the run is submitted."""

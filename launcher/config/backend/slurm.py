@@ -62,7 +62,7 @@ class SlurmBackend(Backend):
     """Nodes of the job; each gets the same number of ranks."""
 
     partition: str | None = None
-    """Where to queue; Slurm's default where it is not set. `sinfo` lists them."""
+    """Where to queue; Slurm's default if it is not set. `sinfo` lists them."""
 
     account: str | None = None
     """Account that is charged."""
@@ -71,16 +71,16 @@ class SlurmBackend(Backend):
     """Quality of service."""
 
     time: str | None = None
-    """Time limit, ``HH:MM:SS`` or ``D-HH:MM:SS``; the partition's own where it is not set."""
+    """Time limit, ``HH:MM:SS`` or ``D-HH:MM:SS``; the partition's own if it is not set."""
 
     gpus_per_node: int | None = None
     """GPUs to request on each node; also the number of ranks there, unless ``ranks`` is set."""
 
     cpus_per_task: int | None = None
-    """Cores to ask for on each node, for all of its ranks together."""
+    """Cores to request on each node, for all of its ranks together."""
 
     mem: str | None = None
-    """Memory to ask for on each node (``64G``; megabytes without a unit); 0 asks for all of it."""
+    """Memory to request on each node (``64G``; megabytes without a unit); 0 requests all of it."""
 
     constraint: str | None = None
     """Features that the nodes must have."""
@@ -179,10 +179,10 @@ class SlurmBackend(Backend):
     def _validate_times(self) -> Iterator[ConfigError]:
         if self.time is not None and self.time_s() is None:
             fix = "set backend.time=01:30:00 (in a YAML file within quotes: '01:30:00')"
-            yield self.error("time", "is no time", fix)
+            yield self.error("time", "is not a time", fix)
         needed = self.preempt_grace_s + _MARGIN_S
         if self.signal_lead_s < needed:
-            why = f"ranks have backend.preempt_grace_s={self.preempt_grace_s:g} to save, and ending takes {_MARGIN_S} s"
+            why = f"ranks have backend.preempt_grace_s={self.preempt_grace_s:g} to save, and need {_MARGIN_S} s to exit"
             yield self.error("signal_lead_s", why, f"set backend.signal_lead_s={needed:g} or more")
         limit = self.time_s()
         if limit is not None and limit <= self.signal_lead_s:
@@ -194,7 +194,7 @@ class SlurmBackend(Backend):
         option = "backend.sbatch_options"
         if not word.startswith("-") and self.sbatch_options[0].startswith("-"):
             joined = re.split(r",(?=-)", ",".join(self.sbatch_options))
-            why, fix = "begins with no dash", "where it belongs to the value before it, write"
+            why, fix = "does not begin with a dash", "if it belongs to the previous value, write"
             yield ConfigError(option, repr(word), why=why, fix=f"{fix} {quoted_word(option, joined)}")
             return
         if found is None or not word.isprintable():
@@ -204,7 +204,7 @@ class SlurmBackend(Backend):
             return
         for name, ours in _OWNED.items():
             if name.startswith(found[1]):  # sbatch takes the beginning of a name for the name
-                yield ConfigError(option, word, why=f"--{name} follows from {ours}", fix=f"set {ours} instead")
+                yield ConfigError(option, word, why=f"--{name} is set by {ours}", fix=f"set {ours} instead")
                 return
 
 

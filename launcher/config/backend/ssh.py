@@ -22,7 +22,7 @@ class HostfileBackend(Backend):
     probes_hosts: ClassVar[bool] = True
 
     hostfile: PathText = "hostfile"
-    """File that names the machines: ``host slots=N``, one a line, as hostfile.example explains."""
+    """File that names the machines: ``host slots=N``, one per line, see hostfile.example."""
 
     include: str | None = None
     """Only these hosts or slots: ``node1@node2:0,2``."""
@@ -38,10 +38,10 @@ class HostfileBackend(Backend):
     Those of NCCL, HF, WANDB and the like are always included."""
 
     heartbeat_timeout_s: float = 5.0
-    """Silence after which a host counts as lost here, and this machine there."""
+    """Seconds without a message after which a host and this machine count each other as lost."""
 
     min_hosts: int | None = None
-    """Restarts go on with fewer hosts, down to this number; all of them, when not set."""
+    """Restarts continue with fewer hosts, down to this number; all of them, when not set."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject times and counts that cannot be."""
@@ -77,7 +77,7 @@ class HostfileBackend(Backend):
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Reject more ranks than slots, and to go on with more hosts than there are."""
         if self.min_hosts is not None and self.min_hosts > len(hosts):
-            yield self.error("min_hosts", f"the run begins on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
+            yield self.error("min_hosts", f"the run starts on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
         if self.ranks == "auto" or not Path(self.hostfile).is_file():
             return
         for entry in filter_hosts(read_hostfile(self.hostfile), include=self.include, exclude=self.exclude):
@@ -113,7 +113,7 @@ class SshBackend(HostfileBackend):
     """More arguments for ssh, one word each."""
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-        """Reject a configuration file that is not there: ssh would go on without it."""
+        """Reject a configuration file that is not there: ssh would continue without it."""
         yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
             why = "is a folder" if Path(self.ssh_config).is_dir() else "no such file"

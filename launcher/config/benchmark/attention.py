@@ -112,14 +112,14 @@ class AttentionBenchmark(Benchmark):
             why = f"{self.num_attention_heads} heads do not divide hidden_size={self.hidden_size}"
             yield self.error("num_attention_heads", why, f"set benchmark.num_attention_heads={fitting}")
         if not self.kernels or len(set(self.kernels)) < len(self.kernels):
-            yield self.error("kernels", "names nothing to measure, or something twice", "leave benchmark.kernels out")
+            yield self.error("kernels", "is empty or has duplicates", "leave benchmark.kernels out")
         if (
             not self.sequence_lengths
             or len(set(self.sequence_lengths)) < len(self.sequence_lengths)
             or min(self.sequence_lengths) < 1
         ):
             yield self.error(
-                "sequence_lengths", "takes different lengths of at least 1", "set benchmark.sequence_lengths=[512,1024]"
+                "sequence_lengths", "needs distinct lengths of at least 1", "set benchmark.sequence_lengths=[512,1024]"
             )
         if self.tolerance is not None and self.tolerance <= 0:
             yield self.error("tolerance", "must be above 0", "leave benchmark.tolerance out")
@@ -163,7 +163,7 @@ class AttentionBenchmark(Benchmark):
         largest = max(self.points, key=lambda point: self.bytes_needed(point, run))
         yield (
             "memory",
-            f"up to {bytes_text(self.bytes_needed(largest, run))} ({largest.name}); what lacks it is left out",
+            f"up to {bytes_text(self.bytes_needed(largest, run))} ({largest.name}); larger ones than fit are left out",
         )
 
     def bytes_needed(self, point: AttentionPoint, run: Run) -> int:

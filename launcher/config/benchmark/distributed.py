@@ -54,12 +54,12 @@ class CollectivesBenchmark(Benchmark):
         if self.duration_s <= 0:
             yield self.error("duration_s", "must be above 0", "set benchmark.duration_s=0.2")
         if not self.collectives or len(set(self.collectives)) < len(self.collectives):
-            yield self.error("collectives", "names nothing, or something twice", "leave benchmark.collectives out")
+            yield self.error("collectives", "is empty or has duplicates", "leave benchmark.collectives out")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject one rank, and messages that have no value for each rank."""
         if world_size < 2:
-            why = "a collective takes at least 2 ranks"
+            why = "a collective needs at least 2 ranks"
             also = " parallel=ddp" if run.parallel.max_ranks == 1 else ""
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks=2{also}")
         elif self.smallest_bytes < VALUE_BYTES * world_size:
@@ -130,7 +130,7 @@ class PipelineCase:
         """Yield why the schedule cannot run with this number of micro-batches."""
         fitting = micro_batch_choices(self.schedule, stages=self.stages, wanted=self.micro_batches)
         if self.micro_batches not in fitting:
-            yield f"the schedule takes {' or '.join(map(str, fitting))} micro-batches there"
+            yield f"the schedule supports {' or '.join(map(str, fitting))} micro-batches there"
 
 
 def single_stage_cases(work: WorkKind, micro_batches: tuple[int, ...]) -> Iterator[PipelineCase]:
@@ -189,14 +189,14 @@ class PipelineBenchmark(Benchmark):
         for name, least in (("stages", 2), ("micro_batches", 1), ("schedules", ""), ("passes", ""), ("work", "")):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                yield self.error(name, "names nothing, or something twice", f"leave benchmark.{name} out")
+                yield self.error(name, "is empty or has duplicates", f"leave benchmark.{name} out")
             elif isinstance(least, int) and min(values) < least:
                 yield self.error(name, f"must each be at least {least}", f"leave benchmark.{name} out")
         if self.unit_ms <= 0:
             yield self.error("unit_ms", "must be above 0", "set benchmark.unit_ms=100")
         uneven = [number for number in self.micro_batches if number > 0 and self.batch_size % number]
         if uneven and "model" in self.passes:
-            why = f"{self.batch_size} sequences do not make {uneven[0]} micro-batches of one size"
+            why = f"{self.batch_size} sequences cannot be split into {uneven[0]} micro-batches of equal size"
             yield self.error(
                 "batch_size", why, f"set benchmark.batch_size={-(-self.batch_size // uneven[0]) * uneven[0]}"
             )
@@ -249,7 +249,7 @@ class PipelineBenchmark(Benchmark):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject another number of ranks than stages, and models that cannot be cut so."""
         if world_size != max(self.stages):
-            why = f"benchmark.stages={max(self.stages)} takes as many ranks"
+            why = f"benchmark.stages={max(self.stages)} needs as many ranks"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={max(self.stages)}")
         if not any(one.stages > 1 for one in self.pipelines):
             reason = next(iter(self.left_out.items()))
@@ -266,7 +266,7 @@ class PipelineBenchmark(Benchmark):
         for schedule, stages in sorted(wanted):
             pipeline = Pipeline(schedule=schedule, stages=stages)
             for error in pipeline.validate_run(stages, run.precision, optimizer=run.optimizer, shape=shape):
-                yield self.error("stages", f"{schedule}: {error.why}", "take fewer, or benchmark.passes=[sleep]")
+                yield self.error("stages", f"{schedule}: {error.why}", "set fewer, or benchmark.passes=[sleep]")
 
     @property
     def num_measurements(self) -> int:

@@ -64,7 +64,7 @@ class BatchingBenchmark(Benchmark):
     Off by default: where texts repeat it would spare most of the work."""
 
     tokenizer: PathText = "model"
-    """Tokenizer of the article's texts: ``model`` (its own), ``bytes`` (one a byte) or a folder."""
+    """Tokenizer of the texts: ``model`` (its own), ``bytes`` (a token each) or a folder."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject an empty comparison and lengths that are none."""
@@ -72,7 +72,7 @@ class BatchingBenchmark(Benchmark):
         yield from self.validate_minimum(1, "num_prompts", "max_batch_size", "bucket_size")
         yield from self.validate_minimum(0, "max_wait_s")
         if not self.modes or len(set(self.modes)) < len(self.modes):
-            yield self.error("modes", "names nothing to compare, or something twice", "leave benchmark.modes out")
+            yield self.error("modes", "is empty or has duplicates", "leave benchmark.modes out")
         for name in ("input_len", "output_len"):
             text = getattr(self, name)
             if (name, text) == ("input_len", "article"):
@@ -241,9 +241,9 @@ class QuantizationBenchmark(Benchmark):
             if way not in known:
                 from launcher.utils.text import did_you_mean
 
-                yield self.error("cases", f"{way} is no WEIGHTS/HOW", did_you_mean(way, known))
+                yield self.error("cases", f"{way} is not of the form WEIGHTS/HOW", did_you_mean(way, known))
         if not self.cases or len(set(self.cases)) < len(self.cases):
-            yield self.error("cases", "names nothing to compare, or something twice", "leave benchmark.cases out")
+            yield self.error("cases", "is empty or has duplicates", "leave benchmark.cases out")
         if (self.ctranslate2 is None) != (self.ctranslate2_python is None):
             why = "CTranslate2 needs both a converted model and an interpreter that has it"
             yield self.error(

@@ -44,7 +44,7 @@ class DataBenchmark(Benchmark):
         if self.duration_s <= 0:
             yield self.error("duration_s", "must be above 0", "set benchmark.duration_s=1")
         if not self.threads or len(set(self.threads)) < len(self.threads) or min(self.threads) < 0:
-            yield self.error("threads", "takes different numbers of at least 0", "set benchmark.threads=[1,0]")
+            yield self.error("threads", "needs distinct numbers of at least 0", "set benchmark.threads=[1,0]")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject data without text, and what its model would refuse of it."""
@@ -57,7 +57,7 @@ class DataBenchmark(Benchmark):
             return
         yield from run.model.validate_length(benchmark__sequence_length=self.sequence_length)
         if run.data.trains_tokenizer and run.data.vocab_size > shape.vocab_size:
-            why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
+            why = f"{run.model.name} has {shape.vocab_size} embedding rows, one per token"
             yield run.data.error("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
 
     @property
@@ -124,7 +124,7 @@ class CheckpointBenchmark(Benchmark):
         yield from self.validate_minimum(1, "saves", "every", "micro_batch", "case_timeout_s")
         yield from self.validate_minimum(2, "sequence_length")
         if not self.modes or len(set(self.modes)) < len(self.modes):
-            yield self.error("modes", "names nothing to compare, or something twice", "leave benchmark.modes out")
+            yield self.error("modes", "is empty or has duplicates", "leave benchmark.modes out")
         elif self.modes == (NO_SAVING,):
             yield self.error("modes", "saves nothing", "leave benchmark.modes out")
 

@@ -125,7 +125,7 @@ class MemoryBenchmark(Benchmark):
     """Tokens in each of them."""
 
     case_timeout_s: float = 600.0
-    """Time that one strategy gets, from building the model to its last step."""
+    """Time limit of one strategy, from building the model to its last step."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject names that are no strategy, and steps that are none."""
@@ -133,7 +133,7 @@ class MemoryBenchmark(Benchmark):
         yield from self.validate_minimum(1, "warmup", "batch_size", "case_timeout_s")
         yield from self.validate_minimum(2, "sequence_length")
         if not self.strategies or len(set(self.strategies)) < len(self.strategies):
-            yield self.error("strategies", "names nothing, or something twice", "leave benchmark.strategies out")
+            yield self.error("strategies", "is empty or has duplicates", "leave benchmark.strategies out")
         for name in self.strategies:
             if name not in STRATEGIES:
                 why = f"there is no strategy {name} to measure"

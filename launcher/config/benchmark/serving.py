@@ -54,7 +54,7 @@ def parse_length_distribution(text: str) -> LengthDistribution:
     else:
         raise ValueError(f"is not a distribution of lengths ({LENGTHS_GRAMMAR})")
     if not 1 <= found.minimum <= found.maximum or found.median == 0:
-        raise ValueError("leaves no length: they begin at 1 and rise")
+        raise ValueError("is an empty range: lengths begin at 1, and the second is not below the first")
     return found
 
 
@@ -81,7 +81,7 @@ def read_trace(path: Path) -> list[LoadRequest]:
             if line.strip():
                 calls.append(_parse_trace_line(number, line))
     if not calls:
-        raise ValueError("holds no line")
+        raise ValueError("is empty")
     return calls
 
 
@@ -196,15 +196,15 @@ class ServingBenchmark(Benchmark):
                 if text is not None:
                     parse(text)
             except ValueError as error:
-                yield self.error(name, str(error), f"leave benchmark.{name} out, or write it so")
+                yield self.error(name, str(error), f"leave benchmark.{name} out, or write it in this form")
         if self.duration_s <= 0:
             yield self.error("duration_s", "must be above 0", "set benchmark.duration_s=30")
         for name, fix in (("max_concurrency", "[1,4,8,16]"), ("request_rate", "[0.5,1,2]")):
             levels = getattr(self, name)
             if min(levels, default=1) <= 0 or len(set(levels)) < len(levels):
-                yield self.error(name, "takes different numbers above 0", f"set benchmark.{name}={fix}")
+                yield self.error(name, "needs distinct numbers above 0", f"set benchmark.{name}={fix}")
         if not self.levels:
-            yield self.error("max_concurrency", "names no level of load", "leave benchmark.max_concurrency out")
+            yield self.error("max_concurrency", "is empty", "leave benchmark.max_concurrency out")
         if self.base_url is not None and self.serve:
             yield self.error(
                 "serve",

@@ -63,7 +63,7 @@ class Corpus(Data):
     checkpoint was trained on, else ``bpe``."""
 
     vocab_size: int = 4096
-    """Size of the BPE that is trained here; other tokenizers bring their own."""
+    """Size of the BPE that is trained here; other tokenizers have their own."""
 
     held_out: float = 0.05
     """Share of tokens kept for evaluation: the end of the stream, so the last documents."""
@@ -83,8 +83,8 @@ class Corpus(Data):
         while not there.exists() and there != there.parent:
             there = there.parent
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            why = f"{there} is not a folder that this user can write"
-            fix = "set data.cache to one, or XDG_CACHE_HOME"
+            why = f"{there} is not a folder that this user can write to"
+            fix = "set data.cache or XDG_CACHE_HOME to a writable folder"
             yield ConfigError("data.cache", self.cache_folder, why=why, fix=fix)
 
     def validate_length(self, sequence_length: int, *, tokenizer: Path | None = None) -> Iterator[ConfigError]:
@@ -139,7 +139,7 @@ class Corpus(Data):
             fix = "give more text"
         if fitting and train >= needed:
             return self.error("held_out", f"leaves {held_out} of {num_tokens} tokens to evaluate, {takes}", fix)
-        why = f"has {num_tokens} tokens, {train} to learn from and {held_out} to evaluate, {takes}"
+        why = f"has {num_tokens} tokens, {train} to train on and {held_out} to evaluate, {takes}"
         return ConfigError(self.source_option, why=why, fix=fix)
 
     @property

@@ -2,7 +2,7 @@
 
 It belongs to the configuration because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
 
-It stands on the ground floor because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
+It is on the ground floor because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
 """
 
 from __future__ import annotations

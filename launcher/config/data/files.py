@@ -43,14 +43,14 @@ def expand(patterns: Iterable[str], *, option: str) -> tuple[list[Path], list[Co
             found = [Path(name) for name in glob.glob(full, recursive=True) if Path(name).is_file()]  # noqa: PTH207
             files.update(found)
             if not found:
-                fix = "check the pattern; ** crosses folders, and quote it in a shell"
+                fix = "check the pattern (** matches several folders), and quote it in a shell"
                 errors.append(ConfigError(option, pattern, why="matches no file", fix=fix))
         elif Path(full).is_file():
             files.add(Path(full))
         elif Path(full).is_dir():
             errors.append(_folder_error(Path(full), pattern, option))
         else:
-            why = f"there is no such file (seen from {Path.cwd()})"
+            why = f"there is no such file (relative to {Path.cwd()})"
             errors.append(ConfigError(option, pattern, why=why, fix="check the path, or give an absolute one"))
     return sorted(files), errors
 

@@ -134,7 +134,7 @@ def inspect_file(
 
     Args:
         file: what to look at.
-        plain: the option that makes the caller take any text as it stands, for messages.
+        plain: the option that makes the caller accept any text, for messages.
         as_text: that option is set: any UTF-8 text is plain text.
         by_row: stray bytes that are no text are left to the reader, which refuses their rows alone.
         look_bytes: of the unpacked content that are looked at.
@@ -162,7 +162,7 @@ def inspect_file(
     if kind == "text" and ending in ("jsonl", "json", "parquet", "arrow") and not as_text:
         name = _without_compression(file).suffix
         raise BadFile(
-            f"ends in {name} and holds no {KIND_NAMES[ending]}", f"correct it, or set {plain} to take it as text"
+            f"ends in {name} and holds no {KIND_NAMES[ending]}", f"correct it, or set {plain} to train on it as text"
         )
     return FileFormat(
         kind,
@@ -243,7 +243,7 @@ def not_utf8(
     num_broken, num_letters = text.count(_REPLACEMENT), sum(not letter.isascii() for letter in text)
     if is_utf8 or num_letters > 2 * num_broken:
         command = _through(file, "iconv -c -f utf-8 -t utf-8", compression)
-        return BadFile(why, f"leave such bytes out, since the rest is valid: {command}")
+        return BadFile(why, f"remove these bytes, since the rest is valid: {command}")
     return BadFile(why, f"convert it: {_through(file, 'iconv -f latin1 -t utf-8', compression)}")
 
 
@@ -251,7 +251,7 @@ def has_nul(file: Path, *, position: int, compression: Compression) -> BadFile:
     """Return the error for a NUL byte in text."""
     why = f"has NUL bytes, the first at position {position}"
     command = "tr -d '\\000'"
-    return BadFile(why, f"take them out: {_through(file, command, compression)}")
+    return BadFile(why, f"remove them: {_through(file, command, compression)}")
 
 
 def has_lone_returns(file: Path, compression: Compression) -> BadFile:
@@ -292,7 +292,7 @@ def _raise_if_binary(file: Path, start: bytes, compression: Compression) -> None
     if start[257:262] == b"ustar":
         raise BadFile("is a tar archive", f"unpack it: tar -xf {_quoted(file)}")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20:
-        raise BadFile("is weights of a model (safetensors)", "give text")
+        raise BadFile("holds the weights of a model (safetensors)", "give text")
 
 
 def _decoded(file: Path, start: bytes, compression: Compression, *, whole: bool, by_row: bool) -> str:

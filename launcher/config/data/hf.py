@@ -41,7 +41,7 @@ _FILES_READ = 64
 _COUNTED_BYTES = 16 << 20
 """Files of this size altogether have their rows counted before anything starts."""
 _SPLIT_REMEDY = "set data.split=train, or train[:50%]"
-_SKIP = "set data.skip_bad_rows=true to leave such rows out"
+_SKIP = "set data.skip_bad_rows=true to skip such rows"
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
@@ -68,7 +68,7 @@ class HfData(Corpus):
     """Hub name (``wikitext``), local folder, or format (``json``, ``csv``, …) with ``files``."""
 
     name: str | None = None
-    """The configuration of the data set, where it has several."""
+    """The configuration of the data set, if it has several."""
 
     split: str = "train"
     """The split to read; ``held_out`` is cut from its end."""
@@ -126,7 +126,7 @@ class HfData(Corpus):
     def _validate_split(self) -> Iterator[ConfigError]:
         parts = parse_split(self.split)
         if parts is None:
-            why = "is no split: a name, or slices of it like train[:50%] or train[100:200], joined by +"
+            why = "is not a split: give a name, or slices of it like train[:50%] or train[100:200], joined by +"
             yield self.error("split", why, _SPLIT_REMEDY)
         elif all(part.is_always_empty for part in parts):
             yield self.error("split", "is a slice without rows", _SPLIT_REMEDY)
@@ -142,7 +142,7 @@ class HfData(Corpus):
         except BadFile:
             return  # further in than the other checks look: the rank that reads the rows names the place
         if not any(part.rows(num_rows) for part in self._slices):
-            yield self.error("split", f"holds none of the {num_rows:,} rows", _SPLIT_REMEDY)
+            yield self.error("split", f"selects none of the {num_rows:,} rows", _SPLIT_REMEDY)
 
     def fingerprint(self) -> str:
         """Return a hash of the local files, or of the hub name, which is looked up once and cached."""
@@ -205,12 +205,12 @@ class HfData(Corpus):
             else:
                 raise self._row_error(record, problem, where)
         if is_empty:
-            why = f"none of {num_rows:,} rows holds text" if num_rows else "there are no rows"
+            why = f"none of {num_rows:,} rows has text" if num_rows else "there are no rows"
             raise ConfigError("data.column", self.column, why=why, fix="choose a column of text, or give other files")
         if num_bad:
             source = ", ".join(self.patterns) or self.path
             _print_once(
-                f"{num_bad:,} of {num_rows:,} rows of {source} hold no text: left out (data.skip_bad_rows=true)"
+                f"{num_bad:,} of {num_rows:,} rows of {source} have no text and are skipped (data.skip_bad_rows=true)"
             )
 
     @property
@@ -249,7 +249,7 @@ class HfData(Corpus):
         if value is None:
             return f"has no text in column {self.column}: it is {'null' if self.column in record.fields else 'missing'}"
         if isinstance(value, str):
-            return "" if _is_unicode(value) else "holds half of a surrogate pair, which is not a character"
+            return "" if _is_unicode(value) else "contains half of a surrogate pair, which is not a character"
         return f"has no text in column {self.column}: it is {_type_of(value)}"
 
     def _row_error(self, record: Record, problem: str, where: str) -> ConfigError:
@@ -281,7 +281,7 @@ class HfData(Corpus):
             try:
                 written = self.inspect(file, look_bytes=look_bytes)
                 if written.compression == "zstd" and not self.reads_files:
-                    why = f"datasets takes slices, and does not unpack zstd ({file})"
+                    why = f"datasets slices these rows, and does not unpack zstd ({file})"
                     yield self.error("split", why, "set data.split=train, or unpack the files")
                     return
                 if number >= _FILES_READ:
@@ -316,7 +316,7 @@ class HfData(Corpus):
         else:
             why = f"{where} has no such column; it has {names or 'none'}"
         if not first.text_columns and (first.records or self.column in first.columns):
-            fix = "no column holds text: write one that does, a string a row"
+            fix = "no column holds text: write one that does, a string per row"
         else:
             fix = did_you_mean(self.column, others)
         return self.error("column", why, fix)
@@ -478,7 +478,7 @@ def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column:
     error = data.validate_first_rows(file, first)
     if first.is_empty or (error is not None and data.column not in first.text_columns):
         columns = f" (its columns: {', '.join(first.columns)})" if first.columns else ""
-        raise BadFile(f"holds {KIND_NAMES[found.kind]} and no column of text{columns}", "write one, a string a row")
+        raise BadFile(f"holds {KIND_NAMES[found.kind]} and no column of text{columns}", "write one, a string per row")
     words = ["data=hf", f"data.path={data.path}", quoted_word("data.files", list(names))]
     if data.column != "text":
         words.append(quoted_word("data.column", data.column))

@@ -253,7 +253,7 @@ def _loads_strictly(text: str) -> Any:
 def json_type(value: object) -> str:
     """Return the JSON name of a value's type, with its article."""
     if value is None or isinstance(value, bool):
-        return "null" if value is None else "a truth value"
+        return "null" if value is None else "a boolean"
     names = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", bytes: "bytes"}
     return names.get(type(value), f"a {type(value).__name__}")
 
@@ -346,7 +346,7 @@ def _lines(
         try:
             yield Record(number, line, fields_of(text))
         except (ValueError, RecursionError) as error:
-            yield Record(number, line, {}, f"is no JSON object: {error}")
+            yield Record(number, line, {}, f"is not a JSON object: {error}")
 
 
 def _list_items(
@@ -372,7 +372,7 @@ def _list_items(
         ) from error
     except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data") and content.lstrip().startswith(b"["):
-            raise BadFile("holds several JSON lists, and a row is an object", "write one object a line") from error
+            raise BadFile("holds several JSON lists, and a row is an object", "write one object per line") from error
         if str(error).startswith("Extra data"):
             fix = f"write each in one line: jq -c . {shell_word(str(file))} > {_as_lines(file)}"
             raise BadFile("holds several JSON documents, none of them in one line", fix) from error
@@ -387,7 +387,7 @@ def _list_items(
 def _item(number: int, item: object, text_field: str) -> Record:
     if isinstance(item, dict | str):
         return Record(number, number + 1, item if isinstance(item, dict) else {text_field: item})
-    return Record(number, number + 1, {}, f"is no JSON object: it is {json_type(item)}")
+    return Record(number, number + 1, {}, f"is not a JSON object: it is {json_type(item)}")
 
 
 def _rows_of_object(file: Path, found: object) -> str:
@@ -421,7 +421,7 @@ def _table_rows(decoded: _Decoded, delimiter: str, wanted: Callable[[int], bool]
         except csv.Error as error:
             number += 1
             if wanted(number):
-                yield Record(number, line, {}, f"is no CSV: {error}")
+                yield Record(number, line, {}, f"is not CSV: {error}")
             continue
         if row is None:
             return

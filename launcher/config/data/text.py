@@ -26,7 +26,7 @@ from launcher.errors import ConfigError
 from launcher.utils.schema import defaults
 
 _PYTHON_DOCS = "python-docs"
-_AS_IT_STANDS = ", or data.format=text to train on it as it stands"
+_AS_IT_STANDS = ", or data.format=text to train on it as it is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Text(Corpus):
     summary_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
     path: tuple[PathText, ...] | PathText = _PYTHON_DOCS
-    """Files or globs, one document a file; gzip, bz2, xz and zstd are unpacked.
+    """Files or globs, one document per file; gzip, bz2, xz and zstd are unpacked.
     ``python-docs`` is ``pydoc_data.topics``, 465 kB of English."""
 
     format: Literal["auto", "text"] = "auto"
@@ -85,7 +85,7 @@ class Text(Corpus):
         if len(files_of_kind) > 1:
             why += f", and so do {len(files_of_kind) - 1:,} more"
         if kind == "markup":
-            fix = "extract its text, or set data.format=text to learn the tags too"
+            fix = "extract its text, or set data.format=text to train on the tags too"
             return ConfigError("data.path", first, why=why, fix=fix)
         try:
             fix = f"set {rows_command(first, self._inspect(first), names)}"

@@ -37,7 +37,7 @@ class BenchmarkJob(Job):
         """Return the groups that the benchmark does not measure with."""
         benchmark = run.benchmark
         if not isinstance(benchmark, Benchmark):
-            return frozenset()  # refused by itself
+            return frozenset()  # rejected by another check
         used = {"model": benchmark.needs_model, "data": benchmark.needs_data}
         unused = COMPUTING_GROUPS - benchmark.used_groups
         return unused | {group for group, is_used in used.items() if not is_used}

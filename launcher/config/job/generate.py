@@ -56,7 +56,7 @@ class Generate(GeneratingJob):
     parameters of its own."""
 
     format: Literal["auto", "jsonl", "json", "csv", "text"] = "auto"
-    """``jsonl``, ``json`` (a list), ``csv`` (a header), ``text`` (a prompt a line) or ``auto``.
+    """``jsonl``, ``json`` (a list), ``csv`` (a header), ``text`` (lines) or ``auto``.
     ``auto`` detects it by content and suffix. The file may be compressed (gzip, bz2, xz, zstd)."""
 
     output: PathText | None = None
@@ -67,7 +67,7 @@ class Generate(GeneratingJob):
     """Tokens of an answer at most."""
 
     stop: tuple[str, ...] = ()
-    """Texts that end an answer and are no part of it."""
+    """Strings that end an answer; they are not part of it."""
 
     temperature: float = 0.0
     """0 takes the most likely token."""
@@ -172,7 +172,7 @@ class Generate(GeneratingJob):
             yield self.error("output", f"belongs to the run itself, whose directory is {run_dir.path}", fix)
             return
         elif not output.parent.is_dir() and self.output is not None:
-            yield self.error("output", f"there is no folder {output.parent}", "make it, or choose another")
+            yield self.error("output", f"there is no folder {output.parent}", "create it, or choose another")
         try:
             stored = stored_fingerprint(run_dir.generated)
         except ConfigError as error:
@@ -181,7 +181,7 @@ class Generate(GeneratingJob):
         if stored is not None:
             yield from fingerprint_of(run, self, source, digest=source.digest()).validate_stored(stored, self)
         if output.exists() and not owns_output(run_dir.generated, output):
-            yield ConfigError("job.output", output, why="is there already", fix="choose another, or move it away")
+            yield ConfigError("job.output", output, why="already exists", fix="choose another, or move it")
 
     def _missing_error(self) -> ConfigError:
         if Path(self.input).expanduser().is_dir():
@@ -245,12 +245,12 @@ class BatchFingerprint:
     def validate_stored(self, stored: BatchFingerprint, job: Generate) -> Iterator[ConfigError]:
         """Yield what keeps this task from continuing a stored one."""
         if self.digest != stored.digest:
-            why = "is another file than the one this run directory holds answers to"
+            why = "is not the file whose answers are in this run directory"
             yield job.error("input", why, "give the same file, or start a new run")
         for option in sorted(self.options.keys() | stored.options.keys()):
             now, then = self.options.get(option), stored.options.get(option)
             if now != then:
-                why = f"the answers that are there were made with {then}"
+                why = f"the existing answers were generated with {then}"
                 yield ConfigError(option, now, why=why, fix=f"set {option}={then}, or start a new run")
 
 
@@ -278,7 +278,7 @@ def stored_fingerprint(folder: Path) -> BatchFingerprint | None:
         tree = {}
     digest, options = tree.get("digest"), tree.get("options")
     if not isinstance(digest, str) or not isinstance(options, dict):
-        why, fix = f"{file} is damaged, so nothing says what its answers belong to", "choose a new directory"
+        why, fix = f"{file} is damaged, so it is unknown to which prompts its answers belong", "choose a new directory"
         raise ConfigError("run.dir", folder.parent, why=why, fix=fix)
     return BatchFingerprint(digest=digest, options=options)
 

@@ -55,7 +55,7 @@ class GeneratingJob(Job):
     of its own; ``echo`` repeats prompts."""
 
     tokenizer: PathText = "model"
-    """``model`` (its own), ``data`` (the data group's), ``bytes`` (one a byte), or a folder."""
+    """``model`` (its own), ``data`` (the data group's), ``bytes`` (a token each), or a folder."""
 
     chat_template: str | None = None
     """Name of the chat template for chats that name none; ``null`` takes the default one."""
@@ -67,17 +67,17 @@ class GeneratingJob(Job):
     other."""
 
     max_num_seqs: int = 32
-    """Requests that are worked on at the same time under ``continuous``."""
+    """Requests that are processed at the same time under ``continuous``."""
 
     kv_cache_tokens: int | None = None
     """Capacity of the KV cache in tokens; ``null`` fits max_num_seqs sequences of full length.
     But no more than a quarter of the memory that is free at the start."""
 
     prefill_chunk_size: int = 256
-    """Prompt tokens in one step: what longest keeps others waiting for their next token."""
+    """Prompt tokens in one step; larger chunks delay the next tokens of other requests."""
 
     enable_prefix_caching: bool = True
-    """Whether keys and values of equal beginnings are computed once and shared."""
+    """Whether keys and values of equal prefixes are computed once and shared."""
 
     max_batch_size: int = 16
     """Requests in a batch under ``dynamic`` and ``static``."""
@@ -89,7 +89,7 @@ class GeneratingJob(Job):
     """Under ``dynamic``, prompts whose lengths round up to the same multiple share a batch."""
 
     aging_s: float = 10.0
-    """Waiting for this long makes up for one step of priority."""
+    """Seconds of waiting that count as one step of priority."""
 
     vllm_python: PathText | None = None
     """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
@@ -151,9 +151,9 @@ class GeneratingJob(Job):
     def unused_options(self, run: Run) -> Mapping[str, str]:
         """Return the non-default options that the engine, or its batching mode, ignores."""
         named = f"job.engine={self.engine}"
-        names = dict.fromkeys(_UNUSED_BY_ENGINE.get(self.engine, ()), f"{named} has no use for it")
+        names = dict.fromkeys(_UNUSED_BY_ENGINE.get(self.engine, ()), f"{named} does not use it")
         if self.engine == "paged":
-            why = f"job.batching={self.batching} has no use for it"
+            why = f"job.batching={self.batching} does not use it"
             names |= dict.fromkeys(_UNUSED_BY_BATCHING.get(self.batching, ()), why)
         for engine, option in (("echo", "echo_step_s"), ("vllm", "vllm_python")):
             if self.engine != engine:
@@ -164,8 +164,8 @@ class GeneratingJob(Job):
     def unused_strategy(self, run: Run) -> str:
         """Return that a strategy shards nothing, unless it makes one engine of several ranks."""
         if self.is_model_parallel(run) or run.parallel.kind == "deepspeed_pipeline":
-            return ""  # the latter is refused by itself
-        return f"each engine of job={self.kind} holds the whole model, unless parallel=tensor or pipeline spreads it"
+            return ""  # another check rejects the latter
+        return f"each engine of job={self.kind} holds the whole model, unless parallel=tensor or pipeline splits it"
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject what the engine cannot compute, and other ranks than one engine is made of."""

@@ -36,25 +36,25 @@ class Quantize(BatchedJob):
     """Held-out sequences that both models are compared on."""
 
     prompt: str = "The capital of France is"
-    """Text that both continue, greedily."""
+    """Text that both models continue, greedily."""
 
     sample_tokens: int = 32
-    """Tokens of that."""
+    """Number of tokens that they generate."""
 
     tokenizer: PathText = "model"
-    """``model`` (its own), ``data`` (the data group's), ``bytes`` (one a byte), or a folder."""
+    """``model`` (its own), ``data`` (the data group's), ``bytes`` (a token each), or a folder."""
 
     rate_batches: tuple[int, ...] = (1, 8)
-    """Sequences at a time that speed is measured with; ``[]`` leaves speed out."""
+    """Batch sizes of the speed measurement; ``[]`` skips it."""
 
     rate_prompt: int = 128
-    """Tokens that each of these sequences begins with."""
+    """Prompt tokens of each sequence in the speed measurement."""
 
     rate_tokens: int = 32
-    """Tokens that each is continued by."""
+    """Tokens generated for each sequence in the speed measurement."""
 
     repeats: int = 3
-    """Times that speed is measured, original and quantized in turn."""
+    """Repetitions of the speed measurement, original and quantized in turn."""
 
     def unused_strategy(self, run: Run) -> str:
         """Return that no strategy shards quantized weights."""

@@ -27,13 +27,13 @@ Enough even on an overloaded machine."""
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(GeneratingJob):
-    """An OpenAI-compatible server: one process speaks HTTP, each engine is a process of its own."""
+    """An OpenAI-compatible server: one process handles HTTP, each engine is another process."""
 
     kind: ClassVar[str] = "serve"
     completes_on_signal: ClassVar[bool] = True
 
     host: str = "127.0.0.1"
-    """Address to listen on; ``0.0.0.0`` is every network of the machine."""
+    """Address to listen on; ``0.0.0.0`` is all interfaces of the machine."""
 
     port: int = 8000
     """Port to listen on."""
@@ -46,11 +46,11 @@ class Serve(GeneratingJob):
     Only one if several ranks form one engine."""
 
     warm_up: tuple[tuple[int, int], ...] = ((1, 10), (1, 20), (1, 50), (2, 15))
-    """Shapes (sequences, tokens) that an engine runs through before it is given requests."""
+    """Shapes (sequences, tokens) that an engine runs through before it accepts requests."""
 
     api_keys_file: PathText | None = None
-    """File of API keys, one a line; clients must send one of them.
-    The variable LAUNCHER_API_KEYS (separated by commas) adds to them, and must hold one where it is set. Without any
+    """File of API keys, one per line; clients must send one of them.
+    The variable LAUNCHER_API_KEYS (separated by commas) adds to them, and must not be empty if it is set. Without any
     key anyone who can connect can use the server."""
 
     allowed_hosts: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Serve(GeneratingJob):
     browser."""
 
     rate_per_minute: int | None = None
-    """Requests a minute for each API key, or client address without keys; ``null``: no limit."""
+    """Requests per minute for each API key, or client address without keys; ``null``: no limit."""
 
     max_body_bytes: int = 2 * 2**20
     """Largest request body, at most 16 MiB."""
@@ -73,10 +73,10 @@ class Serve(GeneratingJob):
 
     max_queue: int = 256
     """Sequences that may wait for an engine; further requests are refused with 429.
-    One API key, or client address without keys, takes three quarters of the queue."""
+    One API key, or client address without keys, takes at most three quarters of the queue."""
 
     max_choices: int = 64
-    """Sequences that one request may ask for: prompts times ``n``."""
+    """Sequences that one request may have: prompts times ``n``."""
 
     queue_timeout_s: float = 60.0
     """How long a request may wait before an engine begins it."""
@@ -92,7 +92,7 @@ class Serve(GeneratingJob):
     """Seconds to finish accepted requests after SIGTERM; requests left then get an error."""
 
     result_cache_bytes: int = 64 * 2**20
-    """Room for results of greedy and seeded requests, which are computed once; 0 keeps none."""
+    """Size of the cache for results of greedy and seeded requests; 0 disables it."""
 
     result_cache_ttl_s: float = 3600.0
     """How long a result is kept."""
@@ -123,7 +123,7 @@ class Serve(GeneratingJob):
             yield self.error("max_body_bytes", why, f"set job.max_body_bytes={_MAX_BODY_BYTES} or less")
         for name in self.allowed_hosts:
             if not re.fullmatch(r"\*|[A-Za-z0-9._:-]+", name) or name.count(":") == 1:
-                fix = "give names or addresses alone: job.allowed_hosts=[models.example.org]"
+                fix = "give only names or addresses: job.allowed_hosts=[models.example.org]"
                 yield ConfigError("job.allowed_hosts", name, why="is not a host name", fix=fix)
         if self.allowed_hosts and self.api_keys_file is not None:
             why = "clients send keys (job.api_keys_file), so Host headers are not checked"
@@ -185,7 +185,7 @@ class Serve(GeneratingJob):
         yield from validate_warm_up(run, "job.warm_up", self.warm_up)
         shape = run.model.shape()
         if shape is not None and self.tokenizer == "bytes" and shape.vocab_size < 257:
-            why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
+            why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} embedding rows"
             yield self.error("tokenizer", why, "set model.vocab_size=257 or more")
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
@@ -220,7 +220,7 @@ class Serve(GeneratingJob):
         yield "to end", f"SIGTERM or Ctrl-C; {self.drain_s:g} s to finish what was accepted"
 
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_PACKAGES = ("fastapi", "httpx", "prometheus_client", "sse_starlette", "uvicorn")
 _PORTS_TRIED = 50
 
 

@@ -86,7 +86,7 @@ class Train(LearningJob, PluggableJob):
     """Text that the sample at the end of the run continues."""
 
     sample_tokens: int = 48
-    """Length of that sample in tokens; 0 takes none."""
+    """Length of that sample in tokens; 0 generates none."""
 
     loss: str = CROSS_ENTROPY
     """Loss to train on: ``cross_entropy``, or one of a plugin.
@@ -115,7 +115,7 @@ class Train(LearningJob, PluggableJob):
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
         """Return the prompt of a sample that is not taken, and a limit of what never happens."""
-        unused = {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 takes no sample"}
+        unused = {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 generates no sample"}
         return unused | ({"max_bad_steps": "job.on_bad_step=stop ends the run"} if self.on_bad_step == "stop" else {})
 
     def validate(self) -> Iterator[ConfigError]:
@@ -129,7 +129,9 @@ class Train(LearningJob, PluggableJob):
         yield from validate_named("job.callbacks", CALLBACK, self.callbacks)
         yield from validate_callback_metrics("job.callbacks", self.callbacks)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            yield self.error("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
+            yield self.error(
+                "peak_tflops", "must be above 0", "leave it out, or set it to the value in the device's data sheet"
+            )
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject what the strategy cannot do, and policies without what they need."""
@@ -162,7 +164,7 @@ class Train(LearningJob, PluggableJob):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(PluggableJob):
-    """Forward passes over the held-out split, under any strategy; nothing is learnt."""
+    """Forward passes over the held-out split, under any strategy; nothing is trained."""
 
     kind: ClassVar[str] = "evaluate"
     trains: ClassVar[bool] = False

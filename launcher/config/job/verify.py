@@ -319,10 +319,10 @@ class Verify(LearningJob):
     """Tokens that each strategy generates greedily after its steps; all must be equal."""
 
     case_timeout_s: float = 300.0
-    """Time that one strategy gets, from building the model to its last token."""
+    """Time limit of one strategy, from building the model to its last token."""
 
     perturb: float = 0.0
-    """Multiply the learning rate of all but one process by 1 + this, to see the comparison fail."""
+    """Multiply all learning rates but the reference's by 1 + this, so that comparisons fail."""
 
     def unused_strategy(self, run: Run) -> str:
         """Return that the strategies named are others."""

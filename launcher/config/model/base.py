@@ -30,7 +30,7 @@ VOCABULARY_FILES = (
 )
 """Files of which a tokenizer needs one."""
 
-FOLDER_WITH_TOKENIZER = "FOLDER to one that holds the tokenizer of these weights"
+FOLDER_WITH_TOKENIZER = "FOLDER to a folder with the tokenizer of these weights"
 _INSTEAD = {"data.tokenizer": "data.tokenizer=bpe to train one on the text", "job.tokenizer": "job.tokenizer=bytes"}
 
 
@@ -90,7 +90,7 @@ def validate_tokenizer_folder(
         yield ConfigError(option, value, why=f"the tokenizer in {folder} cannot be read: {error}", fix=instead)
         return
     if size is not None and num_rows is not None and size > num_rows:
-        why = f"the tokenizer in {folder} has {size} tokens, and the model {num_rows} rows of embedding, one a token"
+        why = f"the tokenizer in {folder} has {size} tokens, and the model {num_rows} embedding rows, one per token"
         yield ConfigError(option, value, why=why, fix=instead)
 
 

@@ -216,9 +216,11 @@ def sequence_sharding_problem(config: Mapping[str, Any], marks: AttentionSupport
     others = non_attention_layers(config)
     if others or (marks is not None and marks.is_stateful):
         kinds = f" ({', '.join(others)})" if others else ""
-        return f"{family} has layers{kinds} that join tokens by more than attention, and would join those of one rank"
+        return (
+            f"{family} has layers{kinds} that mix tokens by more than attention, and would mix only those of one rank"
+        )
     if marks is not None and not marks.attention_backend:
-        return f"{family} computes attention in its own code, which sees the tokens of one rank alone"
+        return f"{family} computes attention in its own code, which sees only the tokens of one rank"
     for key, size in attention_windows(config):
         if size < length:
             return f"{family} has layers that see {size} tokens ({key}), and sequences have {length}"

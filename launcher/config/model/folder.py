@@ -249,7 +249,7 @@ def validate_config_json(
         why = f"the installed Transformers has no causal language model of type {family}"
         fix = "choose another model, or install a Transformers that has it"
         if "auto_map" in config:
-            why += ", and code that a model ships is never run"
+            why += ", and the launcher never runs code of a model"
         yield ConfigError(option, value, why=why, fix=fix)
     if isinstance(sizes := sizes_from_config(config), Gpt2Sizes) and sizes.hidden_size % sizes.num_attention_heads:
         why = (
@@ -261,7 +261,7 @@ def validate_config_json(
         yield ConfigError(option, value, why=why, fix=f"correct {key} in its config.json, or choose another model")
     for kind in _rope_types(config):
         if (scaled := rope_types()) is not None and kind not in scaled | _OTHER_ROPE_TYPES:
-            why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"
+            why = f"config.json sets rotary positions of type {kind!r}, unknown to the installed Transformers"
             fix = f"set its rope_type to one of {', '.join(sorted(scaled))}, or install a Transformers that has it"
             yield ConfigError(option, value, why=why, fix=fix)
     if (quantized := config.get("quantization_config")) and not is_quantized_here:

@@ -61,7 +61,7 @@ class Gpt2(Model):
         if not 0 <= self.dropout < 1:
             yield self.error("dropout", "must be at least 0 and below 1", "set model.dropout=0")
         if self.weights == "pretrained" and self._hub_name() is None:
-            yield self.error("weights", "no weights of this size were ever published", "set model.weights=random")
+            yield self.error("weights", "there are no pretrained weights of this size", "set model.weights=random")
 
     @property
     def sizes(self) -> Gpt2Sizes:

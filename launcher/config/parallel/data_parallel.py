@@ -79,7 +79,7 @@ def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[Co
     below = max((d for d in legal if d < degree), default=1)
     above = min((d for d in legal if d > degree), default=None)
     choices = " or ".join(f"parallel.{option}={d}" for d in (below, above) if d is not None)
-    why = f"the model's {', '.join(f'{size} {name}' for name, size in uneven.items())} are no multiple of it"
+    why = f"the model's {', '.join(f'{size} {name}' for name, size in uneven.items())} are not multiples of it"
     yield parallel.error(option, why, f"set {choices}")
 
 
@@ -119,7 +119,7 @@ class Fsdp(Parallel):
         """Reject degrees below 1, and two ways to cut attention at once."""
         yield from self.validate_minimum(1, "replicate", "tensor", "sequence_parallel")
         if self.sequence_parallel > 1 and self.tensor > 1:
-            why = f"parallel.tensor={self.tensor} splits the heads already"
+            why = f"parallel.tensor={self.tensor} already splits the heads"
             yield self.error("sequence_parallel", why, "set parallel.sequence_parallel=1 or parallel.tensor=1")
 
     def dims(self, world_size: int) -> ParallelDims:
@@ -145,7 +145,7 @@ class Fsdp(Parallel):
         whole = "; embeddings and head are whole on tensor ranks" if dims.tensor > 1 else ""
         return (
             f"({training_state(moments)}) / {over}, all in fp32 (FSDP, arXiv:2304.11277); "
-            f"the layer at work is whole for that time{whole}"
+            f"the current layer is gathered meanwhile{whole}"
         )
 
     def validate_run(

@@ -173,7 +173,7 @@ def _validate_level(
     for key, value in raw.items():
         option = f"{path}.{key}"
         if key in owned:
-            yield ConfigError(option, value, why=f"{owned[key]} already decides it", fix=f"set {owned[key]} instead")
+            yield ConfigError(option, value, why=f"{owned[key]} already sets it", fix=f"set {owned[key]} instead")
         elif key in fixed:
             yield ConfigError(option, value, why=_REASONS.get(str(key), "the launcher sets it"), fix=f"remove {option}")
         elif key not in free:

@@ -104,7 +104,7 @@ class DeepSpeedPipeline(Parallel):
         for problem in validate_raw_keys(self.deepspeed):
             owner = OWNED_ZERO_KEYS.get(problem.option.removeprefix(f"{DEEPSPEED_OPTION}.zero_optimization."))
             if owner is not None and not hasattr(self, owner.removeprefix("parallel.")):
-                why = "DeepSpeed's pipeline has no such choice"
+                why = "DeepSpeed's pipeline does not support it"
                 yield ConfigError(problem.option, problem.value, why=why, fix=f"remove {problem.option}")
             else:
                 yield problem
@@ -115,7 +115,7 @@ class DeepSpeedPipeline(Parallel):
         """Reject more stages than blocks, unknown models, and what ZeRO's engine does not support."""
         yield from self.zero.validate_run(world_size, precision, optimizer=optimizer, shape=shape)
         if self.stage == 0 and precision.compute == "bf16":
-            why = "without ZeRO DeepSpeed has no pipeline in bf16 whose numbers are known to be right"
+            why = "DeepSpeed's pipeline in bf16 is not verified without ZeRO"
             yield self.error("stage", why, "set parallel.stage=1 or precision=fp32")
         if shape is None:
             return
@@ -172,5 +172,5 @@ class DeepSpeedPipeline(Parallel):
 
 def unknown_family_error(family: str) -> ConfigError:
     """Return the error for a model whose parts are not known to work one by one."""
-    why = f"the layers of {family} are not known to work as a chain, only those of {', '.join(PIPELINE_FAMILIES)}"
+    why = f"the layers of {family} are not verified to work as a chain, only those of {', '.join(PIPELINE_FAMILIES)}"
     return ConfigError("parallel", "deepspeed_pipeline", why=why, fix="choose parallel=pipeline or another strategy")

@@ -51,7 +51,7 @@ class SwapFolder:
             JobError: no space is left.
         """
         if full := describe_full_disk(self.path):
-            raise JobError(f"{full}. Free some of it, or set parallel.nvme_path to a folder on another disk")
+            raise JobError(f"{full}. Free some space, or set parallel.nvme_path to a folder on another disk")
 
     def release(self) -> None:
         """Remove the folder unless another rank of the run still uses it; doing so twice is fine."""

@@ -31,7 +31,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         parallel = context.run.parallel
-        assert isinstance(parallel, DeepSpeedPipeline), "this engine carries out DeepSpeed's pipeline only"
+        assert isinstance(parallel, DeepSpeedPipeline), "this engine supports DeepSpeed's pipeline only"
         super().__init__(context, clock)
         from launcher.engines.deepspeed.pipeline_module import build_pipeline_module, parameters_counted_here
 
@@ -115,7 +115,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
     def _next(self, input_ids: Tensor) -> Tensor:
         """Return the most likely next token of each sequence, from the last stage to all."""
         self._expect(input_ids)
-        # it adds up what stands for a loss in any case, so it is given labels, and the loss is left alone
+        # it always adds up something as a loss, so it is given labels, and the loss is left alone
         _, logits = self._engine.eval_batch(
             iter([(input_ids, input_ids)]),
             return_logits=True,

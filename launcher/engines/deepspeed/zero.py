@@ -40,7 +40,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         zero = context.run.parallel
-        assert isinstance(zero, Zero), "this engine carries out ZeRO only"
+        assert isinstance(zero, Zero), "this engine supports ZeRO only"
         super().__init__(context, clock)
         self._zero = zero
         if zero.offload_parameters == "nvme":

@@ -273,7 +273,7 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     inside = f"{model.base_model_prefix}.{child_names_of(model).blocks}."
     for names in found.items():
         if any(name.startswith(inside) for name in names):
-            why = f"{' and '.join(names)} are one parameter, and blocks lie on different stages"
+            why = f"{' and '.join(names)} are one parameter, and their blocks are on different stages"
             raise ConfigError("parallel", "pipeline", why=why, fix="set parallel=fsdp")
     return found
 

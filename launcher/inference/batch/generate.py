@@ -292,7 +292,7 @@ def _engine_of_ranks(job: Generate, context: Context, *, heartbeat: Callable[[],
     except RuntimeError:
         if not preemption.requested():
             raise
-        print("the first rank has left while the model was loaded, as it was asked to", flush=True)
+        print("the first rank exited while the model was loaded, as requested", flush=True)
     if preemption.requested():
         raise SystemExit(EXIT_PREEMPTED)
     return None

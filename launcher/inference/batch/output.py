@@ -40,7 +40,7 @@ class PartWriter:
     """Appends the answers of one rank.
 
     Args:
-        path: the file; a last line that was cut is closed, so that what follows stands on lines of its own.
+        path: the file; a last line that was cut is closed, so that the next answer begins on a new line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,7 +115,7 @@ class PartIndex:
                 self._files.append(path)
                 self._read[path] = 0
             if not is_regular(path):
-                why = f"{path} is a link or no regular file: no run writes such a file"
+                why = f"{path} is a link or not a regular file: a run never writes such a file"
                 fix = f"Remove it, then type launch resume {self.folder.parent}"
                 raise JobError(f"{why}. {fix}", exit_code=EXIT_BAD_INPUT)
             with open_regular(path) as file:

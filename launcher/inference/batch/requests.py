@@ -117,7 +117,7 @@ def _check_unicode(text: str, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadLine(f"{field}: holds half of a surrogate pair, which is not a character") from error
+        raise BadLine(f"{field}: contains half of a surrogate pair, which is not a character") from error
     return text
 
 

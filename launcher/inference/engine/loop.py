@@ -1,96 +1,108 @@
 """The loop of an engine process, its connection to the server, and their messages.
 
-Messages are JSON behind four bytes of length. Nothing is unpickled.
+Messages are MessagePack behind four bytes of length. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import json
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable
-from dataclasses import asdict, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from launcher.config.sampling import SamplingParams
+import msgspec
+
 from launcher.inference.engine.base import (
     EngineOutput,
     EngineRequest,
     EngineStats,
-    GeneratedToken,
     InferenceEngine,
     InvalidRequest,
 )
+from launcher.utils.text import printable
 
 LENGTH_PREFIX = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 1 << 28
 """A longer frame can only be a mistake."""
-WireMessage = dict[str, Any]
 
 
-def pack_message(message: WireMessage) -> bytes:
+class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """Base of all messages."""
+
+
+class AddRequest(_Message, frozen=True, kw_only=True, tag="add"):
+    """To an engine: continue one sequence."""
+
+    request: EngineRequest
+
+
+class CancelRequest(_Message, frozen=True, kw_only=True, tag="cancel"):
+    """To an engine: drop a request before its next step."""
+
+    request_id: str
+
+
+class Shutdown(_Message, frozen=True, tag="shutdown"):
+    """To an engine: end."""
+
+
+class BuildPhase(_Message, frozen=True, kw_only=True, tag="heartbeat"):
+    """From an engine that is being built."""
+
+    phase: str
+
+
+class BuildFailed(_Message, frozen=True, kw_only=True, tag="failed"):
+    """From an engine: it cannot be built."""
+
+    why: str
+    code: int
+    """Its exit code."""
+
+
+class EngineReady(_Message, frozen=True, kw_only=True, tag="ready"):
+    """From an engine that takes requests."""
+
+    max_model_len: int
+
+
+class StepOutputs(_Message, frozen=True, kw_only=True, tag="step"):
+    """From an engine: what a step has made, or nothing for a while."""
+
+    outputs: Sequence[EngineOutput]
+    stats: EngineStats
+
+
+class RequestRefused(_Message, frozen=True, kw_only=True, tag="invalid"):
+    """From an engine: a request that it cannot serve."""
+
+    request_id: str
+    param: str
+    why: str
+
+
+EngineMessage = (
+    AddRequest | CancelRequest | Shutdown | BuildPhase | BuildFailed | EngineReady | StepOutputs | RequestRefused
+)
+_DECODER: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+
+
+def pack_message(message: EngineMessage) -> bytes:
     """Return one frame."""
-    payload = json.dumps(message, separators=(",", ":")).encode()
+    payload = msgspec.msgpack.encode(message)
     assert len(payload) <= MAX_MESSAGE_BYTES, "bodies are limited long before"
     return LENGTH_PREFIX.pack(len(payload)) + payload
 
 
-def unpack_message(payload: bytes) -> WireMessage:
-    """Return the message of a frame without its length."""
-    message: WireMessage = json.loads(payload)
-    return message
+def unpack_message(payload: bytes) -> EngineMessage:
+    """Return the message of a frame without its length.
 
-
-def request_to_wire(request: EngineRequest) -> WireMessage:
-    """Return a request as plain values."""
-    return asdict(request)
-
-
-def request_from_wire(tree: WireMessage) -> EngineRequest:
-    """Return the request that ``request_to_wire`` took apart."""
-    sampling = dict(tree["sampling"])
-    sampling["logit_bias"] = tuple((int(token), float(value)) for token, value in sampling["logit_bias"])
-    sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-    return EngineRequest(**{**tree, "prompt": tuple(tree["prompt"]), "sampling": SamplingParams(**sampling)})
-
-
-def output_to_wire(output: EngineOutput) -> list[Any]:
-    """Return an output as a short list: there is one for each running request and step."""
-    plain = all(token.logprob is None and not token.top for token in output.tokens)
-    tokens = [token.id if plain else [token.id, token.logprob, token.top] for token in output.tokens]
-    return [output.request_id, tokens, output.finish_reason, output.error, output.param, output.num_cached_tokens]
-
-
-def output_from_wire(row: list[Any]) -> EngineOutput:
-    """Return the output that ``output_to_wire`` took apart."""
-    request_id, tokens, finish_reason, error, param, num_cached_tokens = row
-    return EngineOutput(
-        request_id=request_id,
-        tokens=tuple(map(_token, tokens)),
-        finish_reason=finish_reason,
-        error=error,
-        param=param,
-        num_cached_tokens=num_cached_tokens,
-    )
-
-
-def stats_to_wire(stats: EngineStats) -> list[Any]:
-    """Return the numbers in the order of their fields."""
-    return [getattr(stats, field.name) for field in fields(EngineStats)]
-
-
-def stats_from_wire(row: list[Any]) -> EngineStats:
-    """Return the numbers by name again."""
-    return EngineStats(**{field.name: value for field, value in zip(fields(EngineStats), row, strict=True)})
-
-
-def _token(value: Any) -> GeneratedToken:
-    if isinstance(value, int):
-        return GeneratedToken(id=value)
-    number, logprob, top = value
-    return GeneratedToken(id=number, logprob=logprob, top=tuple((token, score) for token, score in top))
+    Raises:
+        msgspec.MsgspecError: it holds no such message.
+    """
+    return _DECODER.decode(payload)
 
 
 _RECEIVE_BYTES = 1 << 18
@@ -110,7 +122,7 @@ class EngineConnection:
     def __init__(self, connection: socket.socket) -> None:
         self._socket, self._buffer = connection, bytearray()
 
-    def send(self, message: WireMessage) -> None:
+    def send(self, message: EngineMessage) -> None:
         """Send one message; blocks while the server does not read.
 
         Raises:
@@ -121,7 +133,7 @@ class EngineConnection:
         except OSError as error:
             raise ConnectionLost from error
 
-    def receive(self, *, wait_s: float) -> list[WireMessage]:
+    def receive(self, *, wait_s: float) -> list[EngineMessage]:
         """Return the messages that are there, waiting at most ``wait_s`` for the first.
 
         Raises:
@@ -144,7 +156,7 @@ class EngineConnection:
         """Close the connection."""
         self._socket.close()
 
-    def _whole(self) -> list[WireMessage]:
+    def _whole(self) -> list[EngineMessage]:
         """Take the whole frames out of the buffer."""
         messages, at = [], 0
         while len(self._buffer) - at >= LENGTH_PREFIX.size:
@@ -156,8 +168,8 @@ class EngineConnection:
                 break
             try:
                 messages.append(unpack_message(bytes(self._buffer[at + LENGTH_PREFIX.size : end])))
-            except (ValueError, RecursionError) as error:
-                raise ConnectionLost("the server sent a frame that is not JSON") from error
+            except (msgspec.MsgspecError, RecursionError) as error:
+                raise ConnectionLost(f"the server sent a malformed message: {error}") from error
             at = end
         del self._buffer[:at]
         return messages
@@ -180,42 +192,41 @@ def run_engine_loop(engine: InferenceEngine, connection: EngineConnection, *, he
     Raises:
         ConnectionLost: the server ended without a shutdown message.
     """
-    connection.send({"kind": "ready", "max_model_len": engine.max_model_len})
+    connection.send(EngineReady(max_model_len=engine.max_model_len))
     sent_at = 0.0
     while True:
         idle = engine.idle
         heartbeat("idle" if idle else "step")
         for message in connection.receive(wait_s=_IDLE_S if idle else 0.0):
-            if message["kind"] == "shutdown":
+            if isinstance(message, Shutdown):
                 return
             _handle_message(engine, connection, message)
         outputs = engine.step()
         now = time.monotonic()
         if outputs or now - sent_at >= (_IDLE_S if idle else _QUIET_S):
             sent_at = now
-            rows = [output_to_wire(output) for output in outputs]
-            connection.send({"kind": "step", "outputs": rows, "stats": stats_to_wire(engine.stats())})
+            connection.send(StepOutputs(outputs=_with_printable_errors(outputs), stats=engine.stats()))
 
 
-def _handle_message(engine: InferenceEngine, connection: EngineConnection, message: WireMessage) -> None:
-    match message["kind"]:
-        case "add":
-            request = request_from_wire(message["request"])
+def _with_printable_errors(outputs: Sequence[EngineOutput]) -> list[EngineOutput]:
+    """Return outputs that can be encoded: the text of an error may hold lone surrogates."""
+    return [replace(output, error=printable(output.error)) if output.error else output for output in outputs]
+
+
+def _handle_message(engine: InferenceEngine, connection: EngineConnection, message: EngineMessage) -> None:
+    match message:
+        case AddRequest(request=request):
             try:
                 engine.add(request)
             except InvalidRequest as invalid:
-                connection.send(
-                    {"kind": "invalid", "request_id": request.id, "param": invalid.param, "why": str(invalid)}
-                )
+                why = printable(str(invalid))
+                connection.send(RequestRefused(request_id=request.id, param=invalid.param, why=why))
             except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
-                lost = EngineOutput(
-                    request_id=request.id, finish_reason="error", error=f"{type(error).__name__}: {error}"
-                )
                 engine.cancel(request.id)
-                connection.send(
-                    {"kind": "step", "outputs": [output_to_wire(lost)], "stats": stats_to_wire(engine.stats())}
-                )
-        case "cancel":
-            engine.cancel(message["request_id"])
-        case kind:
-            raise AssertionError(f"the server sends no {kind}")
+                why = f"{type(error).__name__}: {error}"
+                lost = EngineOutput(request_id=request.id, finish_reason="error", error=why)
+                connection.send(StepOutputs(outputs=_with_printable_errors([lost]), stats=engine.stats()))
+        case CancelRequest():
+            engine.cancel(message.request_id)
+        case _:
+            raise AssertionError(f"the server sends no {message}")

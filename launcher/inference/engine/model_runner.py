@@ -150,7 +150,7 @@ class KVSelfTest:
         self._expected = answer[0, [end - 1 for _, end in _SPANS]].float()
         if any(past.is_sliding) or not all(hasattr(layer, "keys") for layer in past.layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in past.layers}))
-            raise unsupported(model, f"keeps other things than keys and values of all tokens ({kinds})")
+            raise unsupported(model, f"keeps state other than the keys and values of all tokens ({kinds})")
         if not model._supports_attention_backend:  # noqa: SLF001  (Transformers' mark of models that take any attention)
             raise unsupported(model, "computes attention in its own code")
         self.shapes = KVShapes(

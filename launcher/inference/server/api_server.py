@@ -214,7 +214,7 @@ class ApiServer:
         gc.freeze()  # else each full collection looks at all modules again, for a tenth of a second
         job = self._job
         print(
-            f"serving {job.name_of(self._run)} at {job.address} after {took_s:.1f} s; {job.address}/ shows how it does",
+            f"serving {job.name_of(self._run)} at {job.address} after {took_s:.1f} s; {job.address}/ shows its status",
             flush=True,
         )
 
@@ -227,7 +227,7 @@ class ApiServer:
         await _wait_until_idle(backend, timeout_s=self._job.drain_s)
         if left := backend.open_requests:
             backend.fail_all()
-            print(f"{left} requests failed: the time to drain was over", flush=True)
+            print(f"{left} requests failed: the drain time had passed", flush=True)
             await _wait_until_idle(backend, timeout_s=_FLUSH_S)
         server.should_exit = True
         await http
@@ -357,4 +357,4 @@ class _ServerProcess:
         if code in (EXIT_BAD_INPUT, EXIT_UNFIT):
             raise JobError("the server could not start: see its error above", exit_code=code)
         if code:
-            raise JobError(f"the process that speaks HTTP ended with exit code {code}; see its error above")
+            raise JobError(f"the HTTP process ended with exit code {code}; see its error above")

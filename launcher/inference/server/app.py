@@ -53,7 +53,7 @@ def _add_generation(app: FastAPI, client: EngineClient) -> None:
     @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> dict[str, Any]:
         if name != client.limits.name:
-            raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
+            raise ApiError(404, f"there is no model {name[:100]!r}", param="model", code="model_not_found")
         return _model(client)
 
 

@@ -113,7 +113,7 @@ class ReplicaBackend(ModelBackend):
         )
         shape = run.model.shape()
         if shape is not None and tokenizer.vocab_size > shape.vocab_size:
-            why = f"it has {tokenizer.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
+            why = f"it has {tokenizer.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} embedding rows"
             raise ConfigError(
                 "job.tokenizer", job.tokenizer, why=why, fix="choose the model's tokenizer, or a smaller one"
             )
@@ -220,6 +220,7 @@ class VllmBackend(ModelBackend):
         """End the process and its children."""
         if self._watch is not None:
             self._watch.cancel()
+        await self._proxy.close()
         await asyncio.to_thread(self._server.end)
 
     @property

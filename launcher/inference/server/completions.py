@@ -292,7 +292,7 @@ async def create_chat_completion(client: EngineClient, request: Request) -> Resp
     body = await parse_body(ChatBody, await request.body(), client.body_limits())
     tokenizer = client.tokenizer_for(body.model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise invalid("says otherwise than max_completion_tokens; give one", "max_tokens")
+        raise invalid("differs from max_completion_tokens; send only one of them", "max_tokens")
     prompt = await encode_chat(tokenizer, body.messages, template=body.chat_template)
     caller = caller_of(request.scope)
     client.check_capacity([prompt], choices=body.n, field="messages", caller=caller)

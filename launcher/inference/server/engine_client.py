@@ -268,7 +268,7 @@ class EngineClient:
             ApiError: it is another model, or the server takes none now.
         """
         if model is not None and model != self.limits.name:
-            message = f"there is no model {model[:100]!r} here; this server has {self.limits.name!r}"
+            message = f"there is no model {model[:100]!r}; this server has {self.limits.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         self.body_limits()  # it may have started to drain while a large body was parsed
         assert self.tokenizer is not None

@@ -76,12 +76,14 @@ def _validate_framing(headers: Mapping[bytes, bytes], *, is_old: bool) -> ApiErr
     if encoding is not None and (is_old or encoding.lower() != b"chunked"):
         return _malformed("the only Transfer-Encoding that this server takes is chunked, in HTTP/1.1")
     if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
-        return ApiError(417, "this server knows no Expect but 100-continue", code="unsupported_expect", closes=True)
+        return ApiError(
+            417, "the only Expect that this server supports is 100-continue", code="unsupported_expect", closes=True
+        )
     return None
 
 
 def _malformed(why: str) -> ApiError:
-    return ApiError(400, f"this is no valid HTTP request: {why}", code="invalid_http", closes=True)
+    return ApiError(400, f"this is not a valid HTTP request: {why}", code="invalid_http", closes=True)
 
 
 def check_target(raw_path: bytes) -> None:
@@ -122,7 +124,7 @@ def check_body_allowed(method: str, headers: Mapping[bytes, bytes], *, may: bool
         ApiError: there is one.
     """
     if has_body(headers) and not (may and method in _TAKES_BODY):
-        raise ApiError(400, f"this {method[:20]} request takes no body", code="unexpected_body", closes=True)
+        raise ApiError(400, f"this {method[:20]} request must not have a body", code="unexpected_body", closes=True)
 
 
 class AllowedHosts:
@@ -153,7 +155,9 @@ class AllowedHosts:
             return
         shown = (host or b"").decode("latin-1")
         if not self._allows(shown):
-            said = f"the Host header {shown[:100]!r} is no name of this server. Set job.allowed_hosts, or use API keys."
+            said = (
+                f"the Host header {shown[:100]!r} is not a name of this server. Set job.allowed_hosts, or use API keys."
+            )
             raise ApiError(403, said, code="host_not_allowed", closes=True)
         if origin is not None and not self._allows(origin.decode("latin-1").partition("://")[2]):
             said = "the page that sends this comes from another host. Set job.allowed_hosts, or use API keys."
@@ -334,7 +338,7 @@ def limited_protocol(max_connections: int, *, headers_timeout_s: float, write_ti
             It is called while h11's error is handled.
             """
             why = sys.exception()
-            said = str(why) if isinstance(why, ChunksTooSmall) else f"this is no valid HTTP request: {msg}"
+            said = str(why) if isinstance(why, ChunksTooSmall) else f"this is not a valid HTTP request: {msg}"
             self._reject(ApiError(400, said, code="invalid_http"))
 
         def on_response_complete(self) -> None:

@@ -36,7 +36,7 @@ class ServerMetrics:
             "request_success", "Sequences that ended with a result, by finish reason", "finished_reason"
         )
         self.failed = self._counter("request_failure", "Sequences that failed, by reason", "reason")
-        self.rejected = self._counter("requests_rejected", "Requests that were not started, by why", "reason")
+        self.rejected = self._counter("requests_rejected", "Requests that were rejected, by reason", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens given to engines")
         self._times = {
             "ttft": self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SHORT_BUCKETS),
@@ -129,7 +129,7 @@ class _StateCollector(Collector):
                 used / capacity if capacity else 0.0,
             ),
             "kv_cache_tokens": ("Tokens whose keys and values are cached", used),
-            "engines_ready": ("Engines that can be given requests", self._pool.ready),
+            "engines_ready": ("Engines that accept requests", self._pool.ready),
             "result_cache_size": ("Cached results", len(results)),
             "result_cache_bytes": ("Bytes of cached results", results.bytes),
             "result_cache_max_bytes": ("Bytes that cached results may take", results.max_bytes),
@@ -138,8 +138,8 @@ class _StateCollector(Collector):
             yield GaugeMetricFamily(f"{_PREFIX}{name}", what, value=value)
         counters = {
             "generation_tokens": ("Tokens that engines generated", totals.generated_tokens_total),
-            "prefix_cache_queries": ("Prompt tokens looked up among keys and values", totals.prefix_query_tokens_total),
-            "prefix_cache_hits": ("Those that were there", totals.prefix_hit_tokens_total),
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache", totals.prefix_query_tokens_total),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache", totals.prefix_hit_tokens_total),
             "engine_steps": ("Steps of all engines", totals.steps_total),
             "padding_tokens": ("Padding positions that were computed", totals.padding_tokens_total),
             "num_preemptions": (

@@ -125,7 +125,7 @@ class CallerShares:
 
     def error(self, *, retry_s: float) -> ApiError:
         """Return the response to a request beyond the share."""
-        said = f"{self._share} sequences of this client are in work or waiting, and the rest of the queue is for others"
+        said = f"{self._share} sequences of this client are running or waiting: the rest of the queue is for others"
         return ApiError(429, said, code="queue_full", retry_s=retry_s)
 
 
@@ -227,7 +227,7 @@ class AdmissionMiddleware:
             caller = owner
         if wait_s := self._rates.wait_s(caller):
             self._reject("rate")
-            said = "too many requests of this key" if self._keys else "too many requests of this address"
+            said = "too many requests with this key" if self._keys else "too many requests from this address"
             raise ApiError(429, said, code="rate_limit_exceeded", retry_s=wait_s + 0.5, closes=closes)
         return caller
 
@@ -272,7 +272,7 @@ class AdmissionMiddleware:
 
     def _too_large(self) -> ApiError:
         self._reject("body")
-        said = f"the body is larger than the {self._max_body_bytes:,} bytes that this server takes"
+        said = f"the body is larger than the {self._max_body_bytes:,} bytes that this server accepts"
         return ApiError(413, said, code="body_too_large", closes=True)
 
 

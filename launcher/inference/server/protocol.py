@@ -180,7 +180,7 @@ def _check_content(value: Any, info: ValidationInfo) -> str:
         if not isinstance(part, dict):
             raise _error(f'part {at} is {shorten_value(part)}; give {{"type": "text", "text": TEXT}}')
         if part.get("type") != "text":
-            raise _error(f"part {at} has the type {shorten_value(part.get('type'))}; this server takes text alone")
+            raise _error(f"part {at} has the type {shorten_value(part.get('type'))}; this server supports text only")
         if not isinstance(part.get("text"), str):
             raise _error(f"part {at} has {shorten_value(part.get('text'))} as its text; give a text")
         if more := next((name for name in part if not _may_have(part, name)), None):

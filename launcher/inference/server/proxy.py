@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 
-import h11
+import httpx
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
@@ -18,7 +18,6 @@ from launcher.inference.server.protocol import shorten_value
 from launcher.inference.server.requests import read_object
 from launcher.inference.server.responses import ApiError, invalid
 
-_CHUNK = 1 << 16
 _FORWARDED_HEADERS = frozenset({b"accept", b"content-type", b"user-agent", b"x-request-id"})
 _HOP_HEADERS = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"date", b"server"})
 _PROBE_S = 5.0
@@ -56,8 +55,11 @@ class Proxy:
     """
 
     def __init__(self, host: str, port: int, *, limits: ProxyLimits, authorization: str) -> None:
-        self._host, self._port, self._limits = host, port, limits
-        self._authorization = authorization.encode()
+        self._limits = limits
+        self._url, self._authorization = f"http://{host}:{port}", authorization.encode()
+        # The transport alone, as a client would keep the cookies of one caller for the next. A connection for each
+        # request, as an idle one may be closed by the other server just when a request is sent on it.
+        self._transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0), trust_env=False)
         self.is_ready = False
         """Whether the server behind it was healthy at the last probe; set by its monitor."""
         self.draining = False
@@ -85,14 +87,15 @@ class Proxy:
 
     async def probe(self) -> bool:
         """Return whether the server behind it is healthy."""
-        with contextlib.suppress(OSError, TimeoutError, h11.ProtocolError):
-            async with asyncio.timeout(_PROBE_S):
-                status = 0
-                async for event in self._request("GET", b"/health", [], b""):
-                    if isinstance(event, h11.Response):
-                        status = event.status_code
-                return status == 200
-        return False
+        try:
+            async with asyncio.timeout(_PROBE_S), aclosing(await self._request("GET", b"/health", [])) as response:
+                return response.status_code == 200
+        except (httpx.TransportError, TimeoutError):
+            return False
+
+    async def close(self) -> None:
+        """Close the connections to the server behind it."""
+        await self._transport.aclose()
 
     def cancel_all(self) -> None:
         """Cancel every request without a complete response."""
@@ -192,10 +195,8 @@ class Proxy:
             try:
                 headers = [(name, value) for name, value in scope["headers"] if name in _FORWARDED_HEADERS]
                 target = scope["path"].encode() + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-                async with contextlib.aclosing(self._request(scope["method"], target, headers, body)) as events:
-                    async for event in events:
-                        await answer.relay_event(event)
-                await answer.end()
+                async with aclosing(await self._request(scope["method"], target, headers, body)) as response:
+                    await answer.relay(response)
             finally:
                 self._release(sequences)
 
@@ -216,9 +217,9 @@ class Proxy:
                 await answer.fail(ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True))
             elif work.done():
                 await work
-        except ConnectionRefusedError:
+        except httpx.ConnectError:
             await answer.fail(ApiError(503, "vLLM does not answer yet", code="starting", retry_s=5))
-        except (OSError, h11.ProtocolError):
+        except httpx.TransportError:
             await answer.fail(
                 ApiError(502, "vLLM closed the connection before its answer was complete", code="engine_failed")
             )
@@ -232,28 +233,12 @@ class Proxy:
             await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _request(
-        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes
-    ) -> AsyncGenerator[h11.Event]:
-        """Yield the events of an answer."""
-        reader, writer = await asyncio.open_connection(self._host, self._port)
-        try:
-            connection = h11.Connection(h11.CLIENT)
-            more = [(b"host", f"{self._host}:{self._port}".encode()), (b"content-length", str(len(body)).encode())]
-            more.append((b"authorization", self._authorization))
-            request = h11.Request(method=method, target=target, headers=[*headers, *more, (b"connection", b"close")])
-            for part in (request, h11.Data(data=body), h11.EndOfMessage()):
-                writer.write(connection.send(part) or b"")
-            await writer.drain()
-            while True:
-                event = connection.next_event()
-                if isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
-                    return
-                if isinstance(event, h11.Event):
-                    yield event
-                else:
-                    connection.receive_data(await reader.read(_CHUNK))
-        finally:
-            writer.close()
+        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes = b""
+    ) -> httpx.Response:
+        """Return the head of a response; its body is read as it arrives."""
+        headers = [*headers, (b"authorization", self._authorization), (b"connection", b"close")]
+        request = httpx.Request(method, self._url, headers=headers, content=body, extensions={"target": target})
+        return await self._transport.handle_async_request(request)
 
 
 class _RelayedResponse:
@@ -267,19 +252,15 @@ class _RelayedResponse:
         self._send = send
         self._has_begun = self._is_stream = False
 
-    async def relay_event(self, event: h11.Event) -> None:
-        """Relay a part."""
-        if isinstance(event, h11.Response):
-            headers = [(name, value) for name, value in event.headers.raw_items() if name.lower() not in _HOP_HEADERS]
-            self._has_begun = True
-            self._is_stream = dict(event.headers).get(b"content-type", b"").startswith(b"text/event-stream")
-            await self._send({"type": "http.response.start", "status": event.status_code, "headers": headers})
-        elif isinstance(event, h11.Data):
-            await self._send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
-            await asyncio.sleep(0)  # others have their ready, and a client that is gone is noticed
-
-    async def end(self) -> None:
-        """End the response."""
+    async def relay(self, response: httpx.Response) -> None:
+        """Relay a response, each part as it arrives."""
+        headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _HOP_HEADERS]
+        self._has_begun = True
+        self._is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+        await self._send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        async for part in response.aiter_raw():
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0)  # others have their turn, and a client that is gone is noticed
         await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, problem: ApiError) -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from launcher.config.snapshot import load_run
 from launcher.errors import LauncherError, exit_code_of_rank
-from launcher.inference.engine.loop import ConnectionLost, EngineConnection, run_engine_loop
+from launcher.inference.engine.loop import BuildFailed, BuildPhase, ConnectionLost, EngineConnection, run_engine_loop
 from launcher.protocol.rundir import RunDir
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import die_with_parent
+from launcher.utils.text import printable
 
 if TYPE_CHECKING:
     from launcher.config.job.serve import Serve
@@ -31,7 +32,7 @@ def main(run_dir: RunDir, connection: EngineConnection) -> int:
         nonlocal last
         if time.monotonic() - last > _HEARTBEAT_S:
             last = time.monotonic()
-            connection.send({"kind": "heartbeat", "phase": phase})
+            connection.send(BuildPhase(phase=phase))
 
     try:
         heartbeat()
@@ -54,7 +55,7 @@ def main(run_dir: RunDir, connection: EngineConnection) -> int:
         return 0  # the server has ended: no request is waiting
     except LauncherError as problem:
         print(problem, file=sys.stderr, flush=True)
-        connection.send({"kind": "failed", "why": str(problem), "code": exit_code_of_rank(problem)})
+        connection.send(BuildFailed(why=printable(str(problem)), code=exit_code_of_rank(problem)))
         return exit_code_of_rank(problem)
     return 0
 

@@ -21,11 +21,16 @@ from launcher.inference.engine.base import EngineStats
 from launcher.inference.engine.loop import (
     LENGTH_PREFIX,
     MAX_MESSAGE_BYTES,
-    WireMessage,
-    output_from_wire,
+    AddRequest,
+    BuildFailed,
+    BuildPhase,
+    CancelRequest,
+    EngineMessage,
+    EngineReady,
+    RequestRefused,
+    Shutdown,
+    StepOutputs,
     pack_message,
-    request_to_wire,
-    stats_from_wire,
     unpack_message,
 )
 from launcher.inference.server.request_state import DeadlineExceeded, GenerationFailed, RequestState, ServerDraining
@@ -63,7 +68,7 @@ class ReplicaClient:
         self.stats = EngineStats()
         self.max_model_len: int | None = None
         """Longest sequence; known once it is ready."""
-        self.failure: WireMessage | None = None
+        self.failure: BuildFailed | None = None
         """Its message about why it could not be built."""
         self.phase = "start"
         self.started_at = self.last_message_at = time.monotonic()
@@ -92,23 +97,13 @@ class ReplicaClient:
         waited, request = now - state.times.arrived, state.request
         # a request that a lost engine had started has been through the queue already
         in_queue_s = None if state.times.started is not None else _left(request.queue_deadline_s, waited)
-        self._send(
-            {
-                "kind": "add",
-                "request": request_to_wire(
-                    replace(
-                        request,
-                        queue_deadline_s=in_queue_s,
-                        deadline_s=_left(request.deadline_s, waited),
-                    )
-                ),
-            }
-        )
+        request = replace(request, queue_deadline_s=in_queue_s, deadline_s=_left(request.deadline_s, waited))
+        self._send(AddRequest(request=request))
 
     def cancel(self, state: RequestState) -> None:
         """Cancel a request before its next step."""
         if self.requests.pop(state.request.id, None) is not None:
-            self._send({"kind": "cancel", "request_id": state.request.id})
+            self._send(CancelRequest(request_id=state.request.id))
 
     def kill(self) -> None:
         """End it at once; ``on_lost`` follows."""
@@ -118,7 +113,7 @@ class ReplicaClient:
     async def shut_down(self) -> None:
         """Let it end, and kill it after a time limit."""
         self._is_ending = True
-        self._send({"kind": "shutdown"})
+        self._send(Shutdown())
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._task), _TERMINATE_S)
         self.kill()
@@ -152,35 +147,34 @@ class ReplicaClient:
         if not self._is_ending:
             self._on_lost(self, why)
 
-    def _handle(self, message: WireMessage) -> None:
+    def _handle(self, message: EngineMessage) -> None:
         self.last_message_at = time.monotonic()
-        match message["kind"]:
-            case "step":
+        match message:
+            case StepOutputs():
                 self._progress_at = self.last_message_at
-                self.stats = stats_from_wire(message["stats"])
-                for row in message["outputs"]:
-                    output = output_from_wire(row)
+                self.stats = message.stats
+                for output in message.outputs:
                     state = self.requests.get(output.request_id)
                     if state is None:  # cancelled meanwhile
                         continue
                     if output.finish_reason is not None:
                         del self.requests[output.request_id]
                     state.handle_output(output)
-            case "invalid":
-                if state := self.requests.pop(message["request_id"], None):
-                    state.reject(message["param"], message["why"])
-            case "ready":
-                self.max_model_len = message["max_model_len"]
+            case RequestRefused():
+                if state := self.requests.pop(message.request_id, None):
+                    state.reject(message.param, message.why)
+            case EngineReady():
+                self.max_model_len = message.max_model_len
                 self._progress_at = self.last_message_at
                 self._on_ready(self)
-            case "heartbeat":
-                self.phase = message["phase"]
-            case "failed":
+            case BuildPhase():
+                self.phase = message.phase
+            case BuildFailed():
                 self.failure = message
-            case kind:
-                raise AssertionError(f"engines send no {kind}")
+            case _:
+                raise AssertionError(f"engines send no {message}")
 
-    def _send(self, message: WireMessage) -> None:
+    def _send(self, message: EngineMessage) -> None:
         if self._writer is not None:  # else it is lost, and its requests fail in a moment
             self._writer.write(pack_message(message))
 
@@ -229,7 +223,7 @@ class ReplicaPool:
         size: number of engines.
         start: starts the engine of a number, reporting to the pool.
         stall_s: see ``Serve.stall_s``.
-        build_timeout_s: silence after which an engine that is being built counts as stuck; 0 waits for ever.
+        build_timeout_s: silence after which an engine that is being built counts as stuck; 0 waits indefinitely.
     """
 
     def __init__(self, size: int, start: StartReplica, *, stall_s: float, build_timeout_s: float) -> None:
@@ -368,8 +362,8 @@ class ReplicaPool:
         """End the run: an engine that cannot be built will not be built the next time."""
         if self.broken.done():
             return
-        said = engine.failure["why"] if engine.failure else f"engine {engine.number} could not be started: {why}"
-        code = int(engine.failure["code"]) if engine.failure else 1
+        said = engine.failure.why if engine.failure else f"engine {engine.number} could not be started: {why}"
+        code = engine.failure.code if engine.failure else 1
         self.broken.set_exception(JobError(said, exit_code=code))
 
     async def _monitor(self) -> None:

@@ -1,6 +1,6 @@
 """From the bytes of a body to what an engine is asked: JSON, tokens, sampling parameters.
 
-JSON is parsed, validated and written with bounded work, so that no request holds up others.
+JSON is parsed, validated and written with bounded work, so that no request delays others.
 """
 
 from __future__ import annotations

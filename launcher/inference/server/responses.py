@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from launcher.inference.engine.base import InvalidRequest
 from launcher.inference.server.protocol import (
@@ -174,7 +175,7 @@ def as_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 STREAM_KEEP_ALIVE_S = 5.0
-"""A stream without an event for so long sends a comment, so that no proxy closes it."""
+"""Interval of a comment in a stream, so that no proxy closes one that waits."""
 EventData = dict[str, Any]
 
 
@@ -199,7 +200,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
+class EventStream(EventSourceResponse):
     """Server-sent events, each the JSON of one object, ``[DONE]`` at the end.
 
     What goes wrong before the first event is an ordinary answer with its status; later it is an event.
@@ -219,65 +220,53 @@ class EventStream(Response):
         on_end: Callable[[], None],
         headers: dict[str, str],
     ) -> None:
-        super().__init__(headers=headers)
-        self._events, self._explain, self._on_end, self._extra = events, explain, on_end, headers
+        super().__init__(
+            self._encode(events),
+            headers={"cache-control": "no-cache", **headers},
+            ping=STREAM_KEEP_ALIVE_S,
+            ping_message_factory=lambda: ServerSentEvent(comment="waiting", sep="\n"),
+        )
+        self._events, self._explain, self._on_end = events, explain, on_end
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the last event, or until the client disconnects."""
-        sending = asyncio.ensure_future(self._send_all(scope, receive, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        head: Message = {}
+        beginning = asyncio.Lock()
+
+        async def send_late(message: Message) -> None:
+            """Send the head with the first bytes, so that an error before them has a status."""
+            nonlocal head
+            if message["type"] == "http.response.start":
+                head = message
+                return
+            async with beginning:  # a keep-alive may come together with the first event
+                if not self._has_begun:
+                    self._has_begun = True
+                    await send(head)
+            await send(message)
+
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                await sending
+            await super().__call__(scope, receive, send_late)
+        except ApiError as problem:
+            await problem.response()(scope, receive, send)
         finally:
             try:
-                for each in (sending, gone):
-                    each.cancel()
-                await asyncio.gather(sending, gone, return_exceptions=True)
-                with contextlib.suppress(asyncio.CancelledError):
-                    await self._events.aclose()
+                await self._events.aclose()
             finally:
                 self._on_end()
 
-    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
-        coming: asyncio.Future[EventData] | None = None
+    async def _encode(self, events: AsyncGenerator[EventData]) -> AsyncGenerator[bytes]:
         try:
-            while True:
-                coming = coming or asyncio.ensure_future(anext(self._events))
-                await asyncio.wait({coming}, timeout=STREAM_KEEP_ALIVE_S)
-                if not coming.done():
-                    await self._write(send, b": waiting\n\n")
-                    continue
-                data, coming = coming.result(), None
-                await self._write(send, _event(json.dumps(data, ensure_ascii=False, separators=(",", ":"))))
-        except StopAsyncIteration:
-            await self._write(send, _event("[DONE]"), more=False)
-        except Exception as error:  # noqa: BLE001  (each becomes an error of the response)
+            async for data in events:
+                yield _event(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+                await asyncio.sleep(0)  # a kept result comes without a wait: others have their turn
+        except Exception as error:
             problem = self._explain(error)
             if not self._has_begun:
-                await problem.response()(scope, receive, send)
-                return
-            await self._write(send, _event(json.dumps(problem.body(), ensure_ascii=False)))
-            await self._write(send, _event("[DONE]"), more=False)
-        finally:
-            if coming is not None:  # its exception must be retrieved, even if it ended when the client disconnected
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
-
-    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        """Send some bytes; how long a client may take them, the connection knows."""
-        if not self._has_begun:
-            self._has_begun = True
-            headers = {
-                "content-type": "text/event-stream; charset=utf-8",
-                "cache-control": "no-cache",
-                "x-accel-buffering": "no",  # nginx would hold events back
-                **self._extra,
-            }
-            await send({"type": "http.response.start", "status": 200, "headers": as_headers(headers)})
-        await send({"type": "http.response.body", "body": data, "more_body": more})
+                raise problem from error
+            yield _event(json.dumps(problem.body(), ensure_ascii=False))
+        yield _event("[DONE]")
 
 
 def _event(text: str) -> bytes:

@@ -135,7 +135,7 @@ def _part(read: Callable[[], Any]) -> dict[str, Any]:
     except OSError as error:
         why = f"{Path(error.filename or '').name} {error.strerror or error}"
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        why = f"its files are not what a run writes ({type(error).__name__})"
+        why = f"its files have unexpected content ({type(error).__name__})"
     return {"trouble": why}
 
 

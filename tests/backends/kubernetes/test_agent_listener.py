@@ -109,7 +109,7 @@ def test_agent_refuses_a_session_without_the_key():
 
     thread = threading.Thread(target=pretend)
     thread.start()
-    with pytest.raises(HandshakeError, match="does not know the key"):
+    with pytest.raises(HandshakeError, match="does not have the key"):
         authenticate(agent, index=1, key=KEY)
     thread.join()
     agent.close()
@@ -136,7 +136,7 @@ def test_a_proof_is_valid_once():
             assert replay.recv(100) == b""
         call(port, 2).close()
         assert len(wait_for_all()) == 2
-    assert [text.rpartition(" and ")[2] for text in said] == ["does not know the key of this run"]
+    assert [text.rpartition(" and ")[2] for text in said] == ["does not have the key of this run"]
     recorder.close()
 
 

@@ -11,19 +11,19 @@ from launcher.protocol.plan import Host
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("image", "", "cannot name an image"),
-        ("image", "a b", "cannot name an image"),
+        ("image", "", "is not a valid image"),
+        ("image", "a b", "is not a valid image"),
         ("nodes", 0, "at least 1"),
         ("gpus_per_node", -1, "at least 0"),
         ("cpus", 0, "at least 1"),
         ("memory", "64GB", "64Gi"),
         ("shared_memory", "lots", "64Gi"),
-        ("namespace", "My_Team", "small letters"),
+        ("namespace", "My_Team", "lowercase letters"),
         ("namespace", "a.b", "namespace"),
-        ("claim", "runs_1", "small letters"),
-        ("secret", "-a", "small letters"),
-        ("service_account", "A", "small letters"),
-        ("image_pull_secrets", ("ok", "N o"), "small letters"),
+        ("claim", "runs_1", "lowercase letters"),
+        ("secret", "-a", "lowercase letters"),
+        ("service_account", "A", "lowercase letters"),
+        ("image_pull_secrets", ("ok", "N o"), "lowercase letters"),
         ("volumes", {"data": "data"}, "absolute"),
         ("volumes", {"data": "/data", "more": "/data/"}, r"more=/data/: is the folder of backend\.volumes\.data"),
         ("volumes", {"data": "/x/../runs"}, r"is the folder of backend\.mount"),
@@ -36,9 +36,9 @@ from launcher.protocol.plan import Host
         (
             "tolerations",
             ({"key": "x", "operator": "Exist"},),
-            "=Exist: is no operator of a toleration; did you mean Exists",
+            "=Exist: is not a valid operator of a toleration; did you mean Exists",
         ),
-        ("tolerations", ({"key": "x", "effect": "Evict"},), "=Evict: is no effect of a toleration; "),
+        ("tolerations", ({"key": "x", "effect": "Evict"},), "=Evict: is not a valid effect of a toleration; "),
         ("shared_memory", "20Gi", r"is more than backend\.memory=16Gi.*; set backend\.memory=20Gi or more"),
         ("ttl_s", -1, "at least 0"),
         ("gather_timeout_s", 0, "above 0"),
@@ -75,7 +75,7 @@ def test_hosts_are_the_pods_asked_for(options, slots, devices):
 
 
 def test_no_user_logs_in_to_a_pod():
-    with pytest.raises(EnvironmentProblem, match="only while its run lasts"):
+    with pytest.raises(EnvironmentProblem, match="only during its run"):
         KubernetesExecutor(KubernetesBackend(image="launcher")).remote_command(
             Host(name="node0", slots=1), "launcher.doctor.probe"
         )

@@ -25,7 +25,7 @@ SHORT = SlurmPartition(name="short", is_default=False, limit="5:00", num_nodes=2
     ("options", "named"),
     [
         ({"nodes": 0}, "backend.nodes=0"),
-        ({"time": "90"}, "backend.time=90: is no time"),
+        ({"time": "90"}, "backend.time=90: is not a time"),
         ({"time": "01:99:00"}, "backend.time=01:99:00"),
         ({"time": "100:00:00"}, "backend.time=100:00:00"),
         ({"time": "00:02:00"}, "120 s before the limit"),
@@ -36,7 +36,7 @@ SHORT = SlurmPartition(name="short", is_default=False, limit="5:00", num_nodes=2
         ({"sbatch_options": ("-p main",)}, "backend.sbatch_options='-p main'"),
         ({"sbatch_options": ("--partition=x",)}, "set backend.partition instead"),
         ({"sbatch_options": ("--part=x",)}, "set backend.partition instead"),
-        ({"sbatch_options": ("--array=1-9",)}, "--array follows from"),
+        ({"sbatch_options": ("--array=1-9",)}, "--array is set by"),
         ({"sbatch_options": ("--comment=a\n#SBATCH --uid=0",)}, "is not one word"),
     ],
 )
@@ -106,7 +106,7 @@ def test_slurms_words_become_one_line():
     ],
 )
 def test_slurms_words_name_an_option(words, option):
-    assert f"{option}: Slurm says: {words}" in str(sbatch_error(SlurmBackend(qos="gold", account="me"), words))
+    assert f"{option}: Slurm reports: {words}" in str(sbatch_error(SlurmBackend(qos="gold", account="me"), words))
 
 
 def test_the_script(plan_of):

@@ -136,9 +136,9 @@ def test_ctrl_c_while_waiting_cancels_the_job(cluster, launch_in_background, tmp
     [
         ("backend.partition=nope", r"backend\.partition=nope: there is no partition nope; the partitions are main"),
         ("backend.nodes=3", r"backend\.nodes=3: partition main has 2"),
-        ("backend.gpus_per_node=9", r"backend\.(gpus_per_node=9|nodes=1): Slurm says: "),
-        ("backend.nodelist=n9", r"backend\.nodelist=n9: Slurm says: .*node"),
-        ("backend.mem=900G", r"backend\.mem=900G: Slurm says: "),
+        ("backend.gpus_per_node=9", r"backend\.(gpus_per_node=9|nodes=1): Slurm reports: "),
+        ("backend.nodelist=n9", r"backend\.nodelist=n9: Slurm reports: .*node"),
+        ("backend.mem=900G", r"backend\.mem=900G: Slurm reports: "),
     ],
 )
 def test_what_slurm_refuses_is_reported_by_option_and_leaves_nothing(cluster, launch, tmp_path, word, message):

@@ -47,7 +47,7 @@ def test_values_are_not_touched(nasty_strings: tuple[str, ...]) -> None:
 def test_a_name_that_no_shell_takes_is_refused(name: str) -> None:
     (error,) = validate_env({"FINE_1": "x", "_a": "y", name: "z"})
     assert error.option == "backend.env"
-    assert f"{name!r} is no name of a variable" in error.why
+    assert f"{name!r} is not a valid name of a variable" in error.why
 
 
 def test_a_value_that_no_process_takes_is_refused() -> None:

@@ -86,9 +86,9 @@ def test_a_filter_names_an_ipv6_host_in_brackets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "why", "fix"),
     [
-        ("worker slot=4", "'slot=4' means nothing here", "did you mean slots=4?"),
-        ("worker slots=4 max=5", "'max=5' means nothing here", "write the line as: worker slots=4"),
-        ("worker slots = 4", "'slots' means nothing here", "write the line as: worker slots=4"),
+        ("worker slot=4", "'slot=4' is not recognized", "did you mean slots=4?"),
+        ("worker slots=4 max=5", "'max=5' is not recognized", "write the line as: worker slots=4"),
+        ("worker slots = 4", "'slots' is not recognized", "write the line as: worker slots=4"),
         ("worker", "worker has no slots", "write worker slots=N"),
         ("worker slots=", "slots is '', not a number", "from 1"),
         ("worker slots=two", "slots is 'two', not a number", "from 1"),
@@ -100,7 +100,7 @@ def test_a_filter_names_an_ipv6_host_in_brackets(tmp_path: Path) -> None:
         ("-oProxyCommand=x slots=1", "begins with", "host"),
         ("-v slots=1", "begins with a dash", "own name"),
         ("-l@worker slots=1", "'-l' is not a user name", "letters"),
-        ("me:hunter22@worker slots=1", "a password stands before a host", "ssh logs in with a key"),
+        ("me:hunter22@worker slots=1", "there is a password before a host", "ssh logs in with a key"),
         ("@worker slots=1", "'' is not a user name", "letters"),
         ("me@-worker slots=1", "begins with a dash", "own name"),
         ("$(reboot) slots=1", "not a host name", "letters"),
@@ -166,8 +166,8 @@ def test_a_line_for_each_slot_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_hostfile(written(tmp_path, "a\nb slots=1\na\na\n"))
     (error,) = refusals(caught)
-    assert error.why == "a has no slots, and a line for each of 3"
-    (entry,) = read_hostfile(written(tmp_path, error.fix.partition("instead of them: ")[2]))
+    assert error.why == "a has no slots=N, and is on 3 lines"
+    (entry,) = read_hostfile(written(tmp_path, error.fix.partition("replace these lines by one: ")[2]))
     assert (entry.name, entry.slots) == ("a", 3)
 
 
@@ -176,7 +176,7 @@ def test_names_of_several_hosts_are_named_as_such(tmp_path: Path, line: str) -> 
     with pytest.raises(ConfigError) as caught:
         read_hostfile(written(tmp_path, f"{line}\n"))
     (error,) = refusals(caught)
-    assert "stands for several hosts" in error.why
+    assert "is a range of hosts" in error.why
     assert f"write a line for each of its hosts: node{line[5:6] if line[5] != '0' else '01'} slots=N, …" == error.fix
 
 
@@ -185,7 +185,7 @@ def test_all_wrong_lines_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigErrors) as caught:
         read_hostfile(path)
     assert [error.source for error in refusals(caught)] == [f"{path}:1", f"{path}:3", f"{path}:4"]
-    assert "stands on line 2 already" in refusals(caught)[-1].why
+    assert "is already on line 2" in refusals(caught)[-1].why
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# worker slots=1\n"])

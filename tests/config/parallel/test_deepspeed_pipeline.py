@@ -42,7 +42,7 @@ BATCH = Batch(micro_batch=2, gradient_accumulation_steps=4, data_parallel=2)
         ({"micro_batches": 0}, "parallel.micro_batches", "must be at least 1"),
         ({"reduce_bucket_size": 0}, "parallel.reduce_bucket_size", "must be at least 1"),
         ({"deepspeed": {"pipeline": {}}}, "parallel.deepspeed.pipeline", "the launcher sets it"),
-        ({"deepspeed": {"zero_optimization": {"overlap_comm": True}}}, None, "has no such choice"),
+        ({"deepspeed": {"zero_optimization": {"overlap_comm": True}}}, None, "does not support it"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, None, "set parallel.stage instead"),
     ],
 )

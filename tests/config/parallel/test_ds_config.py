@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration of every shipped ZeRO option, whole: ``UPDATE_GOLDEN=1 pytest`` writes the files anew."""
+"""DeepSpeed's configuration of every shipped ZeRO option, whole: ``UPDATE_GOLDEN=1 pytest`` rewrites the files."""
 
 from __future__ import annotations
 

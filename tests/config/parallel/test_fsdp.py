@@ -65,5 +65,5 @@ def test_legal_degrees_are_not_refused():
 
 
 def test_heads_are_cut_once():
-    with pytest.raises(ConfigErrors, match="splits the heads already"):
+    with pytest.raises(ConfigErrors, match="already splits the heads"):
         Fsdp(sequence_parallel=2, tensor=2)

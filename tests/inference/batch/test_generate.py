@@ -87,7 +87,7 @@ def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp
 
 def test_bad_lines_are_reported_and_the_others_done(tmp_path) -> None:
     records = prompts("good", "x" * 64, "also", "")
-    records += [Record(4, 5, {"id": 7, "prompt": [299, 300]}), Record(5, 6, {}, "is no JSON object")]
+    records += [Record(4, 5, {"id": 7, "prompt": [299, 300]}), Record(5, 6, {}, "is not a JSON object")]
     found = work(tmp_path, records)
     assert [answer.get("error", "")[:16] for answer in found] == [
         "",
@@ -95,7 +95,7 @@ def test_bad_lines_are_reported_and_the_others_done(tmp_path) -> None:
         "",
         "prompt: is empty",
         "prompt: 300 is n",
-        "is no JSON objec",
+        "is not a JSON ob",
     ]
     assert found[4]["id"] == 7
 

@@ -32,12 +32,12 @@ def test_json_lines(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'{"prompt": ', "is no JSON object"),
-        (b"[1]", "is no JSON object"),
+        (b'{"prompt": ', "is not a JSON object"),
+        (b"[1]", "is not a JSON object"),
         (b'{"temperature": NaN}', "NaN"),
         (b'{"prompt": "\xff"}', "is not UTF-8: byte 0xff at position 12"),
         (b'{"prompt": "a\0b"}', "has a NUL byte at position 13"),
-        (b"[" * 100_000, "is no JSON object"),
+        (b"[" * 100_000, "is not a JSON object"),
     ],
 )
 def test_a_bad_line_is_reported_and_the_next_one_read(tmp_path, line, problem) -> None:

@@ -22,13 +22,25 @@ class Behind:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
-        self.go = asyncio.Event()
+        self.heads: list[bytes] = []
+        self.go, self.left = asyncio.Event(), asyncio.Event()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
         body = json.loads(await reader.readexactly(length))
         self.asked.append(body)
+        self.heads.append(head)
+        if nonsense := body.get("nonsense"):
+            writer.write(nonsense.encode())
+            writer.close()
+            return
+        if body.get("endless"):
+            writer.write(STREAM)
+            assert await reader.read() == b"", "more than one request on a connection"
+            self.left.set()
+            writer.close()
+            return
         if not body.get("silent"):
             writer.write(STREAM)
         await self.go.wait()
@@ -160,7 +172,7 @@ def test_a_client_that_goes_while_it_waits_leaves_its_place() -> None:
 def test_a_server_that_is_not_there_yet_is_asked_again_later() -> None:
     async def go() -> None:
         async with proxied() as (client, _, proxy):
-            proxy._port = free_port()
+            proxy._url = f"http://127.0.0.1:{free_port()}"
             answer = await client.post("/v1/completions", json={})
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "starting")
             assert answer.headers["retry-after"] == "5"
@@ -173,5 +185,71 @@ def test_a_server_that_breaks_off_is_said_to() -> None:
         async with proxied() as (client, behind, _):
             behind.go.set()
             assert await ask(client, silent=True, breaks=True) == (502, "engine_failed")
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    "nonsense", ["hello\r\n\r\n", "HTTP/1.1 many OK\r\n\r\n", "HTTP/1.1 200 OK\r\nno header\r\n\r\n", "HTTP/1.1 200"]
+)
+def test_a_server_that_does_not_speak_http_is_said_to_fail(nonsense: str) -> None:
+    async def go() -> None:
+        async with proxied() as (client, _, _proxy):
+            assert await ask(client, nonsense=nonsense) == (502, "engine_failed")
+
+    asyncio.run(go())
+
+
+def test_a_client_that_goes_ends_its_request_at_the_server_behind() -> None:
+    async def go() -> None:
+        async with proxied() as (_, behind, proxy):
+            gone, sent = asyncio.Event(), list[Any]()
+            body = iter([{"type": "http.request", "body": b'{"endless": true}', "more_body": False}])
+
+            async def receive() -> Any:
+                if (message := next(body, None)) is not None:
+                    return message
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/completions",
+                "query_string": b"a=%41",
+                "headers": [],
+            }
+            asking = asyncio.create_task(proxy(scope, receive, send))
+            await until(lambda: len(sent) == 2)
+            assert sent[1]["body"] == b"data: 1\n\n", "the event was kept back"
+            assert not behind.left.is_set()
+            gone.set()
+            await asking
+            await until(behind.left.is_set)
+            assert proxy.open_requests == 0
+            assert behind.heads[0].startswith(b"POST /v1/completions?a=%41 HTTP/1.1\r\n")
+            assert b"encoding" not in behind.heads[0].lower(), "the answer must not be compressed"
+
+    asyncio.run(go())
+
+
+def test_headers_of_the_caller_are_forwarded_only_where_named() -> None:
+    async def go() -> None:
+        async with proxied() as (client, behind, _):
+            behind.go.set()
+            headers = {
+                "authorization": "Bearer client",
+                "cookie": "a=b",
+                "accept-encoding": "gzip",
+                "x-request-id": "7",
+            }
+            assert (await client.post("/v1/completions", json={}, headers=headers)).status_code == 200
+            head = behind.heads[0].lower()
+            assert b"x-request-id: 7" in head
+            assert b"authorization: bearer x\r\n" in head
+            assert not any(word in head for word in (b"bearer client", b"cookie", b"gzip"))
 
     asyncio.run(go())

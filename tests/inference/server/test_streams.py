@@ -109,15 +109,16 @@ def test_equal_requests_at_once_are_computed_once(slow: Served) -> None:
     assert shared + kept - kept_before == 11  # who comes late finds it kept
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_vanishes_is_let_go_of(slow: Served, *, stream: bool) -> None:
+@pytest.mark.parametrize(("stream", "choices"), [(False, 1), (True, 1), (True, 3)])
+def test_a_client_that_vanishes_is_let_go_of(slow: Served, *, stream: bool, choices: int) -> None:
     wait_for(lambda: slow.metric("num_requests_running") == 0)
     gone = slow.metric("request_failure_total", reason="abandoned")
-    connection = raw(slow.port, {"model": MODEL, "prompt": "gone", "max_tokens": 250, "stream": stream})
-    wait_for(lambda: slow.metric("num_requests_running") == 1)
+    body = {"model": MODEL, "prompt": "gone", "max_tokens": 250, "stream": stream, "n": choices, "temperature": 1}
+    connection = raw(slow.port, body)
+    wait_for(lambda: slow.metric("num_requests_running") == choices)
     connection.close()
     wait_for(lambda: slow.metric("num_requests_running") == 0, seconds=4)  # five seconds were left
-    assert slow.metric("request_failure_total", reason="abandoned") == gone + 1
+    assert slow.metric("request_failure_total", reason="abandoned") == gone + choices
 
 
 def test_one_of_two_readers_may_vanish(slow: Served) -> None:

@@ -64,12 +64,35 @@ def test_a_client_goes_in_the_moment_that_its_stream(how: str) -> None:
             asyncio.get_running_loop().call_later(0.05, moment.set)
 
         stream = EventStream(events(), explain=explain, on_end=lambda: ended.append(how), headers={})
-        await stream({"type": "http"}, receive, send)
+        await stream({"type": "http", "method": "POST"}, receive, send)
         gc.collect()
 
     asyncio.run(go())
     assert ended == [how]
     assert not complaints
+
+
+def test_events_that_are_all_there_leave_turns_to_others() -> None:
+    async def go() -> None:
+        sent: list[Any] = []
+
+        async def events() -> AsyncGenerator[EventData]:
+            for number in range(10_000):
+                yield {"number": number}
+
+        async def receive() -> Any:
+            while len(sent) < 10:
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        stream = EventStream(events(), explain=explain, on_end=lambda: None, headers={})
+        await stream({"type": "http", "method": "POST"}, receive, send)
+        assert len(sent) < 20
+
+    asyncio.run(go())
 
 
 def test_a_client_that_takes_nothing_is_gone() -> None:

@@ -28,7 +28,7 @@ class Model:
         self.names = {nn.Parameter(torch.randn(3, 2)): name for name in ("trained", "tied", "frozen")}
         self.trained, self.tied, self.frozen = self.names
         self.frozen.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW([self.trained, self.tied], lr=0.1, fused=True)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW([self.trained, self.tied], lr=0.1, fused=True)
         for _ in range(steps):
             self.step()
         self.state = MasterState(self.optimizer, self.names, saved_elsewhere=[self.tied])
@@ -62,6 +62,35 @@ def test_before_the_first_step_moments_are_zero_and_stay_uncreated() -> None:
     assert shards["exp_avg.trained"].tolist() == [0.0] * 6
     assert shards["step.trained"].item() == 0
     assert not model.optimizer.state
+
+
+class CountsByGroup(torch.optim.Optimizer):
+    """As DeepSpeed's fused Adam, it counts in the state of the last parameter of a group."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"betas": (0.9, 0.999)})
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not (state := self.state[parameter]):
+                    state |= {"step": 0, "exp_avg": torch.zeros(3, 2), "exp_avg_sq": torch.zeros(3, 2)}
+            state["step"] += 1
+
+
+def test_steps_that_an_optimizer_counts_once_for_a_group_are_those_of_each_parameter(tmp_path: Path) -> None:
+    from launcher.engines.deepspeed.masters import MasterState
+
+    one, other = Model(seed=0, steps=0), Model(seed=0, steps=0)
+    states = []
+    for model in (one, other):
+        model.optimizer = CountsByGroup([model.trained, model.tied])
+        states.append(MasterState(model.optimizer, model.names))
+    one.optimizer.step()
+    one.optimizer.step()
+    write_shards(tmp_path / "file", states[0].shards())
+    states[1].load(StoredState([tmp_path / "file"]))
+    assert [state["step"] for state in other.optimizer.state.values()] == [2, 2]
 
 
 def test_another_model_is_refused_before_anything_is_changed(tmp_path: Path) -> None:

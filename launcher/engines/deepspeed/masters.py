@@ -58,6 +58,7 @@ class MasterBuffer:
         weights: the tensor, fp32 or, with ``parallel.low_memory_bf16``, bf16.
         parameters: of which it has a part, or another rank has.
         parts: that it consists of.
+        counted_with: tensors of which the optimizer counts the steps once, in the state of any.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class MasterBuffer:
         *,
         parameters: Sequence[nn.Parameter],
         parts: Sequence[_Part],
+        counted_with: Sequence[Tensor] = (),
     ) -> None:
-        self._optimizer, self._weights = optimizer, weights
+        self._optimizer, self._weights, self._counted_with = optimizer, weights, counted_with
         self.parameters, self.parts = parameters, parts
 
     def read(self, key: str, part: _Part) -> Tensor:
@@ -84,7 +86,8 @@ class MasterBuffer:
     @property
     def step(self) -> int:
         """Updates so far."""
-        return int(self._state.get("step", 0))
+        states = (self._optimizer.state.get(tensor, {}) for tensor in (self._weights, *self._counted_with))
+        return max(int(state.get("step", 0)) for state in states)
 
     @contextmanager
     def opened(self) -> Iterator[dict[str, Tensor]]:
@@ -121,7 +124,7 @@ class MasterBuffer:
             if number % 1000 == 0:
                 heartbeat()
         self._optimizer.param_groups = groups
-        del self._optimizer.state[unused]
+        self._optimizer.state.pop(unused, None)
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -215,17 +218,23 @@ def master_buffers(optimizer: Any) -> list[MasterBuffer]:
         pairs = [pair for one, other in groups for pair in zip(one, other, strict=True)]
         return [_whole_buffer(optimizer.optimizer, master, parameter) for parameter, master in pairs]
     assert isinstance(optimizer, torch.optim.Optimizer), type(optimizer)
-    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [_whole_buffer(optimizer, parameter, parameter) for parameter in updated]
+    counts_by_group = not isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's fused Adam
+    return [
+        _whole_buffer(optimizer, parameter, parameter, counted_with=group["params"] if counts_by_group else ())
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
 
 
 def _is_swapped(zero: DeepSpeedZeroOptimizer_Stage3, numel: int) -> bool:
     return bool(zero.swap_optimizer and zero.optimizer_swapper.is_swappable_tensor(numel=numel))
 
 
-def _whole_buffer(optimizer: torch.optim.Optimizer, weights: Tensor, parameter: nn.Parameter) -> MasterBuffer:
+def _whole_buffer(
+    optimizer: torch.optim.Optimizer, weights: Tensor, parameter: nn.Parameter, *, counted_with: Sequence[Tensor] = ()
+) -> MasterBuffer:
     part = _Part(parameter, start=0, numel=parameter.numel(), offset=0)
-    return MasterBuffer(optimizer, weights, parameters=[parameter], parts=[part])
+    return MasterBuffer(optimizer, weights, parameters=[parameter], parts=[part], counted_with=counted_with)
 
 
 _Group = tuple[Tensor, Sequence[nn.Parameter], Sequence[int], int]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from launcher.checkpoint.manifest import MANIFEST
@@ -17,9 +17,8 @@ from launcher.checkpoint.manifest import MANIFEST
 _NO_LOCKS = "its file system has no flock: do not remove it while it is read"
 
 
-@contextmanager
-def reading(folder: Path, *, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Within the context no run removes a checkpoint.
+class ReadLock:
+    """Keeps a checkpoint: while one exists, no run removes it. Released by ``close``, or with the last reference.
 
     Args:
         folder: a checkpoint, or a folder in one; any other folder is not locked.
@@ -28,20 +27,30 @@ def reading(folder: Path, *, say: Callable[[str], None] = print) -> Iterator[Non
     Raises:
         FileNotFoundError: the checkpoint was removed before it could be locked.
     """
-    manifest = next((parent / MANIFEST for parent in (folder, folder.parent) if (parent / MANIFEST).exists()), None)
-    if manifest is None:
-        yield
-        return
-    descriptor = os.open(manifest, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
+
+    def __init__(self, folder: Path, *, say: Callable[[str], None] = print) -> None:
+        places = (parent / MANIFEST for parent in (folder, folder.parent))
+        manifest = next((place for place in places if place.exists()), None)
+        self.close: Callable[[], object] = _nothing
+        if manifest is None:
+            return
+        descriptor = os.open(manifest, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.close = weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except OSError as error:
             say(f"checkpoint {manifest.parent} cannot be locked ({error.strerror}): {_NO_LOCKS}")
         os.stat(manifest)  # noqa: PTH116  (raises the error of a checkpoint that was removed meanwhile)
-        yield
-    finally:
-        os.close(descriptor)
+
+    def __enter__(self) -> ReadLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _nothing() -> None:
+    """Release no lock."""
 
 
 class RemovalLock:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.manifest import WrittenFile
 from launcher.checkpoint.regions import (
     Box,
@@ -149,6 +150,8 @@ class _Entry:
 class StoredState:
     """The tensors of a checkpoint, whatever ranks and strategies wrote them.
 
+    No run removes the checkpoint while this exists.
+
     Args:
         files: that ranks wrote.
 
@@ -158,6 +161,8 @@ class StoredState:
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
+        files = list(files)
+        self._lock = ReadLock(files[0].parent, say=lambda line: None) if files else None
         self._entries: dict[str, _Entry] = {}
         self._open: dict[Path, Any] = {}
         self._shapes = whole_shapes(part for file in files for part in self._added(file))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.store import SavedCheckpoint
 from launcher.cli.arguments import Arguments, path_value
 from launcher.config.export import ExportOptions
@@ -35,7 +36,8 @@ def run(arguments: Arguments) -> int:
     saved = _checkpoint(arguments.source, arguments.root)
     source = saved.folder / MODEL_FOLDER
     command = [sys.executable, "-m", "launcher.jobs.export", str(source), str(target), options.dtype]
-    code = run_in_foreground([*command, str(options.max_shard_bytes)])
+    with ReadLock(saved.folder):
+        code = run_in_foreground([*command, str(options.max_shard_bytes)])
     if code == 0:
         folder = short_path(target)
         print(printable(f"exported step {saved.manifest.step} of {short_path(saved.folder.parent.parent)} to {folder}"))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.manifest import damaged_files
 from launcher.checkpoint.resume import BEST, find_checkpoints, is_checkpoint, parse_reference
 from launcher.checkpoint.store import SavedCheckpoint, best_first
@@ -118,7 +119,8 @@ def find_intact_checkpoint(
     """
     damaged: list[str] = []
     for saved in select_checkpoints(folder, word, option=option):
-        bad = damaged_files(saved.folder, saved.manifest, files_of_model(saved), heartbeat=heartbeat)
+        with ReadLock(saved.folder, say=_warn):
+            bad = damaged_files(saved.folder, saved.manifest, files_of_model(saved), heartbeat=heartbeat)
         if not bad:
             if damaged:
                 _warn(f"{option}={word}: {saved.folder} is loaded instead")

@@ -7,7 +7,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from launcher.checkpoint.locks import reading
+from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.manifest import damaged_files, files_of_part
 from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
 from launcher.checkpoint.store import complete_checkpoints, silent
@@ -159,7 +159,7 @@ def _find_intact(
             raise JobError(f"checkpoint.resume={resume}: ranks see different checkpoints; {fix}")
         if saved is None:
             break
-        locks.enter_context(reading(saved.folder, say=say))
+        locks.enter_context(ReadLock(saved.folder, say=say))
         names = sorted(saved.manifest.files)
         sizes = saved.manifest.files
         own = damaged_files(

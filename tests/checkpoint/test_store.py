@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.locks import reading
+from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.manifest import WrittenFile, damaged_files, files_of_part, read_manifest
 from launcher.checkpoint.store import CheckpointStore, best_first
+from launcher.checkpoint.tensors import StoredState, shard_file_name, write_shards
 from launcher.config.checkpoint import Checkpoint
 from launcher.utils.files import read_json, sha256_of, write_json
 
@@ -116,7 +117,7 @@ def test_a_checkpoint_that_is_read_stays_until_the_next_time(tmp_path: Path, sav
     store = CheckpointStore(tmp_path / "checkpoints", Checkpoint(keep=1), say=said.append)
     read = save(10, keep=0)
     model = read.folder / "ranks"
-    with reading(model), reading(read.folder):  # also by its folder of weights; readers share it
+    with ReadLock(model), ReadLock(read.folder):  # also by its folder of weights; readers share it
         save(20, keep=0)
         store.prune()
         assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000020"]
@@ -125,8 +126,23 @@ def test_a_checkpoint_that_is_read_stays_until_the_next_time(tmp_path: Path, sav
     assert names(tmp_path / "checkpoints") == ["step_00000020"]
 
 
+def test_whoever_has_its_tensors_open_reads_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", Checkpoint(keep=1))
+    for step in (10, 20):
+        file = store.begin(step) / shard_file_name(0)
+        file.parent.mkdir()
+        write_shards(file, [])
+        saved = store.commit(manifest_of(step))
+        if step == 10:
+            state = StoredState([saved.folder / shard_file_name(0)])
+    assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000020"]
+    del state
+    store.prune()
+    assert names(tmp_path / "checkpoints") == ["step_00000020"]
+
+
 def test_one_that_is_replaced_while_it_is_read_goes_away_later(tmp_path: Path, save: Save) -> None:
-    with reading(save(10).folder):
+    with ReadLock(save(10).folder):
         save(10)
         assert names(tmp_path / "checkpoints") == [".step_00000010.old", "step_00000010"]
     save(20)
@@ -141,7 +157,7 @@ def test_a_reader_that_comes_too_late_is_told(tmp_path: Path, save: Save, monkey
 
     monkeypatch.setattr("fcntl.flock", removed)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
-        reading(folder).__enter__()
+        ReadLock(folder)
 
 
 def test_a_file_system_without_locks_is_named_once(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +169,7 @@ def test_a_file_system_without_locks_is_named_once(tmp_path: Path, save: Save, m
 
     monkeypatch.setattr("fcntl.flock", unsupported)
     said: list[str] = []
-    with reading(tmp_path / "checkpoints" / "step_00000030", say=said.append):
+    with ReadLock(tmp_path / "checkpoints" / "step_00000030", say=said.append):
         CheckpointStore(tmp_path / "checkpoints", Checkpoint(keep=1), say=said.append).prune()
     assert names(tmp_path / "checkpoints") == ["step_00000030"]
     assert [line.partition(":")[0].partition("(")[0] for line in said] == [

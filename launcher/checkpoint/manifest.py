@@ -84,6 +84,8 @@ class CheckpointManifest:
     parallel: dict[str, Any]
     """The strategy with its ``kind`` and every option."""
     precision: str
+    optimizer: str = ""
+    """Kind of the optimizer, whose state is stored; empty for what does not train."""
     world_size: int
     data: DataCursor | None = None
     """``null`` for what does not train."""
@@ -163,6 +165,7 @@ def describe_checkpoint(
         engine=run.parallel.engine,
         parallel=to_tree(run.parallel),
         precision=run.precision.kind,
+        optimizer=run.optimizer.kind if steps is not None else "",
         world_size=world_size,
         data=data,
         schedule=to_tree(run.schedule) | {"steps": steps},

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.store import SavedCheckpoint, Say, complete_checkpoints, open_checkpoint
@@ -19,7 +20,7 @@ from launcher.config.schedule import Schedule
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
-from launcher.utils.text import shell_word
+from launcher.utils.text import counted, shell_word, short_path
 
 BEST = "best"
 _SELECTED = re.compile(r"(?P<source>.+)@(?P<selector>best|step_(?P<step>\d+))", re.DOTALL)
@@ -137,15 +138,57 @@ def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoin
 
 
 def validate_resume(
-    saved: SavedCheckpoint, *, model: Model, parallel: Parallel, precision: Precision, world_size: int
+    saved: SavedCheckpoint, *, model: Model, optimizer: Optimizer | None = None
 ) -> Iterator[ConfigError]:
-    """Yield each reason why a run of these components cannot continue from ``saved`` exactly."""
-    manifest = saved.manifest
+    """Yield each reason why a run cannot continue from ``saved``.
+
+    Strategy, ranks and precision may differ: every engine reads what every other wrote.
+
+    Args:
+        saved: the checkpoint.
+        model: of the run.
+        optimizer: of the run; ``None`` if it does not train.
+    """
     yield from _other_model(saved, model)
+    written = saved.manifest.optimizer
+    if optimizer is not None and written and written != optimizer.kind:
+        why = f"has the state of optimizer={written}, this run has optimizer={optimizer.kind}"
+        over = f"model.weights={saved.folder} checkpoint.resume=none to start over from its weights"
+        yield _error(saved, why, f"set optimizer={written}, or {over}")
+
+
+def describe_resume(saved: SavedCheckpoint, *, parallel: Parallel, precision: Precision, world_size: int) -> str:
+    """Return what a run continues from and what is converted: ``step 20 of x, fsdp on 4 ranks → zero3 on 2 ranks``."""
+    manifest = saved.manifest
+    before = f"{_strategy(manifest.parallel)} on {counted(manifest.world_size, 'rank')}"
+    now = f"{_strategy(to_tree(parallel))} on {counted(world_size, 'rank')}"
+    changes = [f"{before} → {now}"] if before != now else []
     if manifest.precision != precision.kind:
-        why = f"was written with precision={manifest.precision}, this run has precision={precision.kind}"
-        yield _error(saved, why, f"set precision={manifest.precision}")
-    yield from _other_strategy(saved, parallel, world_size)
+        changes.append(f"{manifest.precision} → {precision.kind}")
+    return ", ".join([f"step {manifest.step} of {short_path(saved.folder.parent.parent)}", *changes])
+
+
+def _strategy(parallel: Mapping[str, Any]) -> str:
+    kind = str(parallel.get("kind"))
+    return f"{kind}{parallel.get('stage')}" if kind == "zero" else kind
+
+
+def data_warnings(saved: SavedCheckpoint, *, seed: int, global_batch: int, sequence_length: int) -> Iterator[str]:
+    """Yield what changes in the data of a run that resumes with other options."""
+    data = saved.manifest.data
+    if data is None:
+        return
+    if data.global_batch != global_batch:
+        yield (
+            f"the global batch changes from {data.global_batch} to {global_batch} sequences after step "
+            f"{saved.manifest.step}; the data continues after its first {data.sequences:,} sequences"
+        )
+    for option, before, now in (
+        ("job.seed", data.seed, seed),
+        ("job.sequence_length", data.sequence_length, sequence_length),
+    ):
+        if before != now:
+            yield f"{option} changes from {before} to {now}: in the new order some samples repeat or are left out"
 
 
 def lr_jump_warning(saved: SavedCheckpoint, optimizer: Optimizer, schedule: Schedule, steps: int) -> str | None:
@@ -180,29 +223,6 @@ def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
     else:
         fix = f"choose the model it was trained with, as {saved.folder / 'model/config.json'} describes it"
     yield _error(saved, f"is of another model: {differences}", fix)
-
-
-def _other_strategy(saved: SavedCheckpoint, parallel: Parallel, world_size: int) -> Iterator[ConfigError]:
-    written, ours, written_on = saved.manifest.parallel, to_tree(parallel), saved.manifest.world_size
-    if written.get("kind") != ours["kind"]:
-        why = f"was written with parallel of kind {written.get('kind')}, this run's is {ours['kind']}"
-        option = f"zero{written.get('stage')}" if written.get("kind") == "zero" else written.get("kind")
-        yield _error(saved, why, f"set parallel={option}{_or_weights(saved)}")
-        return
-    for name in parallel.checkpoint_options:
-        if written.get(name) != ours[name]:
-            why = f"was written with parallel.{name}={written.get(name)}, this run has {ours[name]}"
-            yield _error(saved, why, f"set parallel.{name}={written.get(name)}")
-    if written_on != world_size and not parallel.supports_resharding:
-        why = f"is partitioned over {written_on} ranks, this run has {world_size}"
-        yield _error(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")
-
-
-def _or_weights(saved: SavedCheckpoint) -> str:
-    """Return the advice to start over from a checkpoint's weights if they are whole, else ""."""
-    if saved.manifest.parallel.get("kind") not in ("single", "ddp"):
-        return ""
-    return f", or model.weights={saved.folder} checkpoint.resume=none to start over from its weights"
 
 
 def _error(saved: SavedCheckpoint, why: str, fix: str) -> ConfigError:

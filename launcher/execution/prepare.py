@@ -14,7 +14,7 @@ from launcher.config.snapshot import dump_run
 from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
-from launcher.execution.validate import path_warnings, resume_warnings, validate_machine
+from launcher.execution.validate import path_warnings, resume_details, resume_warnings, validate_machine
 from launcher.planning.planner import gather_local_facts, make_plan
 from launcher.protocol.plan import Host, Plan, RunIdentity
 from launcher.protocol.rundir import RunDir, new_run_id
@@ -120,7 +120,9 @@ def replan(
     if mistakes:
         raise ConfigErrors(mistakes)
     if is_fresh:
-        plan = replace(plan, warnings=(*plan.warnings, *resume_warnings(run, folder), *path_warnings(run, hosts)))
+        resumed = resume_warnings(run, folder, world_size=plan.world_size)
+        details = {**plan.details, **resume_details(run, folder, world_size=plan.world_size)}
+        plan = replace(plan, details=details, warnings=(*plan.warnings, *resumed, *path_warnings(run, hosts)))
     return PreparedRun(run=run, plan=plan, snapshot=snapshot)
 
 

@@ -7,11 +7,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.resume import resume_of_restart
+from launcher.checkpoint.resume import find_checkpoint, resume_of_restart
+from launcher.checkpoint.store import silent
 from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError, EnvironmentProblem
 from launcher.errors.secrets import redact
 from launcher.execution.executor import AnyExecutor
 from launcher.execution.prepare import PreparedRun, replan
+from launcher.execution.resumed_batch import keep_global_batch
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.plan import Host
 from launcher.protocol.results import write_result
@@ -120,6 +122,8 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
         run=replace(run.run, dir=prepared.plan.run_dir),
         checkpoint=replace(run.checkpoint, resume=resume),
     )
+    if resume == "auto" and (saved := find_checkpoint(resume, directory, say=silent)) is not None:
+        run = keep_global_batch(run, saved, world_size=sum(host.slots for host in hosts))
     is_fresh = resume == "auto"  # otherwise the directory is checked as that of a new run, which must be empty
     try:
         again = replan(run, hosts, run_id=prepared.plan.run_id, folder=directory.path, port=port, is_fresh=is_fresh)

@@ -6,10 +6,16 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from launcher.checkpoint.resume import find_checkpoint, lr_jump_warning, validate_resume
+from launcher.checkpoint.resume import (
+    data_warnings,
+    describe_resume,
+    find_checkpoint,
+    lr_jump_warning,
+    validate_resume,
+)
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
 from launcher.config.job.generate import Generate
@@ -25,6 +31,7 @@ from launcher.execution.validate_inputs import validate_inputs, validate_resumed
 from launcher.planning.planner import estimate_memory
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
+from launcher.runs.checkpoints import kept_checkpoints
 from launcher.utils.text import bytes_text
 
 _CAP_IPC_LOCK = 14
@@ -44,14 +51,13 @@ def validate_machine(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Itera
 
 
 def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    world_size = sum(host.slots for host in hosts)
     yield from run.job.validate_machine(run, RunDir(run_dir))
     if isinstance(run.job, Generate | Quantize) and run.job.output is not None and not Path(run.job.output).exists():
         yield from _validate_unwritable("job.output", Path(run.job.output).absolute())
     yield from _validate_quantization(run)
     yield from validate_inputs(run, RunDir(run_dir), hosts=hosts)
     if isinstance(run.job, BatchedJob) and run.job.resumes:
-        yield from _validate_checkpoint(run, RunDir(run_dir), world_size)
+        yield from _validate_checkpoint(run, RunDir(run_dir))
     if isinstance(run.job, BatchedJob | GeneratingJob):
         yield from _validate_missing_tools(run, hosts)
     yield from _validate_taken_port(run.backend)
@@ -73,7 +79,7 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
         )
 
 
-def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
+def _validate_checkpoint(run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
     try:
         saved = find_checkpoint(run.checkpoint.resume, run_dir, say=_warn)
     except ConfigError as error:
@@ -81,9 +87,8 @@ def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator
         return
     if saved is None:
         return
-    yield from validate_resume(
-        saved, model=run.model, parallel=run.parallel, precision=run.precision, world_size=world_size
-    )
+    optimizer = run.optimizer if run.batched_job.trains else None
+    yield from validate_resume(saved, model=run.model, optimizer=optimizer)
     yield from validate_resumed_tokenizer(run, saved)
     done = saved.manifest.step
     if isinstance(run.job, Train) and done >= run.job.steps:
@@ -91,7 +96,23 @@ def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator
         yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
 
 
-def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
+def resume_details(run: Run, run_dir: Path, *, world_size: int) -> Mapping[str, str]:
+    """Return the line of the plan that says what a run continues from, and what is converted."""
+    if not run.job.resumes:
+        return {}
+    try:
+        saved = find_checkpoint(run.checkpoint.resume, RunDir(run_dir), say=silent)
+    except ConfigError:
+        return {}  # validate_machine reports it
+    if saved is None:
+        return {}
+    line = describe_resume(saved, parallel=run.parallel, precision=run.precision, world_size=world_size)
+    kept = kept_checkpoints(RunDir(saved.folder.parent.parent))
+    best = f" (best: {kept.best_text})" if kept and kept.best else ""
+    return {"checkpoint": f"{line}{best}"}
+
+
+def resume_warnings(run: Run, run_dir: Path, *, world_size: int) -> Iterator[str]:
     """Yield differences of a resumed run that the user may not expect."""
     if not run.job.resumes:
         return
@@ -104,6 +125,10 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
             yield f"{run_dir} holds no checkpoint to continue from: the run starts over"
         return
     steps = run.job.optimizer_steps
+    if steps is not None:
+        job = run.batched_job
+        batch = job.batch(run, world_size=world_size).global_batch
+        yield from data_warnings(saved, seed=job.seed, global_batch=batch, sequence_length=job.sequence_length)
     if steps is not None and (line := lr_jump_warning(saved, run.optimizer, run.schedule, steps)):
         yield line
     if run.checkpoint.resume != "auto" and run.model.weights not in ("random", "pretrained"):

@@ -28,6 +28,8 @@ from launcher.utils.schema import NO_SUCH_OPTION
 from launcher.utils.text import did_you_mean
 
 NO_EXPERIMENT = "default"
+_REPLACEABLE = ("parallel", "precision")
+"""Groups that a saved run can choose again: how it computes, not what."""
 
 
 def split_source(text: str) -> list[str]:
@@ -97,7 +99,8 @@ def load_saved_run(folder: Path, words: Sequence[str]) -> Run:
     words = take_plugins(words)
     mistakes: list[ConfigError] = []
     tree = run_to_tree(_from_its_folder(load_run(RunDir(folder).snapshot), RunDir(folder)))
-    for override in parse_overrides(words, {}, sweeping=False, report=mistakes.append):
+    overrides = parse_overrides(words, {}, sweeping=False, report=mistakes.append)
+    for override in sorted(overrides, key=lambda override: "." in override.key):  # groups first
         _apply_override(tree, override, mistakes)
     run = build_run(tree, mistakes.append)
     if run is None or mistakes:
@@ -118,6 +121,12 @@ def _from_its_folder(run: Run, run_dir: RunDir) -> Run:
 
 def _apply_override(tree: dict[str, Any], override: Override, mistakes: list[ConfigError]) -> None:
     key, given = override.key, override.value
+    if key in _REPLACEABLE:
+        try:
+            tree[key] = compose([f"{key}={given}"]).tree[key]
+        except ConfigErrors as several:
+            mistakes.extend(several.errors)
+        return
     if "." not in key:
         if key in (*KINDS, "run", "exp", "sweep"):
             fix = "change single values (job.steps=400), or start a new run with checkpoint.resume=DIR"

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
 
 from launcher.checkpoint.resume import (
     CheckpointReference,
+    data_warnings,
+    describe_resume,
     find_checkpoint,
     lr_jump_warning,
     parse_reference,
     validate_resume,
 )
-from launcher.config.component import Component
 from launcher.config.model.hf import Hf
-from launcher.config.optimizer import AdamW
-from launcher.config.parallel.data_parallel import Ddp, Single
+from launcher.config.optimizer import AdamW, Optimizer
+from launcher.config.parallel.base import Parallel
+from launcher.config.parallel.data_parallel import Ddp
 from launcher.config.parallel.zero import Zero
-from launcher.config.precision import Fp32Precision
+from launcher.config.precision import Fp32Precision, Precision
 from launcher.config.schedule import ConstantSchedule, CosineSchedule
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 
-from .conftest import MODEL, PARALLEL, PRECISION, Save, manifest_of
+from .conftest import MODEL, PARALLEL, PRECISION, Save
 
 
 @pytest.mark.parametrize("resume", ["none", "auto"])
@@ -120,60 +122,63 @@ def test_a_learning_rate_that_jumps_is_said(save: Save) -> None:
 
 
 def test_the_run_that_wrote_it_fits(save: Save) -> None:
-    fitting: dict[str, Any] = {"model": MODEL, "parallel": PARALLEL, "precision": PRECISION, "world_size": 2}
-    assert list(validate_resume(save(10), **fitting)) == []
+    assert list(validate_resume(save(10), model=MODEL, optimizer=AdamW())) == []
     renamed = replace(MODEL, name="another", weights="elsewhere")
-    faster = replace(PARALLEL, overlap_comm=False)
-    assert list(validate_resume(save(10), **{**fitting, "model": renamed, "parallel": faster})) == []
+    assert list(validate_resume(save(10), model=renamed, optimizer=AdamW())) == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd(Optimizer):
+    """Another kind."""
+
+    kind: ClassVar[str] = "sgd"
+
+
+def test_another_model_or_optimizer_is_refused(save: Save) -> None:
+    saved = save(10)
+    saved = replace(saved, manifest=replace(saved.manifest, optimizer="adamw"))
+    model = replace(MODEL, num_hidden_layers=3, hidden_size=32)
+    of_model, of_optimizer = validate_resume(saved, model=model, optimizer=Sgd(lr=1.0))
+    assert "its num_hidden_layers is 2, this run's is 3" in of_model.why
+    assert (
+        of_model.fix == f"set model.hidden_size={MODEL.hidden_size} model.num_hidden_layers={MODEL.num_hidden_layers}"
+    )
+    assert "has the state of optimizer=adamw, this run has optimizer=sgd" in of_optimizer.why
+    assert "set optimizer=adamw, or model.weights=" in of_optimizer.fix
+    assert list(validate_resume(saved, model=MODEL)) == [], "a run that does not train has no optimizer"
 
 
 @pytest.mark.parametrize(
-    ("change", "why", "fix"),
+    ("parallel", "precision", "world_size", "changes"),
     [
-        (
-            {"model": replace(MODEL, num_hidden_layers=3)},
-            "its num_hidden_layers is 2, this run's is 3",
-            "set model.num_hidden_layers=2",
-        ),
-        ({"world_size": 4}, "partitioned over 2 ranks, this run has 4", "run on 2 ranks"),
-        ({"precision": Fp32Precision()}, "precision=bf16, this run has precision=fp32", "set precision=bf16"),
-        ({"parallel": Ddp()}, "of kind zero, this run's is ddp", "set parallel=zero3"),
-        ({"parallel": Zero(stage=2)}, "parallel.stage=3, this run has 2", "set parallel.stage=3"),
-        ({"parallel": Zero(stage=3, offload_optimizer="cpu")}, "offload_optimizer=none", "offload_optimizer=none"),
+        (PARALLEL, PRECISION, 2, ""),
+        (PARALLEL, PRECISION, 1, ", zero3 on 2 ranks → zero3 on 1 rank"),
+        (Ddp(), PRECISION, 2, ", zero3 on 2 ranks → ddp on 2 ranks"),
+        (Zero(stage=1), Fp32Precision(), 2, ", zero3 on 2 ranks → zero1 on 2 ranks, bf16 → fp32"),
     ],
 )
-def test_a_run_that_differs_is_refused(save: Save, change: dict[str, Component | int], why: str, fix: str) -> None:
-    given: dict[str, Any] = {"model": MODEL, "parallel": PARALLEL, "precision": PRECISION, "world_size": 2, **change}
-    (error,) = validate_resume(save(10), **given)
-    assert error.option == "checkpoint.resume"
-    assert why in error.why
-    assert fix in error.fix
+def test_what_is_converted_is_said(
+    tmp_path: Path, save: Save, parallel: Parallel, precision: Precision, world_size: int, changes: str
+) -> None:
+    said = describe_resume(save(10), parallel=parallel, precision=precision, world_size=world_size)
+    assert said == f"step 10 of {tmp_path}{changes}"
 
 
-def test_everything_that_differs_is_reported_at_once(save: Save) -> None:
-    model = replace(MODEL, num_hidden_layers=3, hidden_size=32)
-    errors = list(validate_resume(save(10), model=model, parallel=Single(), precision=Fp32Precision(), world_size=1))
-    assert len(errors) == 3
-    assert (
-        errors[0].fix == f"set model.hidden_size={MODEL.hidden_size} model.num_hidden_layers={MODEL.num_hidden_layers}"
-    )
-
-
-def test_replicated_weights_load_on_any_number_of_ranks(save: Save) -> None:
+def test_other_data_is_said(save: Save) -> None:
     saved = save(10)
-    manifest = replace(manifest_of(10), parallel={"kind": "ddp", "bucket_mb": 25}, engine="torch")
-    given: dict[str, Any] = {"model": MODEL, "parallel": Ddp(bucket_mb=1), "precision": PRECISION}
-    assert list(validate_resume(replace(saved, manifest=manifest), **given, world_size=8)) == []
+    assert list(data_warnings(saved, seed=0, global_batch=16, sequence_length=64)) == []
+    batch, seed = data_warnings(saved, seed=1, global_batch=8, sequence_length=64)
+    assert "from 16 to 8 sequences after step 10; the data continues after its first 160 sequences" in batch
+    assert "job.seed changes from 0 to 1" in seed
 
 
 def test_a_folder_written_in_another_way_is_the_same_model_and_one_that_is_gone_is_refused_elsewhere(
     tmp_path: Path, save: Save
 ) -> None:
-    given = {"parallel": PARALLEL, "precision": PRECISION, "world_size": 2}
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "config.json").write_text('{"model_type": "mixtral"}')  # of no known sizes
     saved = save(10)
     saved = replace(saved, manifest=replace(saved.manifest, architecture={"family": "hf", "name": "some/made"}))
-    assert list(validate_resume(saved, model=Hf(name=str(tmp_path / "made")), **given)) == []
-    assert list(validate_resume(saved, model=Hf(name="other"), **given))
-    assert list(validate_resume(save(20), model=Hf(name="nowhere"), **given)) == []
+    assert list(validate_resume(saved, model=Hf(name=str(tmp_path / "made")))) == []
+    assert list(validate_resume(saved, model=Hf(name="other")))
+    assert list(validate_resume(save(20), model=Hf(name="nowhere"))) == []

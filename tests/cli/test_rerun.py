@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from launcher.config.compose import compose
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import Bf16Precision
 from launcher.config.snapshot import load_run, save_run
 from launcher.errors import ConfigError
 from launcher.runs.config_source import load_saved_run
@@ -69,6 +71,7 @@ def test_a_directory_may_be_given(capsys, stored, tmp_path) -> None:
     [
         (["nope"], "is not a run directory"),
         ([RUN, "model=gpt2"], "would change the kind of run"),
+        ([RUN, "parallel=zero9"], "did you mean zero"),
         ([RUN, "job.stps=4"], "did you mean steps"),
         ([RUN, "-m"], "is composed already"),
         ([RUN, "--json"], "applies to plans only"),
@@ -77,6 +80,12 @@ def test_a_directory_may_be_given(capsys, stored, tmp_path) -> None:
 def test_mistakes(stored, words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run(words)
+
+
+def test_strategy_and_precision_can_be_chosen_again(stored) -> None:
+    changed = load_saved_run(stored, ["parallel.stage=1", "parallel=zero3", "precision=bf16"])
+    assert changed.parallel == Zero(stage=1)
+    assert changed.precision == Bf16Precision()
 
 
 @pytest.mark.parametrize("text", ["a,b", "[a]", "${x}", "it's ${x}, [y]", "range(1,3)"])

@@ -343,6 +343,21 @@ def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_proce
     assert "the learning rate jumps from 0.0001 (step 10" in launch_in_process(*words).expect(0).stdout
 
 
+def test_a_run_resumes_under_another_strategy_with_its_batch(write: Write, launch_in_process: Launch) -> None:
+    words = ("parallel=fsdp", "backend.ranks=2", "job.micro_batch=4", "job.sequence_length=16", "job.steps=20")
+    folder = write(10, *words, ranks=2, loss=2.5).folder.parent.parent
+    short = f"runs/gpt2_tiny/{ID}"
+    other = ("resume", str(folder), "parallel=single", "backend.ranks=1", "precision=bf16", "dry_run=true")
+    plan = launch_in_process(*other, "--json").expect(0)
+    tree = json.loads(plan.stdout)
+    said = f"step 10 of {short}, fsdp on 2 ranks → single on 1 rank, fp32 → bf16 (best: step 10, loss 2.5000)"
+    assert tree["details"]["checkpoint"] == said
+    assert tree["work"]["batch"] == {"micro_batch": 4, "gradient_accumulation_steps": 2, "data_parallel": 1}
+    assert said in launch_in_process(*other).expect(0).stdout
+    changed = launch_in_process(*other, "job.global_batch=4", "--json").expect(0)
+    assert "from 8 to 4 sequences after step 10" in str(json.loads(changed.stdout)["warnings"])
+
+
 @pytest.mark.parametrize("tokenizer", [True, False])
 @pytest.mark.parametrize("steps", [10, 20])
 def test_the_command_advised_after_a_training_works(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from launcher.config.compose import compose
 from launcher.data.dataset import open_splits
@@ -80,6 +82,7 @@ class FakeEngine:
     """Takes no time; sends this process a signal at the moment given."""
 
     device = torch.device("cpu")
+    model_config = GPT2Config()
 
     def __init__(self, at):
         self.at, self.steps, self.evaluations = at, 0, 0
@@ -253,3 +256,17 @@ def test_the_run_continues_as_if_nothing_had_happened(
     assert [line for line in after if len(line) > 1] == [line for line in whole if len(line) > 1]
     assert after[: len(before)] == before
     assert read_json(run_dir.result)["run_id"] == result["run_id"]
+
+
+def test_a_run_continues_on_fewer_ranks_with_the_same_samples(launch, tmp_path):
+    words = (*SMALL, "model.dropout=0", "job.eval_every=0", "job.steps=6", "checkpoint.every=3", "checkpoint.keep=0")
+    launch(*words, "parallel=fsdp", "backend.ranks=2", "run.dir=cut").expect(0)
+    whole = [line for line in measured(tmp_path / "cut") if len(line) > 1]
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000006")
+    launch("resume", "cut", "parallel=single", "backend.ranks=1").expect(0)
+    said = read_json(tmp_path / "cut" / "plan.json")["details"]["checkpoint"]
+    assert "step 3 of cut, fsdp on 2 ranks → single on 1 rank" in said
+    after = [line for line in measured(tmp_path / "cut") if len(line) > 1]
+    assert [line.keys() for line in after] == [line.keys() for line in whole]
+    for before, now in zip(whole, after, strict=True):
+        assert now == pytest.approx(before, rel=1e-5)

@@ -93,12 +93,6 @@ class Parallel(Component):
     degree_options: ClassVar[tuple[str, ...]] = ()
     """Options that set a degree of parallelism."""
 
-    checkpoint_options: ClassVar[tuple[str, ...]] = ()
-    """Options that decide a checkpoint's layout; a run with others cannot resume from it."""
-
-    supports_resharding: ClassVar[bool] = True
-    """Whether a checkpoint of one world size loads at another."""
-
     @property
     def skips_steps(self) -> bool:
         """Whether a step can leave the weights as they are because of its loss."""

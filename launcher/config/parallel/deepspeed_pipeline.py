@@ -27,8 +27,6 @@ class DeepSpeedPipeline(Parallel):
     engine: ClassVar[EngineKind] = "deepspeed"
     summary_fields: ClassVar[tuple[str, ...]] = ("stages", "stage")
     degree_options: ClassVar[tuple[str, ...]] = ("stages",)
-    checkpoint_options: ClassVar[tuple[str, ...]] = ("stages", "stage", "partition")
-    supports_resharding: ClassVar[bool] = False
 
     stages: int = 2
     """Ranks that one pipeline is made of."""

@@ -29,13 +29,6 @@ class Zero(Parallel):
     kind: ClassVar[str] = "zero"
     engine: ClassVar[EngineKind] = "deepspeed"
     summary_fields: ClassVar[tuple[str, ...]] = ("stage",)
-    checkpoint_options: ClassVar[tuple[str, ...]] = (
-        "stage",
-        "offload_optimizer",
-        "offload_parameters",
-        "low_memory_bf16",
-    )
-    supports_resharding: ClassVar[bool] = False
 
     stage: Literal[0, 1, 2, 3] = 3
     """Partitioned state: 0 none, 1 optimizer state, 2 gradients too, 3 parameters too."""

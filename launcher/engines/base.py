@@ -35,7 +35,7 @@ class StepResult:
     tokens: int
     """Tokens with a label in the global batch."""
     skipped: bool = False
-    """The gradient was not finite, or the loss not below the limit: weights and moments are unchanged.
+    """The gradient was not finite, or the loss above the limit: the weights are unchanged.
     In fp16 the loss scale drops where the gradient was not finite."""
     nonfinite_ranks: tuple[int, ...] = ()
     """Ranks whose own loss was not finite."""

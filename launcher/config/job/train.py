@@ -97,12 +97,12 @@ class Train(LearningJob, PluggableJob):
     """Callbacks of plugins, called on every rank around steps, evaluations and checkpoints."""
 
     on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
-    """What follows a step whose loss or gradient is not finite, or whose loss spikes. ``stop`` ends the run, ``skip``
-    leaves weights and moments as they are and takes the next batch, ``rewind`` loads the newest checkpoint and skips
-    the batches from there to the bad step (PaLM, arXiv:2204.02311, section 5.1)."""
+    """What follows a step whose loss or gradient is not finite, or whose loss spikes.
+    ``stop`` ends the run, ``skip`` leaves weights and moments as they are and takes the next batch, ``rewind`` loads the
+    newest checkpoint and skips the batches from there to the bad step (PaLM, arXiv:2204.02311, section 5.1)."""
 
     spike_factor: float | None = None
-    """A loss is a spike from this factor times the median loss of the last 64 good steps on, once there are 8.
+    """How many times the median loss of the last 64 good steps is a spike, once there are 8.
     ``null`` recognizes none."""
 
     max_bad_steps: int = 5

@@ -18,7 +18,9 @@ _NO_LOCKS = "its file system has no flock: do not remove it while it is read"
 
 
 class ReadLock:
-    """Keeps a checkpoint: while one exists, no run removes it. Released by ``close``, or with the last reference.
+    """Keeps a checkpoint: while this lock exists, no run removes it.
+
+    It is released by ``close``, or with the last reference to it.
 
     Args:
         folder: a checkpoint, or a folder in one; any other folder is not locked.

@@ -158,7 +158,10 @@ def validate_resume(
 
 
 def describe_resume(saved: SavedCheckpoint, *, parallel: Parallel, precision: Precision, world_size: int) -> str:
-    """Return what a run continues from and what is converted: ``step 20 of x, fsdp on 4 ranks → zero3 on 2 ranks``."""
+    """Return what a run continues from, and what is converted.
+
+    For example: ``step 20 of runs/x, fsdp on 4 ranks → zero3 on 2 ranks, bf16 → fp32``.
+    """
     manifest = saved.manifest
     before = f"{_strategy(manifest.parallel)} on {counted(manifest.world_size, 'rank')}"
     now = f"{_strategy(to_tree(parallel))} on {counted(world_size, 'rank')}"

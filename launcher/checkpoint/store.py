@@ -176,7 +176,7 @@ class CheckpointStore:
             yield from (entry for entry in saved if entry.manifest.step % policy.keep_every == 0)
 
     def _remove(self, folder: Path) -> None:
-        """Delete a checkpoint, unless somebody reads it."""
+        """Delete a checkpoint, unless another process reads it."""
         with RemovalLock(folder) as lock:
             if not lock.acquire():
                 self._say(f"checkpoint {folder} is kept for now: another process is reading it")
@@ -191,7 +191,7 @@ class CheckpointStore:
             shutil.rmtree(gone, ignore_errors=True)
 
     def _delete(self, hidden: Path) -> None:
-        """Delete a checkpoint that a newer one of its step has replaced, unless somebody reads it."""
+        """Delete a checkpoint that a newer one of its step has replaced, unless another process reads it."""
         if (hidden / MANIFEST).exists():
             with RemovalLock(hidden) as lock:
                 if not lock.acquire():

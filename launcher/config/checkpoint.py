@@ -39,8 +39,8 @@ class Checkpoint(Component):
     """Also keep the best one by ``best_metric``."""
 
     best_metric: str = LOWEST_LOSS
-    """What makes a checkpoint the best: ``min:loss``, the held-out loss, or ``min:NAME`` or ``max:NAME`` of a metric
-    in ``job.metrics``. Only checkpoints whose step was evaluated count."""
+    """Metric of the best checkpoint: ``min:loss`` is the lowest held-out loss.
+    ``min:NAME`` and ``max:NAME`` take a metric of ``job.metrics``. Only checkpoints whose step was evaluated count."""
 
     keep_every: int = 0
     """Also keep the checkpoints of steps that are multiples of this; 0 keeps none for that."""

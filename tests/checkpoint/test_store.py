@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_read_stays_until_the_next_time(tmp_path: Path, sav
     assert names(tmp_path / "checkpoints") == ["step_00000020"]
 
 
-def test_whoever_has_its_tensors_open_reads_it(tmp_path: Path) -> None:
+def test_open_tensors_keep_their_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", Checkpoint(keep=1))
     for step in (10, 20):
         file = store.begin(step) / shard_file_name(0)
@@ -149,7 +149,9 @@ def test_one_that_is_replaced_while_it_is_read_goes_away_later(tmp_path: Path, s
     assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000020"]
 
 
-def test_a_reader_that_comes_too_late_is_told(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_was_removed_cannot_be_locked(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save(10).folder
 
     def removed(*_: object) -> None:

@@ -98,8 +98,8 @@ class Train(LearningJob, PluggableJob):
 
     on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
     """What follows a step whose loss or gradient is not finite, or whose loss spikes.
-    ``stop`` ends the run, ``skip`` leaves weights and moments as they are and takes the next batch, ``rewind`` loads the
-    newest checkpoint and skips the batches from there to the bad step (PaLM, arXiv:2204.02311, section 5.1)."""
+    ``stop`` ends the run, ``skip`` leaves weights and moments as they are and takes the next batch, ``rewind`` loads
+    the newest checkpoint and skips the batches from there to the bad step (PaLM, arXiv:2204.02311, section 5.1)."""
 
     spike_factor: float | None = None
     """How many times the median loss of the last 64 good steps is a spike, once there are 8.

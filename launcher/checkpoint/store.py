@@ -77,6 +77,10 @@ class CheckpointStore:
         pending.mkdir(parents=True)
         return pending
 
+    def discard(self, step: int) -> None:
+        """Delete the pending folder of ``step``."""
+        shutil.rmtree(self.pending(step), ignore_errors=True)
+
     def is_visible(self, step: int) -> bool:
         """Whether the pending folder of ``step`` is there for this rank, once rank 0 has made it.
 
@@ -191,7 +195,7 @@ class CheckpointStore:
             shutil.rmtree(gone, ignore_errors=True)
 
     def _delete(self, hidden: Path) -> None:
-        """Delete a checkpoint that a newer one of its step has replaced, unless another process reads it."""
+        """Delete a checkpoint that a newer one has replaced, unless another process reads it."""
         if (hidden / MANIFEST).exists():
             with RemovalLock(hidden) as lock:
                 if not lock.acquire():

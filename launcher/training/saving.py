@@ -103,15 +103,7 @@ class CheckpointSaver:
         """
         started, step = time.perf_counter(), progress.step
         self.wait()
-        if self._context.is_main:
-            self._store.begin(step)
-            (self._store.pending(step) / TENSOR_FOLDER).mkdir()
-        barrier()
-        if blind := ranks_where(not self._store.is_visible(step), device=self._engine.device):
-            raise JobError(
-                f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
-                f"{self._store.pending(step)}: set run.root to a folder that all hosts share"
-            )
+        self._begin(step)
         beside(self._store.pending(step))
         manifest = describe_checkpoint(
             self._context.run,
@@ -128,6 +120,29 @@ class CheckpointSaver:
             heartbeat = partial(self._context.heartbeat.update, "checkpoint")
             self._write(manifest, shards, scalars, started=started, heartbeat=heartbeat)
             self._completed.append(step)
+
+    def check_shared(self, step: int) -> None:
+        """Raise at once, and not at the first save, if ranks do not share the run directory.
+
+        Raises:
+            JobError: they do not.
+        """
+        self._begin(step)
+        if self._context.is_main:
+            self._store.discard(step)
+
+    def _begin(self, step: int) -> None:
+        """Make the pending folder of a checkpoint, and wait until all ranks see it."""
+        if self._context.is_main:
+            self._store.begin(step)
+            (self._store.pending(step) / TENSOR_FOLDER).mkdir()
+        barrier()
+        if blind := ranks_where(not self._store.is_visible(step), device=self._engine.device):
+            raise JobError(
+                f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
+                f"{self._store.pending(step)}: set run.root to a folder that all hosts share, or "
+                "checkpoint.every=0 checkpoint.at_end=false"
+            )
 
     def check(self) -> None:
         """Raise the error of a save that failed meanwhile; return at once otherwise."""

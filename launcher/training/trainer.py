@@ -83,6 +83,8 @@ class Trainer:
             try:
                 self.callbacks.on_start(first)
                 with self.saver:
+                    if self._saves_after(self.job.steps) or self.context.run.checkpoint.every:
+                        self.saver.check_shared(first)
                     if self.job.on_bad_step == "rewind" and not (restored and self.context.run.checkpoint.is_own):
                         self.save(first, None, now=True)  # the run may have to return to where it began
                     step = first

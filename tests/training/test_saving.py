@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+from launcher.checkpoint.manifest import TrainingProgress
 from launcher.checkpoint.regions import whole
 from launcher.checkpoint.store import CheckpointStore, silent
 from launcher.checkpoint.tensors import Shard, StoredState, shard_file_name
@@ -64,6 +65,11 @@ def saver(tmp_path: Path) -> Any:
     return CheckpointSaver(store, context, engine)
 
 
+def test_ranks_that_share_the_folder_leave_nothing_in_it(saver: Any, tmp_path: Path) -> None:
+    saver.check_shared(0)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def weight_of(tmp_path: Path, step: int) -> torch.Tensor:
     folder = tmp_path / "checkpoints" / f"step_{step:08d}"
     return StoredState([folder / shard_file_name(0)]).read("w")
@@ -80,12 +86,12 @@ def test_a_copy_is_written_while_steps_go_on(saver: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(saving, "write_shards", slowly)
     engine = saver._engine
     engine.weight.fill_(1.0)
-    saver.save(1, eval_loss=None)
+    saver.save(TrainingProgress(step=1, sequences=8))
     engine.weight.fill_(2.0)  # the next step
     saver.check()
     assert saver.take_completed() == []
     goes_on.set()
-    saver.save(2, eval_loss=None)  # waits for the first
+    saver.save(TrainingProgress(step=2, sequences=8))  # waits for the first
     assert saver.take_completed() == [1]
     engine.weight.fill_(3.0)
     saver.wait()
@@ -95,7 +101,7 @@ def test_a_copy_is_written_while_steps_go_on(saver: Any, tmp_path: Path, monkeyp
 
 
 def test_one_that_must_be_there_now_is_written_at_once(saver: Any, tmp_path: Path) -> None:
-    saver.save(1, eval_loss=None, now=True)
+    saver.save(TrainingProgress(step=1, sequences=8), now=True)
     assert saver.take_completed() == [1]
     assert weight_of(tmp_path, 1).shape == (4, 3)
 
@@ -106,18 +112,18 @@ def test_an_error_of_the_thread_shows_at_the_next_call(
     def full(file: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    saver.save(1, eval_loss=None, now=True)
+    saver.save(TrainingProgress(step=1, sequences=8), now=True)
     monkeypatch.setattr(saving, "write_shards", full)
-    saver.save(2, eval_loss=None)
+    saver.save(TrainingProgress(step=2, sequences=8))
     with pytest.raises(OSError, match=r"No space left.*step_00000002.tmp/state/rank_00000"):
-        saver.save(3, eval_loss=None)
+        saver.save(TrainingProgress(step=3, sequences=8))
     assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"]
 
 
 def test_a_run_that_fails_lets_a_save_become_complete(saver: Any, tmp_path: Path) -> None:
     def fail() -> None:
         with saver:
-            saver.save(1, eval_loss=None)
+            saver.save(TrainingProgress(step=1, sequences=8))
             raise ValueError("a step failed")
 
     with pytest.raises(ValueError, match="a step failed"):
@@ -127,7 +133,7 @@ def test_a_run_that_fails_lets_a_save_become_complete(saver: Any, tmp_path: Path
 
 def test_a_byte_that_changed_in_any_file_is_noticed(saver: Any, tmp_path: Path) -> None:
     """Each file of a checkpoint in turn: it is refused by name, and nothing of it is loaded."""
-    saver.save(1, eval_loss=2.5, now=True)
+    saver.save(TrainingProgress(step=1, sequences=8, eval_loss=2.5), now=True)
     folder = tmp_path / "checkpoints" / "step_00000001"
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     assert {"manifest.json", "scalars.json", "config.json", "rank_00000.safetensors"} <= {file.name for file in files}
@@ -146,5 +152,7 @@ def test_a_byte_that_changed_in_any_file_is_noticed(saver: Any, tmp_path: Path) 
         file.write_bytes(content)
     loaded: list[Path] = []
     engine = SimpleNamespace(device=torch.device("cpu"), load=loaded.append)
-    assert restore_checkpoint(saver._store, context, engine) == 1
+    restored = restore_checkpoint(saver._store, context, engine)
+    assert restored is not None
+    assert restored.step == 1
     assert loaded == [folder]

@@ -38,7 +38,7 @@ def find_run_or_checkpoint(word: str, root: Path, *, option: str) -> Path | None
         try:
             return find_run(reference.source, root).path.absolute()
         except ConfigError as error:
-            why = error.why.replace("is not a run directory", "is no folder")
+            why = error.why.replace("is not a run directory", "is not a folder")
             fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.source else error.fix
             raise ConfigError(option, word, why=why, fix=fix) from error
     folder = folder.absolute()
@@ -144,7 +144,7 @@ def select_checkpoints(folder: Path, word: str, *, option: str) -> Iterator[Save
     """
     reference = parse_reference(word)
     if is_checkpoint(folder) and reference.selector is not None:
-        why = f"{reference.source} is one checkpoint already"
+        why = f"{reference.source} is already one checkpoint"
         raise ConfigError(option, word, why=why, fix=f"leave @{reference.selector} out, or name its run")
     try:
         saved = list(find_checkpoints(folder, say=_warn, option=option))

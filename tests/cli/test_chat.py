@@ -113,9 +113,9 @@ def test_what_cannot_talk_is_refused(launch_in_process, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for words, said in {
-        ("nowhere",): "run=nowhere: is no folder, and no run in runs begins with it",
+        ("nowhere",): "run=nowhere: is not a folder, and no run in runs begins with it",
         ("empty",): "run=empty: is neither a run nor a model; name a run, a model folder, ",
-        ("gpt2_tiny",): "no weights of this size were ever published",
+        ("gpt2_tiny",): "there are no pretrained weights of this size",
         (*ECHO, "parallel=ddp", "backend.ranks=2"): "backend.ranks=2: launch chat runs one engine in one process",
         (*ECHO, "backend=deepspeed"): "backend=deepspeed: launch chat runs one engine in one process",
         (*ECHO, "job=serve"): "job=serve: launch chat runs one engine in one process",

@@ -69,7 +69,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     for name in ("run.yaml", "model/config.json"):
         (tmp_path / "packed" / name).write_text("{}")
     for words, said in {
-        ("nowhere", "new"): "run=nowhere: is no folder, and no run in runs begins with it",
+        ("nowhere", "new"): "run=nowhere: is not a folder, and no run in runs begins with it",
         ("there", "new"): "run=there: is neither a run nor a checkpoint",
         ("packed", "new"): "is a run of job=quantize, whose weights are files already: ",
         ("packed", "there"): "DIR={}/there: is there already",

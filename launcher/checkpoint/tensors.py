@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -132,13 +132,21 @@ def _header(shards: Sequence[Shard]) -> bytes:
     return header_bytes(entries, parts_metadata(parts))
 
 
+class Values(Protocol):
+    """Values of a part of a tensor: a tensor, or what reads one from a file."""
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Return the values at slices, one a dimension."""
+
+
 @dataclass(frozen=True)
 class _Part:
-    """An entry of a file: which part of a tensor it stores."""
-
-    file: Path
-    key: str
     region: Region
+    values: Values
+    """In the shape of the box, or with one dimension."""
+    dtype: torch.dtype
+    file: Path
+    """Where they come from, for messages."""
 
 
 @dataclass
@@ -153,35 +161,63 @@ class StoredState:
     No run removes the checkpoint while this exists.
 
     Args:
-        files: that ranks wrote.
+        files: that ranks wrote; other parts can be added.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is damaged, or the parts of a tensor are not the whole; the message names it.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path] = ()) -> None:
         files = list(files)
         self._lock = ReadLock(files[0].parent, say=lambda line: None) if files else None
         self._entries: dict[str, _Entry] = {}
-        self._open: dict[Path, Any] = {}
-        self._shapes = whole_shapes(part for file in files for part in self._added(file))
+        self._shapes: dict[str, Shape] = {}
+        whole_shapes(part for file in files for part in self._added(file))
 
     def _added(self, file: Path) -> Iterator[StoredPart]:
         """Open a file and yield the parts that it stores."""
         try:
             opened: Any = safe_open(str(file), framework="pt")
-            sizes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            entries = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            sizes = {key: tuple(entry.get_shape()) for key, entry in entries.items()}
             for key, part in read_parts(opened.metadata() or {}, sizes):
                 box = None if part.offsets is None else Box(part.offsets, part.sizes)
                 region = box or FlatRange(part.start, part.start + part.numel)
-                if not fits(region, part.shape):
-                    raise ValueError(f"{part.name} of shape {part.shape} has no part {region}")
-                self._entries.setdefault(part.name, _Entry(part.shape)).parts.append(_Part(file, key, region))
+                dtype = safetensors_dtype(entries[key].get_dtype())
+                self.add(part.name, part.shape, region, entries[key], dtype=dtype, file=file)
                 yield part
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{file} is not a file of a checkpoint: {error}") from error
-        self._open[file] = opened
+
+    def add(
+        self, name: str, shape: Shape, region: Region, values: Values, *, dtype: torch.dtype, file: Path
+    ) -> None:
+        """Add a part of a tensor.
+
+        Args:
+            name: of the whole tensor.
+            shape: of the whole tensor.
+            region: which part it is.
+            values: read when they are needed.
+            dtype: their format.
+            file: where they come from.
+
+        Raises:
+            ValueError: the tensor has no such part, or another shape elsewhere.
+        """
+        if not fits(region, shape):
+            raise ValueError(f"{name} of shape {shape} has no part {region}")
+        entry = self._entries.setdefault(name, _Entry(shape))
+        if entry.shape != shape:
+            raise ValueError(f"{name} has shape {shape} in one file and {entry.shape} in another")
+        entry.parts.append(_Part(region, values, dtype, file))
+        self._shapes[name] = shape
+
+    def add_from(self, other: StoredState, name: str, *, renamed: str) -> None:
+        """Add a tensor of another state under a new name."""
+        entry = other._entries[name]
+        self._entries[renamed], self._shapes[renamed] = entry, entry.shape
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -209,7 +245,7 @@ class StoredState:
             for part in entry.parts:
                 for stored in boxes_of(part.region, entry.shape):
                     if (box := intersect(stored, wanted)) is not None:
-                        target[slices(box, wanted.offsets)] = self._values(part, stored, box, entry.shape)
+                        target[slices(box, wanted.offsets)] = _values(part, stored, box, entry.shape)
                         filled += box.numel
         if filled != region.numel:
             raise ValueError(f"{name}: the files have {filled} of {region.numel} elements")
@@ -217,22 +253,34 @@ class StoredState:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the format in which a tensor is stored."""
-        part = self._entries[name].parts[0]
-        text = self._open[part.file].get_slice(part.key).get_dtype()
-        return next(dtype for dtype, known in DTYPE_NAMES.items() if known == text)
+        return self._entries[name].parts[0].dtype
 
-    def _values(self, part: _Part, stored: Box, box: Box, shape: Shape) -> Tensor:
-        """Return the values of ``box``, which lies in the box ``stored`` of a part, in its shape."""
-        try:
-            source = self._open[part.file].get_slice(part.key)
-            if isinstance(part.region, Box):
-                return source[slices(box, part.region.offsets) or ...]
-            if not shape:
-                return source[0:1].view(())
-            row = math.prod(stored.sizes[1:])
-            first = flat_start(stored, shape) - part.region.start + (box.offsets[0] - stored.offsets[0]) * row
-            rows: Tensor = source[first : first + box.sizes[0] * row]
-            inner = slices(Box(box.offsets[1:], box.sizes[1:]), stored.offsets[1:])
-            return rows.view(box.sizes[0], *stored.sizes[1:])[(slice(None), *inner)]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{part.file} cannot be read: {error}") from error
+
+def safetensors_dtype(name: str) -> torch.dtype:
+    """Return the format that safetensors files call ``name``.
+
+    Raises:
+        ValueError: it is none that a checkpoint holds.
+    """
+    for dtype, known in DTYPE_NAMES.items():
+        if known == name:
+            return dtype
+    raise ValueError(f"values of format {name} are not read from checkpoints")
+
+
+def _values(part: _Part, stored: Box, box: Box, shape: Shape) -> Tensor:
+    """Return the values of ``box``, which lies in the box ``stored`` of a part, in its shape."""
+    try:
+        if isinstance(part.region, Box):
+            found: Tensor = part.values[slices(box, part.region.offsets) or ...]
+            return found
+        if not shape:
+            scalar: Tensor = part.values[0:1]
+            return scalar.view(())
+        row = math.prod(stored.sizes[1:])
+        first = flat_start(stored, shape) - part.region.start + (box.offsets[0] - stored.offsets[0]) * row
+        rows: Tensor = part.values[first : first + box.sizes[0] * row]
+        inner = slices(Box(box.offsets[1:], box.sizes[1:]), stored.offsets[1:])
+        return rows.view(box.sizes[0], *stored.sizes[1:])[(slice(None), *inner)]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{part.file} cannot be read: {error}") from error

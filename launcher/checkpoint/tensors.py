@@ -190,9 +190,7 @@ class StoredState:
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{file} is not a file of a checkpoint: {error}") from error
 
-    def add(
-        self, name: str, shape: Shape, region: Region, values: Values, *, dtype: torch.dtype, file: Path
-    ) -> None:
+    def add(self, name: str, shape: Shape, region: Region, values: Values, *, dtype: torch.dtype, file: Path) -> None:
         """Add a part of a tensor.
 
         Args:

@@ -1,0 +1,1 @@
+"""Read checkpoints of other programs: DeepSpeed, torch.distributed.checkpoint, accelerate, Trainer. For ranks only."""

@@ -18,6 +18,7 @@ from launcher.config.parallel.base import Parallel
 from launcher.config.precision import Precision
 from launcher.config.schedule import Schedule
 from launcher.errors import ConfigError
+from launcher.protocol.foreign_files import LOOKED_FOR
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
 from launcher.utils.text import counted, shell_word, short_path
@@ -134,7 +135,8 @@ def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoin
         found = True
         yield saved
     if not found:
-        raise ConfigError(option, folder, why="holds no complete checkpoint", fix=fix)
+        others = "" if below.is_dir() else f", also none of another program (looked for {LOOKED_FOR})"
+        raise ConfigError(option, folder, why=f"holds no complete checkpoint{others}", fix=fix)
 
 
 def validate_resume(
@@ -194,6 +196,11 @@ def data_warnings(saved: SavedCheckpoint, *, seed: int, global_batch: int, seque
             yield f"{option} changes from {before} to {now}: in the new order some samples repeat or are left out"
 
 
+def differing_keys(written: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return the keys of two architectures whose values differ."""
+    return [name for name in sorted(written.keys() | ours.keys()) if written.get(name) != ours.get(name)]
+
+
 def lr_jump_warning(saved: SavedCheckpoint, optimizer: Optimizer, schedule: Schedule, steps: int) -> str | None:
     """Return a warning if a new schedule makes the learning rate jump on resume, or ``None``."""
     before, done = saved.manifest.lr, saved.manifest.step
@@ -214,7 +221,7 @@ def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
         return  # its files are not here: another check rejects this, or loading them shows what they are
     if "name" in written:  # of a folder, as the user typed it: from another folder it is another path
         written = {**written, "name": last_part(str(written["name"]))}
-    names = [name for name in sorted(written.keys() | ours.keys()) if written.get(name) != ours.get(name)]
+    names = differing_keys(written, ours)
     if not names:
         return
     differences = ", ".join(f"its {name} is {written.get(name)}, this run's is {ours.get(name)}" for name in names)

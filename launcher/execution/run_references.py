@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.checkpoint.foreign.plan import foreign_to_resume
 from launcher.checkpoint.resume import find_checkpoint, parse_reference
 from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.compose import Composition, compose, unused_vocab_size
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
-from launcher.config.model.base import Model
+from launcher.config.model.base import Model, has_tokenizer
 from launcher.config.model.hf import Hf
 from launcher.config.plugins import used_plugins
 from launcher.config.run import Run, default_run_name
@@ -76,6 +77,10 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
     _check_tokens(run)
     if not isinstance(data, Corpus):
         return run
+    if run.job.resumes and run.backend.shares_paths and _uses_default_tokenizer(composed):
+        foreign = _foreign_tokenizer(resume)
+        if foreign is not None:
+            return replace(run, data=_given_tokenizer(data, str(foreign), composed))
     if data.tokenizer == CHECKPOINT_TOKENIZER and not (run.job.resumes and resume != "none"):
         why = "the run does not resume from a checkpoint"
         raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix="set checkpoint.resume=RUN, or leave it out")
@@ -96,6 +101,15 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
         if error.option != "run.yaml":
             return run  # validate_machine reports it
     return replace(run, data=_given_tokenizer(data, CHECKPOINT_TOKENIZER, composed))
+
+
+def _foreign_tokenizer(resume: str) -> Path | None:
+    """Return the folder of the tokenizer of another program's checkpoint, if it has one."""
+    try:
+        foreign = foreign_to_resume(resume)
+    except ConfigError:
+        return None  # validate_machine reports it
+    return foreign.folder if foreign is not None and has_tokenizer(foreign.folder) else None
 
 
 def _check_tokens(run: Run) -> None:
@@ -153,7 +167,7 @@ def _resumed(run: Run) -> Path:
     word, reference = run.checkpoint.resume, parse_reference(run.checkpoint.resume)
     folder = _run_or_checkpoint(word, run, option=RESUME)
     if folder is None:
-        return Path(word).expanduser()  # validate_machine reports it
+        return Path(word).expanduser().absolute()  # another program's, or validate_machine reports it
     if reference.selector is None:
         return folder
     return next(select_checkpoints(folder, word, option=RESUME)).folder

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from launcher.checkpoint.foreign.plan import describe_foreign, foreign_to_resume, validate_foreign
 from launcher.checkpoint.resume import (
     data_warnings,
     describe_resume,
@@ -81,6 +82,9 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
 
 def _validate_checkpoint(run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
     try:
+        if (foreign := foreign_to_resume(run.checkpoint.resume)) is not None:
+            yield from validate_foreign(foreign, run)
+            return
         saved = find_checkpoint(run.checkpoint.resume, run_dir, say=_warn)
     except ConfigError as error:
         yield error
@@ -117,6 +121,9 @@ def resume_warnings(run: Run, run_dir: Path, *, world_size: int) -> Iterator[str
     if not run.job.resumes:
         return
     try:
+        if (foreign := foreign_to_resume(run.checkpoint.resume)) is not None:
+            yield describe_foreign(foreign)
+            return
         saved = find_checkpoint(run.checkpoint.resume, RunDir(run_dir), say=silent)
     except ConfigError:
         return  # validate_machine reports it

@@ -117,6 +117,16 @@ def build_deferred(
     ]
 
 
+def skeleton(model: Model, *, attention: Attention, transforms: Sequence[str] = ()) -> PreTrainedModel:
+    """Return the model without storage, transformed.
+
+    Arguments and errors are those of ``build_model``.
+    """
+    laid_out = _skeleton(model, transformers_config(model), attention=attention, dtype=torch.float32)
+    apply_transforms(laid_out, transforms)
+    return laid_out
+
+
 def _build_deferred(
     model: Model,
     *,

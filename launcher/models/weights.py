@@ -1,14 +1,15 @@
-"""Find the tensors of a Transformers model in a folder of safetensors or in a checkpoint."""
+"""Find the tensors of a Transformers model in a folder of safetensors or in a checkpoint of any program."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -20,10 +21,12 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from launcher.checkpoint.regions import Box
+from launcher.checkpoint.foreign.source import open_foreign
+from launcher.checkpoint.regions import Box, FlatRange, Region, Shape, slices
 from launcher.checkpoint.tensors import StoredState
-from launcher.config.model.folder import checkpoint_files, tensor_files, tensor_shapes
+from launcher.config.model.folder import checkpoint_files, tensor_files, tensor_shapes, weight_files
 from launcher.models.deferred_init import causal_lm_class
+from launcher.protocol.foreign_files import find_foreign
 from launcher.protocol.state_files import weight_names
 
 if TYPE_CHECKING:
@@ -34,6 +37,17 @@ _SHOWN = 5
 """Names that an error lists."""
 _ROWS = 4096
 """Rows of two tensors that are compared at a time."""
+
+
+class TensorReader(Protocol):
+    """Tensors under the names that files give them."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of each tensor by its name."""
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """Return a tensor, or a part of it."""
 
 
 class ModelTensors(Protocol):
@@ -61,13 +75,23 @@ class ModelTensors(Protocol):
 
 
 def find_tensors(model: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool]) -> ModelTensors:
-    """Return the tensors of a model folder or of a checkpoint's ``model/``.
+    """Return the tensors of a model folder, of a checkpoint's ``model/``, or of another program's checkpoint.
 
-    Arguments and errors are those of :class:`StoredTensors`.
+    Args:
+        model: without storage; its names, shapes and conversion rules decide.
+        folder: that holds them.
+        skip: whether another reader reads a tensor of the files, by its name there.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is damaged.
+        JobError: a file of another program is damaged, or holds other objects than tensors.
     """
     if files := checkpoint_files(folder):
         return CheckpointTensors(model, files)
-    return StoredTensors(model, folder, skip=skip)
+    if not weight_files(folder) and (foreign := find_foreign(folder)) is not None:
+        return StoredTensors(model, open_foreign(foreign, with_moments=False).weights, skip=skip)
+    return StoredTensors(model, SafetensorsFolder(folder), skip=skip)
 
 
 def differences(stored: ModelTensors) -> str:
@@ -132,9 +156,7 @@ class CheckpointTensors:
         shape = self.shapes[one]
         if shape != self.shapes[other]:
             return False
-        for start in range(0, shape[0] if shape else 1, _ROWS):
-            sizes = (min(_ROWS, shape[0] - start), *shape[1:]) if shape else ()
-            rows = Box((start, *(0 for _ in shape[1:])) if shape else (), sizes)
+        for rows in _row_blocks(shape) if shape else [Box((), ())]:
             if not torch.equal(self._state.read(one, rows), self._state.read(other, rows)):
                 return False
         return True
@@ -167,23 +189,19 @@ class _TensorGroup:
 
 
 class StoredTensors:
-    """Finds and converts tensors of a folder.
+    """Finds and converts tensors of files.
 
     Args:
         model: without storage; its names, shapes and conversion rules decide.
-        folder: config and safetensors.
+        reader: of the files.
         skip: whether another reader reads a tensor of the files, by its name there.
-
-    Raises:
-        OSError: a file is missing or cannot be read.
-        ValueError: a file is damaged.
     """
 
     def __init__(
-        self, model: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool] = lambda name: False
+        self, model: PreTrainedModel, reader: TensorReader, *, skip: Callable[[str], bool] = lambda name: False
     ) -> None:
-        self._model, self._files = model, tensor_files(folder)
-        self._stored = {name: shape for name, shape in tensor_shapes(folder).items() if not skip(name)}
+        self._model, self._reader = model, reader
+        self._stored = {name: shape for name, shape in reader.shapes.items() if not skip(name)}
         self._wanted = model.state_dict()
         self._converted: dict[str, Tensor] = {}
         """Tensors from a conversion besides the requested one."""
@@ -219,7 +237,9 @@ class StoredTensors:
         if name in self._converted:
             return self._converted.pop(name)
         group = self._groups[self._group_of[name]]
-        made = _convert(group, self._group_of[name], self._model, lambda stored: self._load(stored).to(group.dtype))
+        made = _convert(
+            group, self._group_of[name], self._model, lambda stored: self._reader.read(stored).to(group.dtype)
+        )
         wanted = made.pop(name)
         self._converted |= made
         return wanted
@@ -231,13 +251,17 @@ class StoredTensors:
         groups = [self._groups[self._group_of[name]] for name in (one, other)]
         if any(isinstance(group.rule, WeightConverter) for group in groups) or not self.shapes[one]:
             return bool(torch.equal(*(self.read([name]) for name in (one, other))))
-        dtype = groups[0].dtype
-        first, second = (self._opened(group.parts[0][0]) for group in groups)
-        for start in range(0, self.shapes[one][0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            if not torch.equal(first[rows].to(dtype), second[rows].to(dtype)):
+        dtype, names = groups[0].dtype, [group.parts[0][0] for group in groups]
+        for rows in _row_blocks(self.shapes[one]):
+            first, second = (self._reader.read(name, rows).to(dtype) for name in names)
+            if not torch.equal(first, second):
                 return False
         return True
+
+    def name_in_files(self, name: str) -> str | None:
+        """Return the files' name of a tensor of the model; ``None`` if a conversion makes it."""
+        group = self._groups[self._group_of[name]]
+        return None if isinstance(group.rule, WeightConverter) else group.parts[0][0]
 
     def _grouped(self) -> dict[str, _TensorGroup]:
         """Return the conversions of the files' tensors, by the first model name that each makes."""
@@ -290,14 +314,38 @@ class StoredTensors:
         self._model._adjust_missing_and_unexpected_keys(info)  # noqa: SLF001  (the rules are nowhere else)
         return info
 
-    def _load(self, name: str) -> Tensor:
-        return self._opened(name)[...]
 
-    def _opened(self, name: str) -> Any:
-        from safetensors import safe_open
+def _row_blocks(shape: Shape) -> Iterator[Box]:
+    """Yield boxes of some rows that together are a tensor of at least one dimension."""
+    for start in range(0, shape[0], _ROWS):
+        yield Box((start, *(0 for _ in shape[1:])), (min(_ROWS, shape[0] - start), *shape[1:]))
 
+
+class SafetensorsFolder:
+    """The tensors of a model folder; each read opens its file anew.
+
+    Args:
+        folder: config and safetensors.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files, self._shapes = tensor_files(folder), tensor_shapes(folder)
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of each tensor by its name."""
+        return self._shapes
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """Return a tensor, or a box of it."""
+        assert not isinstance(region, FlatRange), "nothing asks for a range of a model folder"
         with safe_open(self._files[name], framework="pt") as opened:
-            return opened.get_slice(name)
+            found: Tensor = opened.get_slice(name)[... if region is None else slices(region)]
+            return found
 
 
 def untie_differing_weights(model: PreTrainedModel, stored: ModelTensors) -> list[str]:

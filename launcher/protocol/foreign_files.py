@@ -55,6 +55,14 @@ class ForeignCheckpoint:
     step: int | None = None
     """Optimizer steps done, where names of files tell."""
 
+    def weight_files(self) -> list[Path]:
+        """Return every file that may hold a part of the weights."""
+        parts = [self.weights, *([self.optimizer] if self.optimizer and self.weights.format == "deepspeed" else [])]
+        files = {file for part in parts for file in part.files}
+        if self.weights.format == "dcp":
+            files |= {file for file in self.weights.folder.iterdir() if file.is_file()}
+        return sorted(files)
+
     @property
     def may_hold_moments(self) -> bool:
         """Whether files are there that hold the optimizer's state."""

@@ -7,12 +7,14 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from launcher.checkpoint.foreign.plan import foreign_to_resume
 from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.manifest import damaged_files, files_of_part
 from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
 from launcher.checkpoint.store import complete_checkpoints, silent
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
 from launcher.errors import ConfigError, JobError
+from launcher.training.foreign import restore_foreign
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +61,8 @@ def restore_checkpoint(
     if context.is_main:
         store.clean()
     barrier()
+    if (foreign := foreign_to_resume(context.run.checkpoint.resume)) is not None:
+        return restore_foreign(foreign, context, engine)
     with contextlib.ExitStack() as locks:
         saved = _find_intact(store, context, engine, locks, resume=context.run.checkpoint.resume)
         if saved is None:

@@ -1,1 +1,4 @@
-"""Read checkpoints of other programs: DeepSpeed, torch.distributed.checkpoint, accelerate, Trainer. For ranks only."""
+"""Read checkpoints of other programs: DeepSpeed, torch.distributed.checkpoint, accelerate, Trainer.
+
+All but ``plan`` import torch: for ranks only.
+"""

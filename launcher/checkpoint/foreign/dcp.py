@@ -198,6 +198,7 @@ class _Folder:
     def add_to(self, found: ForeignTensors) -> None:
         """Add this folder's weights and moments."""
         numbered = False
+        nested = any(len(entry.path) > 1 and entry.path[-2] in _MODELS for entry in self._entries.values())
         with explain_damage(self._file):
             for name, entry in self._entries.items():
                 path = entry.path
@@ -210,7 +211,7 @@ class _Folder:
                         self._add(found.moments, f"{kind}.{parameter}", name, entry)
                 elif path[-2:] == ("train_state", "step"):
                     found.step = int(self._value(name, entry).item())
-                elif entry.shape is not None and (len(path) == 1 or path[-2] in _MODELS):
+                elif entry.shape is not None and (path[-2] in _MODELS if len(path) > 1 else not nested):
                     self._add(found.weights, clean_name(path[-1]), name, entry)
             if numbered:
                 found.order = self._order()

@@ -81,12 +81,15 @@ def add_by_order(found: ForeignTensors, tree: Any, file: Path) -> None:
         raise ValueError("it holds no state of an optimizer")  # noqa: TRY004
     if not states:
         return
-    numbers = [[str(key) for key in group["params"]] for group in groups]
-    if any(isinstance(key, int) for key in states):
-        found.order = numbers
+    names: dict[Any, str] = {}
+    for group in groups:
+        if "param_names" in group:  # of an optimizer that was given named parameters
+            names |= dict(zip(group["params"], group["param_names"], strict=True))
+    if not names and any(isinstance(key, int) for key in states):
+        found.order = [[str(key) for key in group["params"]] for group in groups]
     for key, state in states.items():
         _check_adamw(state)
-        parameter = str(key) if isinstance(key, int) else clean_name(key)
+        parameter = clean_name(str(names.get(key, key)))
         for name in MOMENTS:
             add_whole(found.moments, f"{name}.{parameter}", state[name], file)
         add_step(found.moments, parameter, state["step"], file)

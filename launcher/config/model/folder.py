@@ -15,6 +15,7 @@ from launcher.config.model.transformers_support import causal_lm_types, rope_typ
 from launcher.config.option_text import quoted_word
 from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
 from launcher.errors import ConfigError
+from launcher.protocol.foreign_files import LOOKED_FOR, find_foreign
 from launcher.protocol.state_files import MODEL_FOLDER, StoredPart, read_parts, state_files, weight_names, whole_shapes
 from launcher.utils.files import exists, read_named
 from launcher.utils.safetensors_header import read_header
@@ -188,16 +189,26 @@ def validate_model_folder(
         why = "holds runs, not a model" if run != folder else "is a run or a checkpoint, not a model"
         yield ConfigError(option, value, why=why, fix=fix_run)
         return
+    has_config = exists(folder / "config.json")
     try:
-        config, shapes = read_config(folder), tensor_shapes(folder)
+        config = read_config(folder) if has_config else None
+        shapes = tensor_shapes(folder)
+        foreign = None if shapes and has_config else find_foreign(folder)
     except (OSError, ValueError) as error:
-        why = f"cannot be read: {error}" if exists(folder / "config.json") else "holds no config.json"
+        yield ConfigError(option, value, why=f"cannot be read: {error}", fix=fix)
+        return
+    if config is None:
+        if foreign is not None and option == "model.weights":
+            return  # the model is chosen otherwise, and ranks compare it with the tensors
+        why = "holds no config.json"
+        if foreign is not None:
+            why, fix = f"is a {foreign.title} without config.json", "choose its model, and set model.weights to it"
+        elif not shapes:
+            why += f", nor weights: looked for {LOOKED_FOR}"
         yield ConfigError(option, value, why=why, fix=fix)
         return
-    if not shapes:
-        pickled = any(folder.glob("*.bin"))
-        why = "holds only pickled weights, which can run code when loaded" if pickled else "holds no safetensors"
-        yield ConfigError(option, value, why=why, fix=fix)
+    if not shapes and foreign is None:
+        yield ConfigError(option, value, why=f"holds no weights: looked for {LOOKED_FOR}", fix=fix)
     elif (folder / "adapter_config.json").is_file():
         why = "holds a PEFT adapter beside the weights, which would not be applied"
         yield ConfigError(option, value, why=why, fix="merge it into the weights, or remove adapter_config.json")

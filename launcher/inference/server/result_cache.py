@@ -16,6 +16,7 @@ from launcher.config.sampling import SamplingParams
 from launcher.inference.engine.base import FinishReason, GeneratedToken
 from launcher.inference.server.request_state import RequestState
 from launcher.models.pretrained import weights_folder
+from launcher.protocol.foreign_files import find_foreign
 from launcher.protocol.state_files import TENSOR_FOLDER
 from launcher.utils.files import sha256_of
 from launcher.utils.schema import to_tree
@@ -151,7 +152,10 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
     if checkpoint_files(folder):
         hashes = read_manifest(folder.parent).sha256.items()
         return sha256_of(json.dumps([pair for pair in hashes if pair[0].startswith(TENSOR_FOLDER)]).encode())
-    for path in weight_files(folder):
+    files = weight_files(folder)
+    if not files and (foreign := find_foreign(folder)) is not None:
+        files = foreign.weight_files()
+    for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(_READ_BYTES):

@@ -1,0 +1,78 @@
+"""What the plan says of a run that resumes from another program's checkpoint. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.checkpoint.resume import differing_keys, is_checkpoint
+from launcher.config.model.config_json import sizes_from_config
+from launcher.config.model.folder import read_config
+from launcher.config.optimizer import AdamW
+from launcher.config.option_text import quoted_word
+from launcher.config.run import Run
+from launcher.errors import ConfigError
+from launcher.protocol.foreign_files import ForeignCheckpoint, find_foreign
+from launcher.protocol.rundir import RunDir
+from launcher.utils.schema import to_tree
+from launcher.utils.text import shell_word
+
+
+def foreign_to_resume(resume: str) -> ForeignCheckpoint | None:
+    """Return the checkpoint of another program that ``checkpoint.resume`` names, if it names one.
+
+    Raises:
+        ConfigError: it is one that cannot be read.
+    """
+    folder = Path(resume).expanduser()
+    if resume in ("none", "auto") or not folder.is_dir() or is_checkpoint(folder) or RunDir(folder).is_run:
+        return None
+    try:
+        return find_foreign(folder)
+    except (OSError, ValueError) as error:
+        fix = "save the whole model by the program that wrote it, and give that folder to model.weights"
+        raise ConfigError("checkpoint.resume", folder, why=f"cannot be resumed from: {error}", fix=fix) from error
+
+
+def validate_foreign(foreign: ForeignCheckpoint, run: Run) -> Iterator[ConfigError]:
+    """Yield each reason why a run cannot continue from a checkpoint of another program."""
+    option, folder = "checkpoint.resume", foreign.folder
+    weights_only = f"set model.weights={shell_word(str(folder))} checkpoint.resume=none to start over from its weights"
+    if not run.job.resumes or not run.batched_job.trains:
+        return
+    if run.optimizer.kind != AdamW.kind:
+        why = f"takes over moments of AdamW, and this run has optimizer={run.optimizer.kind}"
+        yield ConfigError(option, folder, why=why, fix=f"set optimizer=adamw, or {weights_only}")
+    if foreign.step is None and not foreign.may_hold_moments:
+        why = f"is a {foreign.title} without an optimizer, and nothing in it says how many steps were done"
+        yield ConfigError(option, folder, why=why, fix=weights_only)
+    if foreign.step is not None and run.job.optimizer_steps is not None and foreign.step >= run.job.optimizer_steps:
+        why = f"{folder} is at step {foreign.step} already"
+        fix = f"set job.steps to more than {foreign.step}"
+        yield ConfigError("job.steps", run.job.optimizer_steps, why=why, fix=fix)
+    try:
+        sizes = sizes_from_config(read_config(foreign.folder))
+    except (OSError, ValueError):
+        return  # ranks compare the tensors
+    if sizes is None:
+        return
+    written, ours = to_tree(sizes.architecture()), to_tree(run.model.architecture())
+    if names := differing_keys(written, ours):
+        why = ", ".join(f"its {name} is {written.get(name)}, this run's is {ours.get(name)}" for name in names)
+        yield ConfigError(
+            option,
+            folder,
+            why=f"is of another model: {why}",
+            fix=f"set model=hf {quoted_word('model.name', str(folder))}",
+        )
+
+
+def describe_foreign(foreign: ForeignCheckpoint) -> str:
+    """Return one line on what a run takes over from a checkpoint of another program, and what not."""
+    at = "" if foreign.step is None else f" at step {foreign.step}"
+    parts = "weights, and moments where it has them," if foreign.may_hold_moments else "weights"
+    lacks = [] if foreign.may_hold_moments else ["the optimizer's moments, which start at zero"]
+    lacks += ["the order of its data and its random generators: this run goes on at that step of its own order"]
+    return f"checkpoint.resume={foreign.folder}: a {foreign.title}{at}. Its {parts} are converted; it lacks " + (
+        ", ".join(lacks)
+    )

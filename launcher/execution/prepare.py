@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.checkpoint.foreign.plan import foreign_weights_details
 from launcher.config.compose import Composition
 from launcher.config.paths import validate_path
 from launcher.config.run import Run, default_run_name
@@ -121,7 +122,11 @@ def replan(
         raise ConfigErrors(mistakes)
     if is_fresh:
         resumed = resume_warnings(run, folder, world_size=plan.world_size)
-        details = {**plan.details, **resume_details(run, folder, world_size=plan.world_size)}
+        details = {
+            **plan.details,
+            **foreign_weights_details(run),
+            **resume_details(run, folder, world_size=plan.world_size),
+        }
         plan = replace(plan, details=details, warnings=(*plan.warnings, *resumed, *path_warnings(run, hosts)))
     return PreparedRun(run=run, plan=plan, snapshot=snapshot)
 

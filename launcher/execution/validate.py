@@ -105,6 +105,8 @@ def resume_details(run: Run, run_dir: Path, *, world_size: int) -> Mapping[str, 
     if not run.job.resumes:
         return {}
     try:
+        if (foreign := foreign_to_resume(run.checkpoint.resume)) is not None:
+            return {"checkpoint": describe_foreign(foreign)}
         saved = find_checkpoint(run.checkpoint.resume, RunDir(run_dir), say=silent)
     except ConfigError:
         return {}  # validate_machine reports it
@@ -121,8 +123,7 @@ def resume_warnings(run: Run, run_dir: Path, *, world_size: int) -> Iterator[str
     if not run.job.resumes:
         return
     try:
-        if (foreign := foreign_to_resume(run.checkpoint.resume)) is not None:
-            yield describe_foreign(foreign)
+        if foreign_to_resume(run.checkpoint.resume) is not None:
             return
         saved = find_checkpoint(run.checkpoint.resume, RunDir(run_dir), say=silent)
     except ConfigError:

@@ -66,7 +66,8 @@ class ForeignCheckpoint:
     @property
     def may_hold_moments(self) -> bool:
         """Whether files are there that hold the optimizer's state."""
-        return self.optimizer is not None or self.weights.format in ("deepspeed", "dcp")
+        in_one_folder = self.weights.format == "dcp" and self.weights.folder == self.folder
+        return self.optimizer is not None or self.weights.format == "deepspeed" or in_one_folder
 
 
 def find_foreign(folder: Path) -> ForeignCheckpoint | None:

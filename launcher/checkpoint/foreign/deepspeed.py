@@ -50,7 +50,10 @@ def read_deepspeed(model: ForeignFiles, optimizer: ForeignFiles | None) -> Forei
         frozen = _shapes(main.get("frozen_param_shapes") or {})
         if optimizer is None and len(trees) > 1:
             raise ValueError("the parts of its parameters (zero_pp_rank_…_optim_states.pt) are missing")
-        whole = set(main["module"]) - (divided | frozen.keys() if optimizer else set())
+        shared = [(str(name), str(other)) for name, other in (main.get("shared_params") or {}).items()]
+        elsewhere = divided | frozen.keys() if optimizer else set()
+        tied = {name for pair in shared if elsewhere & set(pair) for name in pair}
+        whole = set(main["module"]) - elsewhere - tied  # where tied names have the values of half precision
         for name in sorted(whole):
             value = main["module"][name]
             if value is not None and (value.numel() or len(trees) == 1):
@@ -61,9 +64,10 @@ def read_deepspeed(model: ForeignFiles, optimizer: ForeignFiles | None) -> Forei
     elif isinstance(main.get("optimizer"), Mapping):
         with explain_damage(model.files[0]):
             _add_undivided(found, main["optimizer"], model.files[0])
-    for name, other in (main.get("shared_params") or {}).items():
-        if clean_name(other) in found.weights.shapes and clean_name(name) not in found.weights.shapes:
-            found.weights.add_from(found.weights, clean_name(other), renamed=clean_name(name))
+    for pair in shared:
+        for name, other in (map(clean_name, pair), map(clean_name, reversed(pair))):
+            if other in found.weights.shapes and name not in found.weights.shapes:
+                found.weights.add_from(found.weights, other, renamed=name)
     return found
 
 

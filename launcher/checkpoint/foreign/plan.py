@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launcher.checkpoint.resume import differing_keys, is_checkpoint
 from launcher.config.model.config_json import sizes_from_config
-from launcher.config.model.folder import read_config
+from launcher.config.model.folder import read_config, weight_files
 from launcher.config.optimizer import AdamW
 from launcher.config.option_text import quoted_word
 from launcher.config.run import Run
@@ -15,7 +15,7 @@ from launcher.errors import ConfigError
 from launcher.protocol.foreign_files import ForeignCheckpoint, find_foreign
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
-from launcher.utils.text import shell_word
+from launcher.utils.text import shell_word, short_path
 
 
 def foreign_to_resume(resume: str) -> ForeignCheckpoint | None:
@@ -68,11 +68,23 @@ def validate_foreign(foreign: ForeignCheckpoint, run: Run) -> Iterator[ConfigErr
 
 
 def describe_foreign(foreign: ForeignCheckpoint) -> str:
-    """Return one line on what a run takes over from a checkpoint of another program, and what not."""
-    at = "" if foreign.step is None else f" at step {foreign.step}"
-    parts = "weights, and moments where it has them," if foreign.may_hold_moments else "weights"
-    lacks = [] if foreign.may_hold_moments else ["the optimizer's moments, which start at zero"]
-    lacks += ["the order of its data and its random generators: this run goes on at that step of its own order"]
-    return f"checkpoint.resume={foreign.folder}: a {foreign.title}{at}. Its {parts} are converted; it lacks " + (
-        ", ".join(lacks)
-    )
+    """Return what a run takes over from a checkpoint of another program, and what that lacks."""
+    at = "" if foreign.step is None else f"step {foreign.step} of "
+    taken = "weights and moments" if foreign.may_hold_moments else "weights (moments start at zero)"
+    lacks = "not in it: order of the data, random generators, loss scale"
+    return f"{at}{short_path(foreign.folder)} ({foreign.title}): {taken} are converted; {lacks}"
+
+
+def foreign_weights_details(run: Run) -> Mapping[str, str]:
+    """Return the line of the plan on weights from a checkpoint of another program."""
+    folder = run.model.local_weights
+    try:
+        if folder is None or not folder.is_dir() or weight_files(folder):
+            return {}
+        foreign = find_foreign(folder)
+    except (OSError, ValueError):
+        return {}  # validate_machine reports it
+    if foreign is None:
+        return {}
+    at = "" if foreign.step is None else f"step {foreign.step} of "
+    return {"weights": f"{at}{short_path(foreign.folder)} ({foreign.title}), converted as they are read"}

@@ -168,9 +168,9 @@ class Callbacks:
         file = folder / _FILE
         if not self._all or not file.exists():
             return
-        from launcher.engines.checkpoint_io import load_file
+        from launcher.checkpoint.foreign.torch_pickle import load_torch_file
 
-        for name, state in load_file(file).items():
+        for name, state in load_torch_file(file).items():
             if name in self._all:
                 with named_in_errors(CALLBACK, name, "load_state_dict"):
                     self._all[name].load_state_dict(state)

@@ -25,6 +25,7 @@ from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Fp32Precision, Precision
 from launcher.config.schedule import ConstantSchedule, CosineSchedule
 from launcher.errors import ConfigError
+from launcher.protocol.foreign_files import LOOKED_FOR
 from launcher.protocol.rundir import RunDir
 
 from .conftest import MODEL, PARALLEL, PRECISION, Save
@@ -59,7 +60,7 @@ def test_the_newest_complete_one_is_taken_and_the_others_are_said(tmp_path: Path
     [
         ("nothing", "checkpoints", "no such folder"),
         ("file", "checkpoints", "is a file"),
-        ("empty", "", "holds no complete checkpoint"),
+        ("empty", "", f"holds no complete checkpoint, also none of another program (looked for {LOOKED_FOR})"),
         ("damaged", "", "holds no complete checkpoint"),
         ("damaged", "checkpoints/step_00000010", "is not complete: model.bin is missing"),
     ],

@@ -39,7 +39,7 @@ def test_another_size_and_another_family(saved: Path) -> None:
     assert "its family is gpt2, not llama" in only_problem(SmolLm2(weights=str(saved)))
 
 
-def test_pickles_nothing_and_half_a_file(saved: Path, tmp_path: Path) -> None:
+def test_nothing_half_a_file_and_pickles(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     weights = folder / "model.safetensors"
@@ -48,9 +48,14 @@ def test_pickles_nothing_and_half_a_file(saved: Path, tmp_path: Path) -> None:
     weights.write_text("version https://git-lfs.github.com/spec/v1")
     assert "is a Git LFS pointer" in only_problem(Gpt2(**SIZES, weights=str(folder)))
     weights.unlink()
-    assert "holds no safetensors" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+    assert "holds no weights: looked for latest or *_model_states.pt" in only_problem(
+        Gpt2(**SIZES, weights=str(folder))
+    )
     (folder / "pytorch_model.bin").touch()
-    assert "pickled" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+    assert not list(Gpt2(**SIZES, weights=str(folder)).validate_machine())
+    (folder / "config.json").unlink()
+    assert not list(Gpt2(**SIZES, weights=str(folder)).validate_machine())
+    assert "is a folder of weights without config.json" in only_problem(Hf(name=str(folder)))
 
 
 @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "org/model/extra", "two words", ""])
@@ -68,7 +73,7 @@ def test_a_local_model_answers_like_its_own_configuration(saved: Path) -> None:
 def test_a_random_model_of_a_local_folder_needs_only_its_config(saved: Path, tmp_path: Path) -> None:
     shutil.copy(saved / "config.json", tmp_path)
     assert not list(Hf(name=str(tmp_path), weights="random").validate_machine())
-    assert "holds no safetensors" in only_problem(Hf(name=str(tmp_path)))
+    assert "holds no weights" in only_problem(Hf(name=str(tmp_path)))
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in only_problem(Hf(name=str(tmp_path), weights="random"))
 

@@ -105,7 +105,7 @@ class Model(Component):
     """Name of the model in plans, results and W&B; for ``hf``, the hub name or local folder."""
 
     weights: PathText = "random"
-    """``random``, ``pretrained`` if the model has such weights, or a folder of safetensors."""
+    """``random``, ``pretrained`` if the model has such weights, or a folder of weights, a run or a checkpoint, also of other programs."""
 
     quantization: QuantizationName = "none"
     """Quantize the weights as they are loaded.

@@ -145,7 +145,7 @@ class SmolLm2(Model):
     """Name of the model in plans, results and W&B."""
 
     weights: PathText = "pretrained"
-    """``pretrained`` (4-bit, dequantized to fp32 once), ``random``, or a folder of safetensors."""
+    """``pretrained`` (4-bit, dequantized to fp32 once), ``random``, or a folder of weights, a run or a checkpoint, also of other programs."""
 
     def shape(self) -> Shape:
         """Return the sizes."""

@@ -50,8 +50,8 @@ class Checkpoint(Component):
     ``disabled`` writes it first. ``auto`` is ``async`` where a rank writes 32 MiB or more and nothing lies on NVMe."""
 
     resume: PathText = "none"
-    """``none``, ``auto`` (continue this run directory), a run id, or a run or checkpoint folder, also of other programs.
-    A run takes ``@best`` or ``@step_00000010``, else its newest checkpoint. Jobs that train or evaluate take one."""
+    """``none``, ``auto`` (continue this run directory), a run id, or a run or checkpoint folder.
+    Checkpoints of other programs are read too. A run takes ``@best`` or ``@step_00000010``, else its newest checkpoint. Jobs that train or evaluate take one."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject negative counts and a metric without a direction."""

@@ -1,4 +1,4 @@
-"""Save and load an engine: safetensors, which have no pickle and so run no code of whoever wrote them."""
+"""Save and load an engine as safetensors, which run no code when they are loaded."""
 
 from __future__ import annotations
 

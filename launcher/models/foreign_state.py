@@ -1,4 +1,4 @@
-"""Another program's checkpoint as the state of a run: under the model's own names, moments included."""
+"""Name the tensors of another program's checkpoint as the model does, moments included."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ForeignState:
     """What a run continues from."""
 
     tensors: StoredState
-    """Weights, buffers, moments and steps by the model's names; moments that are missing are zero."""
+    """Weights, buffers, moments and steps by the model's names; missing moments are zero."""
     has_moments: bool
     """Whether any moments are those of the checkpoint."""
     without_moments: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Find the tensors of a Transformers model in a folder of safetensors or in a checkpoint of any program."""
+"""Find the tensors of a Transformers model in a model folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ModelTensors(Protocol):
 
 
 def find_tensors(model: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool]) -> ModelTensors:
-    """Return the tensors of a model folder, of a checkpoint's ``model/``, or of another program's checkpoint.
+    """Return the tensors of a model folder, or of a checkpoint of this or another program.
 
     Args:
         model: without storage; its names, shapes and conversion rules decide.

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: which program wrote a folder, and which of its files hold what.
+"""Checkpoints of other programs: which program wrote a folder, and what its files hold.
 
 Judged by the names of files, by ``latest`` and by ``trainer_state.json``. The parent does so without torch; ranks then
 read the files.
@@ -87,7 +87,7 @@ def find_foreign(folder: Path) -> ForeignCheckpoint | None:
 
 
 def _newest_below(folder: Path, names: Iterable[str]) -> ForeignCheckpoint | None:
-    """Return the checkpoint of the highest step in a folder of several (``checkpoint-500``, ``step-500``)."""
+    """Return the checkpoint of the highest step below a folder (``checkpoint-500``)."""
     numbered = ((int(match[1]), name) for name in names if (match := _NUMBERED.fullmatch(name)))
     for step, name in sorted(numbered, reverse=True):
         if (found := find_foreign(folder / name)) is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def restore_foreign(foreign: ForeignCheckpoint, context: Context, engine: Engine) -> CheckpointManifest:
-    """Load another program's checkpoint into the engine; return the manifest of where the run stands.
+    """Load another program's checkpoint into the engine; return a manifest of where it stands.
 
     Each rank reads its own parts, converted as they are read. The run has drawn as many sequences as its own steps
     would have.

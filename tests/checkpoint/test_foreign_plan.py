@@ -9,8 +9,8 @@ import pytest
 
 from launcher.checkpoint.foreign.plan import (
     describe_foreign,
-    describe_foreign_weights,
     foreign_to_resume,
+    foreign_weights_details,
     validate_foreign,
 )
 from launcher.config.compose import compose
@@ -45,16 +45,17 @@ def test_the_plan_says_what_it_is_and_what_it_lacks(trainer: Path) -> None:
     found = foreign_to_resume(str(trainer.parent))
     assert found is not None
     line = describe_foreign(found)
-    assert line.startswith(f"checkpoint.resume={trainer}: a Trainer checkpoint at step 8. Its weights, and moments")
+    assert line.startswith("step 8 of ")
+    assert "checkpoint-8 (Trainer checkpoint): weights and moments are converted; not in it: order of the data" in line
     (trainer / "optimizer.pt").unlink()
     found = foreign_to_resume(str(trainer))
     assert found is not None
-    assert "it lacks the optimizer's moments, which start at zero, the order of its data" in describe_foreign(found)
+    assert ": weights (moments start at zero) are converted; not in it" in describe_foreign(found)
 
 
 def test_a_run_that_has_no_step_left_or_another_optimizer_or_model_is_refused(trainer: Path) -> None:
     (error,) = refusals(trainer, "job.steps=8")
-    assert str(error) == f"job.steps=8: {trainer} is at step 8 already; set job.steps to more than 8"
+    assert str(error) == f"job.steps=8: {trainer} is already at step 8; set job.steps to more than 8"
     (error,) = refusals(trainer, "job.steps=9", "model.num_hidden_layers=3")
     assert error.why == "is of another model: its num_hidden_layers is 2, this run's is 3"
 
@@ -89,8 +90,8 @@ def test_its_tokenizer_is_that_of_the_data(trainer: Path) -> None:
 def test_weights_of_another_program_are_named(tmp_path: Path) -> None:
     (tmp_path / ".metadata").touch()
     run = compose(("model=gpt2_tiny", f"model.weights={tmp_path}")).run
-    (line,) = describe_foreign_weights(run)
-    assert line.endswith("a torch.distributed.checkpoint folder, whose weights are converted as they are read")
+    details = foreign_weights_details(run)
+    assert details["weights"].endswith(" (torch.distributed.checkpoint folder), converted as they are read")
     assert not list(run.model.validate_machine())
     (tmp_path / "model.safetensors").touch()
-    assert list(describe_foreign_weights(run)) == []
+    assert not foreign_weights_details(run)

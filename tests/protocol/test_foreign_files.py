@@ -1,4 +1,4 @@
-"""Which program wrote a folder, told by the names of its files."""
+"""Which program wrote a folder, by the names of its files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write(folder: Path, *names: str) -> ForeignCheckpoint | None:
         ),
     ],
 )
-def test_a_folder_is_told_by_its_files(
+def test_a_folder_is_known_by_its_files(
     tmp_path: Path, names: tuple[str, ...], title: str, step: int | None, *, moments: bool
 ) -> None:
     found = write(tmp_path, *names)

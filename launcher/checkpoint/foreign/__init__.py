@@ -1,4 +1,4 @@
-"""Read checkpoints of other programs: DeepSpeed, torch.distributed.checkpoint, accelerate, Trainer.
+"""Read checkpoints of DeepSpeed, torch.distributed.checkpoint, accelerate and Trainer.
 
 All but ``plan`` import torch: for ranks only.
 """

@@ -1,4 +1,4 @@
-"""Read folders of ``torch.distributed.checkpoint``: FSDP's checkpoints of torchtitan, accelerate and Trainer.
+"""Read folders of ``torch.distributed.checkpoint``, as torchtitan and FSDP write them.
 
 ``.metadata`` is a pickle of a few dataclasses; no other class, and none of their methods, is used to read it. Each part
 of a tensor is a file of ``torch.save`` within a ``.distcp`` file, and is read when it is needed. In the other form of
@@ -44,7 +44,7 @@ _DESCRIPTIONS = {
     "pathlib._local": ("PosixPath",),
     "torch.serialization": ("_get_layout",),
 }
-"""Modules and names that a pickled ``.metadata`` may mention, and that become :class:`_Description`."""
+"""Modules and names that ``.metadata`` may mention; they become :class:`_Description`."""
 
 
 class _Description:
@@ -59,7 +59,7 @@ class _Description:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes a new class for each description: a pickle can set attributes of classes that it names."""
+    """Makes new classes, because a pickle can set attributes of those that it names."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))

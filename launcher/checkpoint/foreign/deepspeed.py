@@ -1,7 +1,7 @@
-"""Read DeepSpeed's checkpoints: whole ones, and those that ZeRO of stages 1, 2 and 3 divided among ranks.
+"""Read DeepSpeed's checkpoints: whole, or divided among ranks by ZeRO-1, 2 or 3.
 
 Weights are the fp32 masters. ZeRO-1 and 2 flatten all parameters of an optimizer's group into one vector and give each
-rank an equal stretch of it. ZeRO-3 gives each rank an equal part of every parameter; a rank's parts lie one after the
+rank an equal range of it. ZeRO-3 gives each rank an equal part of every parameter; a rank's parts lie one after the
 other, in one vector or several. The same is true of moments. (DeepSpeed's own ``zero_to_fp32.py`` does it for weights.)
 """
 

@@ -19,7 +19,7 @@ from launcher.utils.text import shell_word, short_path
 
 
 def foreign_to_resume(resume: str) -> ForeignCheckpoint | None:
-    """Return the checkpoint of another program that ``checkpoint.resume`` names, if it names one.
+    """Return the checkpoint of another program that ``checkpoint.resume`` names, if any.
 
     Raises:
         ConfigError: it is one that cannot be read.
@@ -47,7 +47,7 @@ def validate_foreign(foreign: ForeignCheckpoint, run: Run) -> Iterator[ConfigErr
         why = f"is a {foreign.title} without an optimizer, and nothing in it says how many steps were done"
         yield ConfigError(option, folder, why=why, fix=weights_only)
     if foreign.step is not None and run.job.optimizer_steps is not None and foreign.step >= run.job.optimizer_steps:
-        why = f"{folder} is at step {foreign.step} already"
+        why = f"{folder} is already at step {foreign.step}"
         fix = f"set job.steps to more than {foreign.step}"
         yield ConfigError("job.steps", run.job.optimizer_steps, why=why, fix=fix)
     try:
@@ -68,7 +68,7 @@ def validate_foreign(foreign: ForeignCheckpoint, run: Run) -> Iterator[ConfigErr
 
 
 def describe_foreign(foreign: ForeignCheckpoint) -> str:
-    """Return what a run takes over from a checkpoint of another program, and what that lacks."""
+    """Return what a run takes over from another program's checkpoint, and what that lacks."""
     at = "" if foreign.step is None else f"step {foreign.step} of "
     taken = "weights and moments" if foreign.may_hold_moments else "weights (moments start at zero)"
     lacks = "not in it: order of the data, random generators, loss scale"

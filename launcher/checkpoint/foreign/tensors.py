@@ -28,8 +28,8 @@ class ForeignTensors:
     moments: StoredState = field(default_factory=StoredState)
     """``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>`` and ``step.<parameter>``."""
     order: list[list[str]] | None = None
-    """Numbers that stand for parameters in the names of ``moments``, one list a group of the optimizer; ``None`` if
-    moments have the parameters' names."""
+    """Numbers that stand for parameters in the names of ``moments``, a list a group.
+    ``None`` if moments have the parameters' names."""
     step: int | None = None
     """Optimizer steps done, where the files say so."""
 

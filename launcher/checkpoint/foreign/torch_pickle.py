@@ -83,7 +83,7 @@ _STAND_INS: list[Any] = [
 
 
 def load_torch_file(file: Path) -> Any:
-    """Return the content of a file of ``torch.save``; its tensors stay on disk until they are read.
+    """Return the content of a file of ``torch.save``; tensors stay on disk until they are used.
 
     Raises:
         BadCheckpoint: it is missing, damaged, or holds anything else.

@@ -105,7 +105,8 @@ class Model(Component):
     """Name of the model in plans, results and W&B; for ``hf``, the hub name or local folder."""
 
     weights: PathText = "random"
-    """``random``, ``pretrained`` if the model has such weights, or a folder of weights, a run or a checkpoint, also of other programs."""
+    """``random``, ``pretrained`` if the model has such weights, or a folder of weights.
+    A folder is of safetensors, or a run or checkpoint, also of another program."""
 
     quantization: QuantizationName = "none"
     """Quantize the weights as they are loaded.

@@ -38,7 +38,8 @@ class Hf(Model):
     """A hub name (``org/model``), or a local folder."""
 
     weights: PathText = "pretrained"
-    """``pretrained``, ``random`` (same architecture, untrained) or a folder of weights, a run or a checkpoint, also of other programs."""
+    """``pretrained``, ``random`` (same architecture, untrained) or a folder of weights.
+    A folder is of safetensors, or a run or checkpoint, also of another program."""
 
     def shape(self) -> Shape | None:
         """Return the sizes where a config is on this machine and of a family that is known exactly."""

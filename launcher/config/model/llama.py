@@ -145,7 +145,8 @@ class SmolLm2(Model):
     """Name of the model in plans, results and W&B."""
 
     weights: PathText = "pretrained"
-    """``pretrained`` (4-bit, dequantized to fp32 once), ``random``, or a folder of weights, a run or a checkpoint, also of other programs."""
+    """``pretrained`` (4-bit, dequantized to fp32 once), ``random``, or a folder of weights.
+    A folder is of safetensors, or a run or checkpoint, also of another program."""
 
     def shape(self) -> Shape:
         """Return the sizes."""

@@ -51,7 +51,8 @@ class Checkpoint(Component):
 
     resume: PathText = "none"
     """``none``, ``auto`` (continue this run directory), a run id, or a run or checkpoint folder.
-    Checkpoints of other programs are read too. A run takes ``@best`` or ``@step_00000010``, else its newest checkpoint. Jobs that train or evaluate take one."""
+    A run takes ``@best`` or ``@step_00000010``, else its newest checkpoint. Checkpoints of other programs are read too.
+    Jobs that train or evaluate take one."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject negative counts and a metric without a direction."""

@@ -2,8 +2,8 @@
 
     python programs.py FOLDER        with MASTER_ADDR set
 
-Forked ranks write each folder; ``losses.json`` has, by folder, the losses of the two steps after saving. The second
-depends on the moments.
+Forked ranks write each folder; ``converted.pt`` is what DeepSpeed makes of one. ``losses.json`` has, by folder, the
+losses of the two steps after saving. The second depends on the moments.
 """
 
 from __future__ import annotations
@@ -242,6 +242,10 @@ def main(folder: Path) -> None:
         if any(statuses):
             raise SystemExit(f"{name} failed")
         losses[name] = json.loads((folder / f"{name}.json").read_text())
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    converted = get_fp32_state_dict_from_zero_checkpoint(str(folder / "zero2_bf16"))
+    torch.save(dict(converted), folder / "converted.pt")
     (folder / "losses.json").write_text(json.dumps(losses))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -85,6 +87,20 @@ def test_a_file_of_deepspeed_may_not_look_up_attributes(tmp_path: Path) -> None:
 
     torch.save({"module": Looks(), "global_steps": 1}, tmp_path / "a" / "mp_rank_00_model_states.pt")
     assert "which could run code" in refusal(tmp_path / "a")
+
+
+def test_objects_of_deepspeed_are_read_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("deepspeed.runtime.fp16.loss_scaler")
+    scaler = type("DynamicLossScaler", (), {"__module__": module.__name__, "__init__": lambda self: None})
+    module.DynamicLossScaler = scaler  # type: ignore[attr-defined]
+    made = scaler()
+    made.cur_scale = 8.0
+    with monkeypatch.context() as loaded:
+        for name in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.fp16"):  # which pickle imports
+            loaded.setitem(sys.modules, name, ModuleType(name))
+        loaded.setitem(sys.modules, module.__name__, module)
+        torch.save({"loss_scaler": made, "step": 3}, tmp_path / "a.pt")
+    assert load_torch_file(tmp_path / "a.pt")["step"] == 3
 
 
 def test_metadata_that_would_run_code_is_refused(saved: Path, made: Path) -> None:

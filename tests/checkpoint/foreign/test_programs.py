@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ from transformers import GPT2LMHeadModel
 from launcher.checkpoint.foreign.source import open_foreign
 from launcher.checkpoint.foreign.torch_pickle import BadCheckpoint
 from launcher.checkpoint.regions import Box, FlatRange
+from launcher.checkpoint.store import CheckpointStore
+from launcher.data.dataloader import MicroBatch
+from launcher.engines.torch import TorchEngine
 from launcher.models.foreign_state import ForeignState, describe_start, state_of_model
 from launcher.models.weights import differences, find_tensors
 from launcher.protocol.foreign_files import ForeignCheckpoint, find_foreign
+from launcher.training.checkpointing import restore_checkpoint
 from tests.checkpoint.foreign import programs
+from tests.engines.worker import QuietClock, make_context
 
 EXACT = ("zero1", "zero3", "zero0", "accelerate_fsdp", "titan", "plain", "plain_dcp", "accelerate", "trainer")
 
@@ -85,12 +91,37 @@ def test_training_goes_on_as_in_the_program_that_wrote_it(written: Path, name: s
     assert taken.tensors.read("step.transformer.wte.weight").item() == programs.SAVED_AT
 
 
+def test_a_run_resumes_from_it(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 12, "max_position_embeddings": 16}
+    options = {
+        "job": {"micro_batch": 4, "sequence_length": 11, "clip_norm": 0.0, "steps": 4},
+        "model": {**sizes, "vocab_size": programs.VOCABULARY, "weights": "random", "dropout": 0.0},
+        "optimizer": {"lr": programs.LR, "weight_decay": programs.DECAY},
+        "checkpoint": {"resume": str(written / "titan")},
+    }
+    context = make_context({"name": "run", "world": 1, "run": options}, {"gpt2": ""}, tmp_path, 0)
+    context.run_dir.path.mkdir()
+    context.run_dir.plan.write_text(json.dumps({"run_id": "a-run", "run_hash": "0" * 64}))
+    clock: Any = QuietClock()
+    with TorchEngine(context, clock) as engine:
+        store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
+        restored = restore_checkpoint(store, context, engine)
+        losses = []
+        for step in programs.AFTER:
+            ids = programs.tokens(step)
+            batch = MicroBatch(input_ids=ids[:, :-1], labels=ids[:, 1:])
+            losses.append(engine.step([batch], lr=programs.LR).loss)
+    expected = json.loads((written / "losses.json").read_text())["titan"]
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert restored is not None
+    assert restored.data is not None
+    assert (restored.step, restored.data.sequences) == (programs.SAVED_AT, 4 * programs.SAVED_AT)
+    said = "(torch.distributed.checkpoint folder): weights and moments"
+    assert f"continuing after step 2 of {written / 'titan'} {said}" in capsys.readouterr().out
+
+
 def test_masters_of_half_precision_are_those_that_deepspeed_converts(written: Path) -> None:
-    script = "import sys, torch; from deepspeed.utils.zero_to_fp32 import *; torch.save("
-    script += "get_fp32_state_dict_from_zero_checkpoint(sys.argv[1]), sys.argv[2])"
-    out = written / "converted.pt"
-    subprocess.run([sys.executable, "-c", script, written / "zero2_bf16", out], check=True, capture_output=True)
-    converted, taken = torch.load(out), state(written / "zero2_bf16")
+    converted, taken = torch.load(written / "converted.pt"), state(written / "zero2_bf16")
     for name, _ in meta_model().named_parameters():
         assert torch.equal(taken.tensors.read(name), converted[name]), name
     assert taken.tensors.dtype("transformer.wte.weight") == torch.float32

@@ -14,6 +14,7 @@ from launcher.checkpoint.foreign.plan import (
     validate_foreign,
 )
 from launcher.config.compose import compose
+from launcher.config.model.folder import weight_bytes
 from launcher.errors import ConfigError
 from launcher.execution.run_references import resolve_run_references
 
@@ -93,5 +94,7 @@ def test_weights_of_another_program_are_named(tmp_path: Path) -> None:
     details = foreign_weights_details(run)
     assert details["weights"].endswith(" (torch.distributed.checkpoint folder), converted as they are read")
     assert not list(run.model.validate_machine())
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(7))
+    assert weight_bytes(tmp_path) == 7
     (tmp_path / "model.safetensors").touch()
     assert not foreign_weights_details(run)

@@ -121,7 +121,10 @@ def weight_bytes(folder: Path) -> int:
     """
     if checkpoint_files(folder):
         return sum(4 * math.prod(shape) for shape in tensor_shapes(folder).values())
-    return sum(file.stat().st_size for file in weight_files(folder))
+    files = weight_files(folder)
+    if not files and (foreign := find_foreign(folder)) is not None:
+        files = foreign.weight_files()
+    return sum(file.stat().st_size for file in files)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

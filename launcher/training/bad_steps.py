@@ -61,7 +61,7 @@ class BadSteps:
             return f"loss is {result.loss}, first seen on rank {', '.join(map(str, result.nonfinite_ranks))}"
         if result.loss >= self.limit:
             middle = median(self._losses)
-            return f"loss {result.loss:.4f} is {result.loss / middle:.1f} times {middle:.4f}, the median before"
+            return f"loss {result.loss:.4f} is {result.loss / middle:.4g} times {middle:.4f}, the median before"
         norm = result.grad_norm
         if (result.skipped and not self._drops_steps) or (norm is not None and not 0 <= norm < math.inf):
             return "the gradient is not finite"

@@ -56,7 +56,7 @@ class TestJudging:
         assert steps.judge(StepResult(loss=3.0, grad_norm=1.0, tokens=1)) is None
         assert steps.limit == 8.0
         why = steps.judge(StepResult(loss=8.0, grad_norm=None, tokens=1, skipped=True))
-        assert why == "loss 8.0000 is 2.0 times 4.0000, the median before"
+        assert why == "loss 8.0000 is 2 times 4.0000, the median before"
         assert len(steps.losses) == FEWEST_LOSSES, "a bad one does not count"
         again = BadSteps(Train(spike_factor=2.0), drops_steps=False)
         again.restore(steps.losses)

@@ -32,4 +32,6 @@ def test_the_default_run_learns_and_leaves_everything(launch) -> None:
     assert f":0 | step {steps}/{steps}" in ended.stdout
     *_, last, opened = ended.stdout.partition("held-out loss")
     assert last
-    assert "launch status" in opened.splitlines()[-1], "the end says what to type next"
+    assert "launch status" in opened, "the end says what to type next"
+    assert opened.splitlines()[-1].startswith(f"model: launch chat runs/gpt2_tiny/{run_dir.path.name}, or launch job=")
+    assert run_dir.checkpoints.joinpath(f"step_{steps:08d}", "manifest.json").is_file(), "its model is kept"

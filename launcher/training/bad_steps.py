@@ -95,4 +95,4 @@ _ADVICE = "lower optimizer.lr, raise schedule.warmup_steps, or set precision=bf1
 
 def fatal(step: int, why: str) -> JobError:
     """Return the error that ends a run at a bad step."""
-    return JobError(f"step {step}: {why}: {_ADVICE}; job.on_bad_step=skip goes on without such steps")
+    return JobError(f"training fails at step {step}: {why}; {_ADVICE}; job.on_bad_step=skip goes on without such steps")

@@ -117,10 +117,8 @@ class Trainer:
         """
         done = step + 1
         self.saver.check()
-        result = self.train_step(step)
-        if (why := self.bad_steps.judge(result)) is not None:
-            if self.job.on_bad_step == "stop":
-                raise fatal(done, why)
+        result, why = self.train_step(step)
+        if why is not None:
             if self.job.on_bad_step == "rewind":
                 return self.rewind(step, why)
             self.bad_steps.count_skip(done, why)
@@ -134,8 +132,12 @@ class Trainer:
             self.save(done, held_out)
         return done
 
-    def train_step(self, step: int) -> StepResult:
-        """Take optimizer step ``step`` (0-based) and record it."""
+    def train_step(self, step: int) -> tuple[StepResult, str | None]:
+        """Take optimizer step ``step`` (0-based) and record it; return also what is bad about it.
+
+        Raises:
+            JobError: it is bad, and ``job.on_bad_step=stop``.
+        """
         started, self.clock.step = time.perf_counter(), step
         with self.clock.phase("data"):
             micro_batches = self.loader.step(step)
@@ -143,11 +145,13 @@ class Trainer:
         rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
         limit = self.bad_steps.limit if self.job.on_bad_step == "skip" else None
         result = self.engine.step(micro_batches, lr=rate, max_loss=limit, preempted=self.preemption.requested)
+        if (why := self.bad_steps.judge(result)) is not None and self.job.on_bad_step == "stop":
+            raise fatal(step + 1, why)
         self.recorder.step(
             step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.pop_times()
         )
         self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
-        return result
+        return result, why
 
     def rewind(self, step: int, why: str) -> int:
         """Load the newest checkpoint, skip the batches from there to ``step``, and save that.

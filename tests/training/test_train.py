@@ -55,7 +55,7 @@ def test_a_run_is_continued_in_its_own_directory(launch, tmp_path):
     launch(*words, "job.steps=6").expect(0)
     first = losses(tmp_path / "mine")
     run_id = read_json(tmp_path / "mine" / "result.json")["run_id"]
-    assert "step 6 already" in launch("resume", "mine").expect(2).stderr
+    assert "already at step 6" in launch("resume", "mine").expect(2).stderr
     continued = launch("resume", "mine", "job.steps=9").expect(0)
     assert "continuing after step 6" in continued.stdout
     after = losses(tmp_path / "mine")

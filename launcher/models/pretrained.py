@@ -11,14 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from launcher.checkpoint.manifest import MANIFEST
+from launcher.config.export import ExportOptions
 from launcher.config.model.base import has_tokenizer
+from launcher.config.model.folder import checkpoint_files
 from launcher.config.model.gpt2 import GPT2_VOCAB_SIZE
 from launcher.config.model.llama import SMOLLM2_INSTALL, SMOLLM2_SIZES, smollm2_folder, smollm2_gguf
 from launcher.errors import EnvironmentProblem
 from launcher.models.gguf import convert_llama
 from launcher.models.tokenizer import config_json_error
 from launcher.plugins.loading import executor
-from launcher.utils.build_cache import build_once
+from launcher.utils.build_cache import build_once, default_cache_folder
+from launcher.utils.files import sha256_of
 from launcher.utils.hub import fetch_model
 
 if TYPE_CHECKING:
@@ -81,6 +85,35 @@ def weights_folder(model: Model, *, heartbeat: Heartbeat) -> Path | None:
     if model.weights == "pretrained":
         return pretrained_folder(model, with_weights=True, heartbeat=heartbeat)
     return Path(model.weights).expanduser()
+
+
+def transformers_folder(model: Model, *, dtype: str, heartbeat: Heartbeat) -> Path | None:
+    """Return the folder that another program loads the weights from, ``None`` for random ones.
+
+    Weights of a checkpoint are exported to the cache, once per machine.
+
+    Args:
+        model: whose weights.
+        dtype: of exported weights: ``fp32``, ``bf16`` or ``fp16``.
+        heartbeat: called meanwhile.
+    """
+    folder = weights_folder(model, heartbeat=heartbeat)
+    if folder is None or not checkpoint_files(folder):
+        return folder
+    source = folder
+    manifest = (source.resolve().parent / MANIFEST).read_bytes()
+
+    def export(into: Path) -> None:
+        import torch
+
+        from launcher.models.export import ModelExport
+
+        formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        found = ModelExport(source, dtype=formats[dtype], max_shard_bytes=ExportOptions().max_shard_bytes)
+        found.fill(into, written=lambda num_bytes: heartbeat())
+
+    key = sha256_of(manifest + dtype.encode())
+    return build_once(default_cache_folder("exported", key), export, heartbeat=heartbeat)
 
 
 def tokenizer_folder(model: Model, *, heartbeat: Heartbeat) -> Path:

@@ -13,8 +13,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.config.export import ExportOptions
+from launcher.config.model.hf import Hf
 from launcher.errors import JobError
 from launcher.models.export import ModelExport
+from launcher.models.pretrained import transformers_folder
 from launcher.models.weights import save_model_config
 from tests.models.checkpoints import checkpoint
 
@@ -141,3 +143,19 @@ def test_sizes_of_files(text: str, size: int) -> None:
     assert [str(error) for error in options.validate()] == (
         [] if size else [f"max_shard_size={text}: is not a size above 0; write max_shard_size=5GB"]
     )
+
+
+def test_other_programs_get_a_checkpoint_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM, which reads no checkpoints."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = checkpoint(tmp_path / "step", model_of("llama"))
+    (tmp_path / "step" / "manifest.json").write_text("{}")
+    model = Hf(name=str(source))
+    folder = transformers_folder(model, dtype="bf16", heartbeat=lambda: None)
+    assert folder is not None
+    assert {tensor.dtype for tensor in tensors_in(folder).values()} == {torch.bfloat16}
+    (folder / "mark").touch()
+    assert transformers_folder(model, dtype="bf16", heartbeat=lambda: None) == folder
+    assert (folder / "mark").exists()
+    assert transformers_folder(model, dtype="fp32", heartbeat=lambda: None) != folder
+    assert transformers_folder(Hf(name=str(folder)), dtype="fp32", heartbeat=lambda: None) == folder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from launcher.inference.engine.base import InferenceEngine
 from launcher.inference.engine.echo_engine import EchoEngine
-from launcher.models.pretrained import transformers_config, weights_folder
+from launcher.models.pretrained import transformers_config, transformers_folder
 
 if TYPE_CHECKING:
     from launcher.config.job.generating import GeneratingJob
@@ -44,7 +44,7 @@ def make_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None], 
 def _make_vllm_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None]) -> InferenceEngine:
     from launcher.inference.engine.vllm_engine import VllmEngine, VllmServer
 
-    folder = weights_folder(run.model, heartbeat=heartbeat)
+    folder = transformers_folder(run.model, dtype=run.precision.compute, heartbeat=heartbeat)
     assert folder is not None, "random weights are refused before anything starts"
     config = transformers_config(run.model).get_text_config()
     server = VllmServer(run, job, name=run.model.name)

@@ -17,7 +17,7 @@ from launcher.inference.server.proxy import Proxy, ProxyLimits
 from launcher.inference.server.replica_pool import ReplicaPool, StartReplica
 from launcher.inference.server.result_cache import ResultCache, model_fingerprint
 from launcher.inference.tokenizer import open_tokenizer
-from launcher.models.pretrained import weights_folder
+from launcher.models.pretrained import transformers_folder
 
 if TYPE_CHECKING:
     from launcher.config.job.serve import Serve
@@ -192,7 +192,8 @@ class VllmBackend(ModelBackend):
 
     async def wait_until_ready(self) -> None:
         """Return once it is healthy for the first time."""
-        folder = await asyncio.to_thread(weights_folder, self._run.model, heartbeat=lambda: None)
+        compute = self._run.precision.compute
+        folder = await asyncio.to_thread(transformers_folder, self._run.model, dtype=compute, heartbeat=lambda: None)
         assert folder is not None, "random weights are refused before anything starts"
         self._model = str(folder)
         self._server.start(self._model)

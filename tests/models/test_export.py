@@ -12,9 +12,11 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from launcher.config.compose import compose
 from launcher.config.export import ExportOptions
 from launcher.config.model.hf import Hf
 from launcher.errors import JobError
+from launcher.inference.server.result_cache import model_fingerprint
 from launcher.models.export import ModelExport
 from launcher.models.pretrained import transformers_folder
 from launcher.models.weights import save_model_config
@@ -159,3 +161,28 @@ def test_other_programs_get_a_checkpoint_exported_once(tmp_path: Path, monkeypat
     assert (folder / "mark").exists()
     assert transformers_folder(model, dtype="fp32", heartbeat=lambda: None) != folder
     assert transformers_folder(Hf(name=str(folder)), dtype="fp32", heartbeat=lambda: None) == folder
+
+
+def test_cached_results_are_of_these_weights(tmp_path: Path) -> None:
+    """Other weights have another fingerprint, and moments are not read for it."""
+    source = checkpoint(tmp_path / "step", model_of("gpt2"))
+    run = compose(("job=serve", "model=hf", f"model.name={source}", "job.tokenizer=bytes")).run
+    found = []
+    for digest in ("0", "0", "1"):
+        about = {"state/rank_00000.safetensors": digest * 64, "model/config.json": f"{len(found)}" * 64}
+        manifest = {
+            "version": 2,
+            "step": 1,
+            "created": 0,
+            "run_id": "x",
+            "run_hash": "x",
+            "architecture": {},
+            "engine": "torch",
+            "parallel": {},
+            "precision": "fp32",
+            "world_size": 1,
+            "sha256": about,
+        }
+        (tmp_path / "step" / "manifest.json").write_text(json.dumps({**manifest, "files": dict.fromkeys(about, 1)}))
+        found.append(model_fingerprint(run, tokenizer="t", heartbeat=lambda: None))
+    assert found[0] == found[1] != found[2]

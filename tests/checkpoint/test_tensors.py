@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,25 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         save_file({"w": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=r"rank_0.safetensors is not a file of a checkpoint"):
         StoredState([file])
+
+
+def test_files_stay_readable_after_they_are_removed_and_are_not_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention may remove a checkpoint while it is read; what was read of a mapped file counts as memory."""
+    monkeypatch.setattr("launcher.checkpoint.tensors._MOST_MAPPED_BYTES", 64)
+    tensors = {name: torch.randn(4, 3) for name in "abcd"}
+    files = write(tmp_path, {name: (tensor, cut_rows((4, 3), 2, 0)) for name, tensor in tensors.items()})
+    stored = StoredState(files)
+    for file in files:
+        file.unlink()
+    for name, tensor in tensors.items():
+        assert torch.equal(stored.read(name), tensor)
+        maps = Path("/proc/self/maps").read_text()
+        assert all(maps.count(str(file)) <= 1 for file in files)
+    descriptors = list(stored._descriptors.values())
+    del stored
+    gc.collect()
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

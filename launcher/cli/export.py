@@ -72,7 +72,7 @@ def _check_target(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise ConfigError("DIR", target, why="is there already", fix="name a folder that does not exist, or remove it")
     if not target.parent.is_dir():
-        raise ConfigError("DIR", target, why=f"there is no folder {target.parent}", fix="make it, or name another")
+        raise ConfigError("DIR", target, why=f"there is no folder {target.parent}", fix="create it, or choose another")
 
 
 def _checkpoint(word: str, root: Path) -> SavedCheckpoint:

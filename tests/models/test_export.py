@@ -12,6 +12,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from launcher.checkpoint.manifest import CheckpointManifest, write_manifest
 from launcher.config.compose import compose
 from launcher.config.export import ExportOptions
 from launcher.config.model.hf import Hf
@@ -170,19 +171,19 @@ def test_cached_results_are_of_these_weights(tmp_path: Path) -> None:
     found = []
     for digest in ("0", "0", "1"):
         about = {"state/rank_00000.safetensors": digest * 64, "model/config.json": f"{len(found)}" * 64}
-        manifest = {
-            "version": 2,
-            "step": 1,
-            "created": 0,
-            "run_id": "x",
-            "run_hash": "x",
-            "architecture": {},
-            "engine": "torch",
-            "parallel": {},
-            "precision": "fp32",
-            "world_size": 1,
-            "sha256": about,
-        }
-        (tmp_path / "step" / "manifest.json").write_text(json.dumps({**manifest, "files": dict.fromkeys(about, 1)}))
+        manifest = CheckpointManifest(
+            step=1,
+            created=0,
+            run_id="x",
+            run_hash="x",
+            architecture={},
+            engine="torch",
+            parallel={},
+            precision="fp32",
+            world_size=1,
+            sha256=about,
+            files=dict.fromkeys(about, 1),
+        )
+        write_manifest(tmp_path / "step", manifest)
         found.append(model_fingerprint(run, tokenizer="t", heartbeat=lambda: None))
     assert found[0] == found[1] != found[2]

@@ -37,6 +37,7 @@ from launcher.protocol.state_files import TENSOR_FOLDER, StoredPart, parts_metad
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 
 _BLOCK_BYTES = 8 << 20
+_MOST_MAPPED_BYTES = 64 << 20
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -155,6 +156,39 @@ class _Entry:
     parts: list[_Part] = field(default_factory=list)
 
 
+class _MappedFile:
+    """A file that is unmapped now and then: what was touched of a mapping counts as memory."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._read_bytes = file, 0
+        self._opened: Any = None
+
+    def open(self) -> Any:
+        """Return its reader."""
+        if self._opened is None:
+            self._opened = safe_open(str(self._file), framework="pt")
+        return self._opened
+
+    def count(self, num_bytes: int) -> None:
+        """Unmap the file once much of it was read."""
+        self._read_bytes += num_bytes
+        if self._read_bytes > _MOST_MAPPED_BYTES:
+            self._opened, self._read_bytes = None, 0
+
+
+@dataclass(frozen=True)
+class _EntryValues:
+    """The values of an entry of a file, read when they are needed."""
+
+    file: _MappedFile
+    key: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        found: Tensor = self.file.open().get_slice(self.key)[index]
+        self.file.count(found.nbytes)
+        return found
+
+
 class StoredState:
     """The tensors of a checkpoint, whatever ranks and strategies wrote them.
 
@@ -178,14 +212,15 @@ class StoredState:
     def _added(self, file: Path) -> Iterator[StoredPart]:
         """Open a file and yield the parts that it stores."""
         try:
-            opened: Any = safe_open(str(file), framework="pt")
+            mapped = _MappedFile(file)
+            opened = mapped.open()
             entries = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             sizes = {key: tuple(entry.get_shape()) for key, entry in entries.items()}
             for key, part in read_parts(opened.metadata() or {}, sizes):
                 box = None if part.offsets is None else Box(part.offsets, part.sizes)
                 region = box or FlatRange(part.start, part.start + part.numel)
                 dtype = safetensors_dtype(entries[key].get_dtype())
-                self.add(part.name, part.shape, region, entries[key], dtype=dtype, file=file)
+                self.add(part.name, part.shape, region, _EntryValues(mapped, key), dtype=dtype, file=file)
                 yield part
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{file} is not a file of a checkpoint: {error}") from error
@@ -235,6 +270,9 @@ class StoredState:
         """
         entry = self._entries[name]
         region = region if region is not None else whole(entry.shape)
+        same = next((part for part in entry.parts if part.region == region), None)
+        if same is not None and isinstance(region, Box):
+            return _values(same, region, region, entry.shape)  # the usual case, without a second copy in memory
         out = torch.empty(region.numel, dtype=self.dtype(name))
         filled = 0
         for wanted in boxes_of(region, entry.shape):

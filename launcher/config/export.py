@@ -21,7 +21,7 @@ class ExportOptions:
     """Files that Transformers, vLLM and most other programs load."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Format of the weights. A checkpoint holds them in fp32; half the size is enough to generate."""
+    """Format of the weights. A checkpoint holds them in fp32; bf16 and fp16 take half of it."""
 
     max_shard_size: str = "5GB"
     """Bytes of one file at most, as ``500MB`` or ``5GB``; a tensor is never split."""

@@ -51,7 +51,7 @@ def _talk(snapshot: Path) -> None:
 
 
 def _nothing() -> None:
-    """Nobody waits for signs of progress."""
+    """Report no progress: no process waits for it."""
 
 
 if __name__ == "__main__":

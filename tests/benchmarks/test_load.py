@@ -254,7 +254,7 @@ def test_a_trace_is_read_and_its_bad_lines_named(tmp_path) -> None:
         ("{}", "line 1 needs"),
         ("[", "line 1 is not a request"),
         ("5", "line 1 is not a request"),
-        ("", "no line"),
+        ("", "is empty"),
     ):
         path.write_text(line)
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -65,6 +65,7 @@ def write(folder: Path, tensors: dict[str, tuple[torch.Tensor, list[Region]]]) -
     return files
 
 
+EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=3).map(tuple)
 
 
@@ -76,6 +77,7 @@ def cuts(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
     return cut_rows(shape, num, draw(st.integers(0, len(shape) - 1)))
 
 
+@EXAMPLES
 @given(data=st.data(), shape=shapes)
 def test_every_part_is_read_from_every_cut(
     data: st.DataObject, shape: tuple[int, ...], tmp_path_factory: pytest.TempPathFactory
@@ -88,6 +90,7 @@ def test_every_part_is_read_from_every_cut(
     assert torch.equal(stored.read("w"), tensor)
 
 
+@EXAMPLES
 @given(data=st.data(), shape=shapes)
 def test_boxes_of_a_range_are_runs_of_the_flat_tensor(data: st.DataObject, shape: tuple[int, ...]) -> None:
     numel = math.prod(shape)

@@ -124,5 +124,5 @@ def test_a_vocabulary_larger_than_the_models_is_refused() -> None:
         max_position_embeddings=64,
         vocab_size=50,
     )
-    with pytest.raises(ConfigError, match="51 tokens and small only 50 rows"):
+    with pytest.raises(ConfigError, match="51 tokens and small only 50 embedding rows"):
         open_splits(Synthetic(vocab_size=51), model, sequence_length=32, seed=1)

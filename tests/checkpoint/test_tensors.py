@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 from launcher.checkpoint.regions import Box, FlatRange, Region, boxes_of, flat_start, slices
 from launcher.checkpoint.tensors import Shard, StoredState, write_shards
 
-pytestmark = pytest.mark.unit
-
 
 def cut_rows(shape: tuple[int, ...], num: int, dim: int) -> list[Region]:
     """Return boxes of about equal size along one dimension, as FSDP and tensor slices have them."""

@@ -28,8 +28,6 @@ from launcher.training.checkpointing import restore_checkpoint
 from launcher.training.saving import CheckpointSaver
 from launcher.utils.files import write_json
 
-pytestmark = pytest.mark.unit
-
 
 class Engine:
     """Stands for an engine of one tensor, which a step changes in place."""

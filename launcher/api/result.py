@@ -25,6 +25,9 @@ class Result:
     submit_code: int = 0
     """Exit code of the process that started the run; used if the run has written no result."""
 
+    def __repr__(self) -> str:
+        return f"Result({str(self.folder)!r}, status={self.status!r})"
+
     @property
     def exit_code(self) -> int:
         """The exit code of the run: 0 where it completed."""

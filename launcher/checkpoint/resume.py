@@ -135,6 +135,8 @@ def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoin
         found = True
         yield saved
     if not found:
+        if RunDir(folder).snapshot.is_file():
+            fix = f"save one in a new run: launch rerun {shell_word(str(folder))} checkpoint.at_end=true"
         others = "" if below.is_dir() else f", also none of another program (looked for {LOOKED_FOR})"
         raise ConfigError(option, folder, why=f"holds no complete checkpoint{others}", fix=fix)
 

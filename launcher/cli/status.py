@@ -69,13 +69,14 @@ def _how_far(state: RunState) -> Iterator[tuple[str, str]]:
     if state.step is None:
         yield "progress", "no step yet"
         return
-    parts = [f"evaluation {state.steps_text}" if state.num_steps is None else f"step {state.steps_text}"]
+    parts = [] if state.steps_text == "-" else [f"step {state.steps_text}"]
+    parts = [f"evaluation {state.steps_text}"] if state.num_steps is None else parts
     parts += [f"loss {metrics['train/loss']:.4f}"] if metrics.get("train/loss") is not None else []
     parts += [f"held-out loss {metrics['eval/loss']:.4f}"] if metrics.get("eval/loss") is not None else []
     parts += [f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"] if metrics.get("perf/tokens_per_s") is not None else []
     if state.status == RUNNING and metrics.get("time"):
         parts.append(f"{duration_text(time.time() - metrics['time'])} ago")
-    yield "progress", ", ".join(parts)
+    yield "progress", ", ".join(parts) or "nothing measured yet"
 
 
 def _kept(state: RunState) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,10 @@ class Component:
 
     def __post_init__(self) -> None:
         errors = list(self.validate())
+        for error in errors:
+            if not isinstance(error, ConfigError):
+                why = f"{type(self).__name__}.validate() yields {type(error).__name__} instead of ConfigError"
+                raise ConfigErrors([ConfigError(self.group, self.kind, why=why, fix=_YIELD)])
         if errors:
             raise ConfigErrors(errors)
 
@@ -46,6 +50,10 @@ class Component:
             value = getattr(self, field)
             if isinstance(value, int | float) and value < minimum:
                 yield self.error(field, f"must be at least {minimum:g}", f"set {self.group}.{field}={minimum:g}")
+
+
+_YIELD = 'write yield self.error("FIELD", "WHY", "FIX") in it'
+"""What the author of a plugin types."""
 
 
 def class_title(cls: type) -> str:

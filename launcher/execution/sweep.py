@@ -23,6 +23,7 @@ from launcher.protocol.rundir import RunDir, new_run_id
 from launcher.supervision.finalize import try_to_write
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import build
+from launcher.utils.text import shell_command, short_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,4 +166,5 @@ def render_sweep(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], folder: 
         shown = f"{value:.4f}" if value is not None else "-"
         mark = " ← best" if row is best else ""
         lines.append(f"{shown:>12}  {row['status']:10} {' '.join(row['overrides'])}{mark}")
-    return "\n".join([*lines, f"table: {folder / 'sweep.json'}"])
+    report = shell_command(["launch", "report", short_path(folder)])
+    return "\n".join([*lines, f"table: {folder / 'sweep.json'}", f"next: {report}"])

@@ -235,6 +235,8 @@ class Session:
         if message.rank == 0:
             # a file of prompts has as many steps as lines, which the plan does not know
             num_steps = int(min(max(0, message.numbers.get("steps", self._plan.work.num_steps)), _MAX_STEPS))
+            if num_steps == 0:  # a server has no last step
+                return
             self._console.progress(message.step or 0, num_steps, message.numbers)
 
     def _store_chunk(self, agent: str, chunk: FileChunk) -> None:

@@ -71,6 +71,7 @@ def test_a_result_has_a_row_for_each_step_and_a_picture(tmp_path: Path) -> None:
     assert (result.status, result.failure) == ("submitted", None)
     (tmp_path / "result.json").write_text('{"status": "failed", "exit_code": 3}')
     assert (result.status, result.exit_code) == ("failed", 3)  # of a run that ended before this process began
+    assert repr(result) == f"Result('{tmp_path}', status='failed')"
     nothing = launcher.Result(tmp_path / "none")
     assert nothing._repr_png_() is None
     assert (len(result.table()), len(nothing.table())) == (3, 0)

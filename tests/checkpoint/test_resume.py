@@ -77,6 +77,13 @@ def test_a_folder_without_a_checkpoint_is_refused_before_anything_starts(
     assert refused.value.why == why
 
 
+def test_a_run_without_a_checkpoint_gets_the_command_that_saves_one(tmp_path: Path) -> None:
+    RunDir(tmp_path).snapshot.write_text("")
+    with pytest.raises(ConfigError, match=r"launch rerun \S+ checkpoint\.at_end=true") as refused:
+        find_checkpoint(str(tmp_path), RunDir(tmp_path / "elsewhere"))
+    assert refused.value.why.startswith("holds no complete checkpoint")
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path, save: Save) -> None:
     (save(10).folder / "model.bin").unlink()
     with pytest.raises(ConfigError, match=r"no checkpoint is intact.*model\.bin is missing"):

@@ -141,3 +141,10 @@ def test_one_run_at_a_time() -> None:
 
 def test_help(capsys) -> None:
     assert "launch status 20260101" in status_text(capsys, "-h")
+
+
+def test_a_run_without_steps_shows_none(capsys, make_run) -> None:
+    run_dir = make_run(step=0)
+    run_dir.plan.write_text(run_dir.plan.read_text().replace('"num_steps": 10', '"num_steps": 0'))
+    text = status_text(capsys)
+    assert value(text, "progress").startswith("loss 2.5000")

@@ -13,7 +13,7 @@ from launcher.config.option_text import quoted_word
 from launcher.config.overrides import suggest_overrides
 from launcher.config.snapshot import dump_run, load_run
 from launcher.errors import ConfigErrors
-from launcher.execution.sweep import expand_grid, plan_sweep
+from launcher.execution.sweep import SweepConfig, expand_grid, plan_sweep, render_sweep
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.rundir import RunDir
 from launcher.runs.config_source import load_saved_run
@@ -391,3 +391,8 @@ def test_a_model_without_a_kind_is_one_error(tmp_path):
     (tmp_path / "model" / "mine.yaml").write_text("num_hidden_layers: 2\n")
     (error,) = mistakes("model=mine", config_dir=tmp_path)
     assert error.startswith("model.kind: is not known")
+
+
+def test_the_table_of_a_sweep_ends_with_the_command_for_its_report(tmp_path):
+    text = render_sweep(SweepConfig(), [], tmp_path / "a b")
+    assert text.splitlines()[-1] == f"next: launch report '{tmp_path}/a b'"

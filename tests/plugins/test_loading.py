@@ -130,6 +130,13 @@ def test_a_dataclass_needs_docs_types_and_its_base(
     assert "steps" not in KINDS["schedule"]
 
 
+def test_a_validation_that_yields_something_else_is_named(write_plugin: WritePlugin) -> None:
+    options = OPTIONS.replace("    def decay(", '    def validate(self):\n        yield "too high"\n\n    def decay(')
+    word = write_plugin(PLUGIN[:-1] + ', conf="conf")', options=options, schedule__steps=STEPS_YAML)
+    with pytest.raises(ConfigError, match=r"Steps\.validate\(\) yields str instead of ConfigError; write yield self"):
+        compose([word, "schedule=steps"])
+
+
 def test_every_option_of_the_launcher_has_a_type_that_plugins_may_use() -> None:
     classes = [component_class(group, kind) for group, kinds in KINDS.items() for kind in kinds]
     assert all(is_option_type(wanted) for cls in classes for wanted in field_types(cls).values())

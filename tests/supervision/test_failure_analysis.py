@@ -308,6 +308,15 @@ def test_a_progress_bar_gets_a_number_of_steps_that_it_can_compute_with(plan_of,
     assert shown.getvalue()
 
 
+def test_a_job_without_a_last_step_has_no_progress_bar(plan_of, tmp_path):
+    shown = io.StringIO()
+    bar = Progress(console=RichConsole(file=shown, force_terminal=True), auto_refresh=False)
+    plan = replace(plan_of(), run_dir=str(tmp_path))
+    session = Session(plan, console=TerminalConsole(shown, bar), signals=[], job={})
+    session.dispatch("box", msgspec.structs.replace(heartbeat(0, 0), numbers={"steps": 0}), now=1.0)
+    assert not bar.tasks
+
+
 def test_stacks_with_lone_surrogates_are_written(events, tmp_path):
     (tmp_path / "logs").mkdir()
     events.send("a", LauncherStarted(), now=0.0)

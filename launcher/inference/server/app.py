@@ -119,6 +119,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         said = f"{request.method[:20]} {request.url.path[:200]}: {error.detail}"
+        if error.status_code == 404:
+            said += "; GET /openapi.json lists the paths of this server"
         answer = ApiError(error.status_code, said, code="not_found" if error.status_code == 404 else None)
         answer.headers.update(error.headers or {})
         return answer.response()

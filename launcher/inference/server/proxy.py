@@ -284,7 +284,9 @@ def _check_allowed(scope: Scope) -> None:
     """
     method, path = scope["method"], scope["path"]
     if path not in ALLOWED_PATHS:
-        raise ApiError(404, f"{method[:20]} {path[:200]}: Not Found", code="not_found")
+        raise ApiError(
+            404, f"{method[:20]} {path[:200]}: Not Found; GET /openapi.json lists the paths of vLLM", code="not_found"
+        )
     if method != ALLOWED_PATHS[path]:
         problem = ApiError(405, f"{method[:20]} {path[:200]}: Method Not Allowed")
         problem.headers["allow"] = ALLOWED_PATHS[path]

@@ -29,10 +29,10 @@ class Component:
 
     def __post_init__(self) -> None:
         errors = list(self.validate())
-        for error in errors:
-            if not isinstance(error, ConfigError):
-                why = f"{type(self).__name__}.validate() yields {type(error).__name__} instead of ConfigError"
-                raise ConfigErrors([ConfigError(self.group, self.kind, why=why, fix=_YIELD)])
+        other = next((item for item in errors if not issubclass(type(item), ConfigError)), None)
+        if other is not None:
+            why = f"{type(self).__name__}.validate() yields {type(other).__name__} instead of ConfigError"
+            raise ConfigErrors([ConfigError(self.group, self.kind, why=why, fix=_YIELD)])
         if errors:
             raise ConfigErrors(errors)
 

@@ -70,8 +70,8 @@ class GeneratingJob(Job):
     """Requests that are processed at the same time under ``continuous``."""
 
     kv_cache_tokens: int | None = None
-    """Capacity of the KV cache in tokens; ``null`` fits max_num_seqs sequences of full length, in at most a quarter
-    of the memory that is free at the start."""
+    """Capacity of the KV cache in tokens; ``null`` fits max_num_seqs sequences of full length.
+    The default takes at most a quarter of the memory that is free at the start."""
 
     prefill_chunk_size: int = 256
     """Prompt tokens in one step; larger chunks delay the next tokens of other requests."""

@@ -260,6 +260,8 @@ class StoredState:
     def read(self, name: str, region: Region | None = None) -> Tensor:
         """Return a part of a tensor, or all of it, on the CPU in the format in which it is stored.
 
+        It may share memory with what stores it: copy it before you change it.
+
         Args:
             name: of the tensor.
             region: a box, returned in its shape; or a range, returned with one dimension.

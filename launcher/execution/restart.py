@@ -122,10 +122,10 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
         run=replace(run.run, dir=prepared.plan.run_dir),
         checkpoint=replace(run.checkpoint, resume=resume),
     )
-    if resume == "auto" and (saved := find_checkpoint(resume, directory, say=silent)) is not None:
-        run = keep_global_batch(run, saved, world_size=sum(host.slots for host in hosts))
     is_fresh = resume == "auto"  # otherwise the directory is checked as that of a new run, which must be empty
     try:
+        if resume == "auto" and (saved := find_checkpoint(resume, directory, say=silent)) is not None:
+            run = keep_global_batch(run, saved, world_size=sum(host.slots for host in hosts))
         again = replan(run, hosts, run_id=prepared.plan.run_id, folder=directory.path, port=port, is_fresh=is_fresh)
     except ConfigError as problem:
         print(f"not restarted on {len(hosts)} hosts: {problem}", flush=True)

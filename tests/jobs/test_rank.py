@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from launcher.checkpoint.manifest import TrainingProgress, describe_checkpoint
+from launcher.checkpoint.store import CheckpointStore
 from launcher.config.compose import compose
 from launcher.config.snapshot import dump_run
 from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem, JobError, Unfit, exit_code_of_rank
@@ -81,9 +83,16 @@ def test_a_restart_keeps_the_checkpoint_that_the_run_began_from(
     prepared.directory.checkpoints.mkdir(parents=True)
     _write(prepared)
     if has_own:
-        (prepared.directory.checkpoints / "step_00000001").mkdir()
-        (prepared.directory.checkpoints / "step_00000001" / "manifest.json").touch()
+        plan = {"run_id": "a", "run_hash": "b"}
+        manifest = describe_checkpoint(prepared.run, TrainingProgress(step=1, sequences=8), world_size=1, plan=plan)
+        store = CheckpointStore(prepared.directory.checkpoints, checkpoint)
+        store.begin(1)
+        store.commit(manifest)
         monkeypatch.setattr("launcher.execution.restart.replan", lambda run, *_, **__: replace(prepared, run=run))
     again = _restarted(prepared, RunOutcome(status="failed", exit_code=1), prepared.run.backend, left=0)
     assert again is not None, capsys.readouterr().out
     assert again.run.checkpoint.resume == resumed_from
+    if has_own:
+        (prepared.directory.checkpoints / "step_00000001" / "manifest.json").write_text("")
+        assert _restarted(prepared, RunOutcome(status="failed", exit_code=1), prepared.run.backend, left=0) is None
+        assert "no checkpoint is intact" in capsys.readouterr().out

@@ -20,7 +20,7 @@ SMALL = (
 def test_two_hosts_get_it_with_the_code_or_are_refused(lab_hosts: Any, launch: Launch) -> None:
     lab = lab_hosts(2, has_private_tmp=True, environment={"XDG_CACHE_HOME": "/tmp/cache"})
     words = ["plugins=[launcher_example]", *SMALL, "backend=ssh", f"backend.hostfile={lab.hostfile}"]
-    words += [f"backend.ssh_config={lab.ssh_config}", "checkpoint.every=0"]
+    words += [f"backend.ssh_config={lab.ssh_config}", "checkpoint.every=0", "checkpoint.at_end=false"]
     env = {"PYTHONPATH": str(EXAMPLE)}
     hidden = lab.run("node2", ["mount", "-t", "tmpfs", "none", str(EXAMPLE)])
     assert hidden.returncode == 0, hidden.stderr

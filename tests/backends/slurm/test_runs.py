@@ -157,7 +157,7 @@ def test_a_time_over_the_limit_of_its_partition_is_refused(cluster, launch, tmp_
 
 def test_a_machine_without_slurm_is_detected(launch, tmp_path):
     refused = launch(*SMALL, "run.dir=none", env={"PATH": "/nowhere"}).expect(2)
-    assert "sinfo is not on this machine" in refused.stderr
+    assert "sinfo is not installed on this machine" in refused.stderr
     assert not (tmp_path / "none").exists()
 
 

@@ -71,7 +71,7 @@ def losses_from(taken: ForeignState, make: Callable[[torch.nn.Module], torch.opt
     for parameter, name in names.items():
         parameter.data.copy_(taken.tensors.read(name))
         optimizer.state[parameter] = {
-            kind: taken.tensors.read(f"{kind}.{name}") for kind in ("step", "exp_avg", "exp_avg_sq")
+            kind: taken.tensors.read(f"{kind}.{name}").clone() for kind in ("step", "exp_avg", "exp_avg_sq")
         }
     return programs.train(model, optimizer, programs.AFTER)
 

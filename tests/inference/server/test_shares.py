@@ -59,7 +59,6 @@ def proxy_of_vllm() -> Any:
 
     async def pending(*_: Any) -> Any:
         await asyncio.Event().wait()
-        yield
 
     proxy._request = pending  # type: ignore[method-assign, assignment]
     return proxy

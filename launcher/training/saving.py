@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from launcher.engines.context import Context
     from launcher.models.tokenizer import FastTokenizer
 
-_NICENESS = 15
+_NICENESS = 5
 """Of the thread that writes, so that steps go first on a machine whose cores are all busy."""
 
 

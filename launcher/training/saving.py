@@ -78,7 +78,7 @@ class CheckpointSaver:
         """Let a save that is under way become complete, also when the run fails: its state was good."""
         try:
             self.wait()
-        except OSError as failed:
+        except (OSError, RuntimeError) as failed:  # RuntimeError: of Gloo, when another rank is gone
             if error is None:
                 raise
             print(f"no checkpoint of step {self._step} was written: {failed}", file=sys.stderr, flush=True)

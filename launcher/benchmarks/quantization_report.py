@@ -77,7 +77,9 @@ def compare_models(
 
 
 def _logits(model: PreTrainedModel, batch: MicroBatch, wanted: Tensor) -> Tensor:
-    logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits
+    where = batch.position_ids
+    positions = {} if where is None else {"position_ids": where.to(model.device)}
+    logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False, **positions).logits
     return logits.flatten(0, 1)[wanted.to(logits.device)].float()
 
 

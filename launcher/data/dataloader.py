@@ -83,7 +83,8 @@ class MicroBatch:
     labels: torch.Tensor
     """int64, the same shape: the token after each input, so nothing is shifted; -100: no label."""
     position_ids: torch.Tensor | None = None
-    """int64, shape (1, sequence_length): positions in the sequence, unless it starts at 0."""
+    """int64, shape (sequences or 1, sequence_length); ``None``: 0, 1, 2, … in every row.
+    Where they restart at 0 another document begins, which attends to nothing before it."""
 
 
 class Loader:

@@ -67,7 +67,8 @@ class TorchEngine(Engine):
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(own) - 1
         for number, micro_batch in enumerate(own):
-            with self._layout.without_reduction() if number < last else contextlib.nullcontext(), self._split():
+            reduced = self._layout.without_reduction() if number < last else contextlib.nullcontext()
+            with reduced, self._split(micro_batches[number]):
                 with self._clock.phase("forward"), self._autocast():
                     loss = token_loss_sum(self._layout.forward, micro_batch, device=self.device, function=self._loss)
                 with self._clock.phase("backward"):
@@ -83,8 +84,9 @@ class TorchEngine(Engine):
         sequence = self._layout.sequence
         return list(micro_batches) if sequence is None else [sequence.share_of(batch) for batch in micro_batches]
 
-    def _split(self) -> contextlib.AbstractContextManager[None]:
-        return self._layout.sequence or contextlib.nullcontext()
+    def _split(self, whole: MicroBatch) -> contextlib.AbstractContextManager[None]:
+        sequence = self._layout.sequence
+        return contextlib.nullcontext() if sequence is None else sequence.splitting(whole)
 
     def _autocast(self) -> torch.autocast:
         enabled = self._dtype != torch.float32 and not self._layout.casts_itself
@@ -92,10 +94,12 @@ class TorchEngine(Engine):
 
     def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the summed loss and the number of tokens, without dropout."""
-        own = self._own(micro_batches)
+        own, losses = self._own(micro_batches), []
         self.module.eval()
-        with torch.no_grad(), self._autocast(), self._split():
-            losses = [token_loss_sum(self.module, batch, device=self.device, observe=observe) for batch in own]
+        with torch.no_grad(), self._autocast():
+            for whole, batch in zip(micro_batches, own, strict=True):
+                with self._split(whole):
+                    losses.append(token_loss_sum(self.module, batch, device=self.device, observe=observe))
         self.module.train()
         return torch.stack(losses).double().sum().item(), num_labels(own)
 

@@ -7,6 +7,9 @@ model code changes.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +23,7 @@ from launcher.config.model.config_json import sequence_sharding_problem
 from launcher.config.supported_models import whole_sequence_error
 from launcher.data.dataloader import MicroBatch
 from launcher.models.attention import class_attention_support
+from launcher.models.layers import causal_mask
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +80,8 @@ class SequenceParallel:
         self._inner = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]  # noqa: SLF001
         self._inner_name: str = model.config._attn_implementation  # noqa: SLF001
         self._splits = False
+        self._positions: Tensor | None = None
+        self._config = copy.copy(model.config)
         AttentionInterface.register(_NAME, self._attend)
         AttentionMaskInterface.register(_NAME, self._mask)
         model.config._attn_implementation = _NAME  # noqa: SLF001
@@ -84,20 +90,36 @@ class SequenceParallel:
         """Return this rank's part of each sequence, and its positions."""
         length = whole.input_ids.shape[1] // self._size
         own = slice(self._rank * length, (self._rank + 1) * length)
-        positions = torch.arange(own.start, own.stop)[None]
+        if whole.position_ids is None:
+            positions = torch.arange(own.start, own.stop)[None]
+        else:
+            positions = whole.position_ids[:, own]
         return MicroBatch(input_ids=whole.input_ids[:, own], labels=whole.labels[:, own], position_ids=positions)
 
-    def __enter__(self) -> None:
-        """From here on the model gets parts of sequences."""
-        self._splits = True
-
-    def __exit__(self, *error: object) -> None:
-        """From here on it is given whole ones, as in generation."""
-        self._splits = False
+    @contextlib.contextmanager
+    def splitting(self, whole: MicroBatch) -> Iterator[None]:
+        """In this context the model gets parts of the sequences of ``whole``; outside, whole ones."""
+        self._splits, self._positions = True, whole.position_ids
+        try:
+            yield
+        finally:
+            self._splits, self._positions = False, None
 
     def _mask(self, *args: Any, **kwargs: Any) -> Any:
-        """Return no mask for parts of sequences, which are causal as a whole; else the kernel's."""
-        return None if self._splits else ALL_MASK_ATTENTION_FUNCTIONS[self._inner_name](*args, **kwargs)
+        """Return the kernel's mask for what it attends to: whole sequences.
+
+        Rows of one document are causal, which takes no mask. Where several are packed into a row, the mask is of the
+        whole row, not of the part that this rank gives the model.
+        """
+        if not self._splits:
+            return ALL_MASK_ATTENTION_FUNCTIONS[self._inner_name](*args, **kwargs)
+        if self._positions is None:
+            return None
+        positions = self._positions.to(kwargs["device"])
+        dtype = kwargs.get("dtype", torch.float32)
+        return causal_mask(
+            self._config, torch.empty(*positions.shape, 1, dtype=dtype, device=positions.device), positions
+        )
 
     def _attend(
         self,
@@ -117,7 +139,7 @@ class SequenceParallel:
             shared_by = query.shape[1] // key.shape[1]
             key, value = (tensor.repeat_interleave(shared_by, dim=1) for tensor in (key, value))
         query, key, value = (_Swap.apply(tensor, self._group, 1, 2) for tensor in (query, key, value))
-        attended, _ = self._inner(_Grouped(module, query, key), query, key, value, None, **options)
+        attended, _ = self._inner(_Grouped(module, query, key), query, key, value, attention_mask, **options)
         return _Swap.apply(attended, self._group, 1, 2), None
 
 

@@ -7,7 +7,7 @@ besides, are made on each rank.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,36 @@ class PipelineLayer:
     """How to apply the layer, if not by calling it."""
 
 
+class PassPositions:
+    """Positions of the tokens of each micro-batch that a stage is about to pass."""
+
+    def __init__(self) -> None:
+        self._coming: list[Tensor | None] = []
+        self.current: Tensor | None = None
+        """int64, shape (sequences, tokens), restarting at 0 where a document begins; ``None``: 0, 1, 2, … ."""
+        self.number = 0
+        """Of the micro-batch; no two have the same."""
+
+    def begin(self, positions: Sequence[Tensor | None]) -> None:
+        """Expect micro-batches at these positions."""
+        self._coming = list(positions)
+
+    def advance(self) -> None:
+        """Go on to the next micro-batch."""
+        self.current = self._coming.pop(0)
+        self.number += 1
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """Return the positions of hidden states (sequences, tokens, width).
+
+        Returns:
+            int64 of shape (sequences or 1, tokens).
+        """
+        if self.current is not None:
+            return self.current
+        return torch.arange(hidden.shape[1], device=hidden.device)[None]
+
+
 class PipelineBlock(nn.Module):  # type: ignore[misc]
     """A block of the model with its inputs besides hidden states."""
 
@@ -83,50 +113,57 @@ class PipelineBlock(nn.Module):  # type: ignore[misc]
 class LearnedPositions(nn.Module):  # type: ignore[misc]
     """GPT-2's learned positions, added to the embedded tokens."""
 
-    def __init__(self, embedding: nn.Module, dropout: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, dropout: nn.Module, positions: PassPositions) -> None:
         super().__init__()
-        self.embedding, self.dropout = embedding, dropout
+        self.embedding, self.dropout, self._positions = embedding, dropout, positions
 
     def forward(self, embedded: Tensor) -> Tensor:
         """Return hidden states, of the same shape."""
-        return self.dropout(embedded + self.embedding(torch.arange(embedded.shape[1], device=embedded.device)))
+        return self.dropout(embedded + self.embedding(self._positions.of(embedded)))
 
 
 class BlockInputs:
-    """Masks and rotary angles, computed once for each shape.
+    """Masks and rotary angles, computed once for each shape, or each packed micro-batch.
 
     It is not a module: angles stay fp32 whatever the layers are in.
 
     Args:
         config: of the model; its attention kernel decides about the mask.
+        positions: of the micro-batch that passes.
         rotary: makes angles; ``None`` where the model has none.
     """
 
-    def __init__(self, config: PreTrainedConfig, rotary: nn.Module | None = None) -> None:
-        self._config, self._rotary = config, rotary
+    def __init__(self, config: PreTrainedConfig, positions: PassPositions, *, rotary: nn.Module | None = None) -> None:
+        self._config, self._positions, self._rotary = config, positions, rotary
         self._shape: Any = None
         self._made: dict[str, Any] = {}
 
     def of(self, hidden: Tensor) -> dict[str, Any]:
         """Return the arguments that blocks take besides ``hidden``."""
-        shape = (hidden.shape, hidden.dtype, hidden.device)
+        packed = None if self._positions.current is None else self._positions.number
+        shape = (hidden.shape, hidden.dtype, hidden.device, packed)
         if shape != self._shape:
             with torch.no_grad():
                 self._shape, self._made = shape, self._make(hidden.detach())
         return self._made
 
     def _make(self, hidden: Tensor) -> dict[str, Any]:
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        made = {"attention_mask": _causal_mask(self._config, hidden, positions)}
+        positions = self._positions.of(hidden)
+        made = {"attention_mask": causal_mask(self._config, hidden, positions)}
         if self._rotary is not None:
             made["position_embeddings"] = self._rotary.to(hidden.device)(hidden, position_ids=positions)
         return made
 
 
-def _causal_mask(config: PreTrainedConfig, hidden: Tensor, positions: Tensor) -> Any:
-    """Return the kernel's mask for whole sequences.
+def causal_mask(config: PreTrainedConfig, hidden: Tensor, positions: Tensor) -> Any:
+    """Return the kernel's mask for rows of one or several whole documents.
 
     Transformers has renamed its arguments between versions.
+
+    Args:
+        config: of the model.
+        hidden: (sequences, tokens, width); its device and format are the mask's.
+        positions: int64 (sequences or 1, tokens), restarting at 0 where a document begins.
     """
     offered = {
         "config": config,
@@ -140,8 +177,12 @@ def _causal_mask(config: PreTrainedConfig, hidden: Tensor, positions: Tensor) ->
     return create_causal_mask(**{name: value for name, value in offered.items() if name in taken})
 
 
-def pipeline_layers(model: PreTrainedModel) -> list[PipelineLayer]:
+def pipeline_layers(model: PreTrainedModel, positions: PassPositions) -> list[PipelineLayer]:
     """Return the layers of a model in order, from token ids to logits.
+
+    Args:
+        model: to cut.
+        positions: of the tokens that will pass.
 
     Raises:
         ConfigError: of a family that is not known to work this way.
@@ -154,7 +195,7 @@ def pipeline_layers(model: PreTrainedModel) -> list[PipelineLayer]:
     is_tied = head.weight is embedding.weight
     return [
         PipelineLayer(layer=embedding, parts=(names[id(embedding)],), is_tied=is_tied),
-        *_LAYERS_BY_FAMILY[family](model, names),
+        *_LAYERS_BY_FAMILY[family](model, names, positions),
         # a tied head is the embedding once more: a rank that has no other use for it holds its weight alone
         PipelineLayer(layer=embedding, parts=(names[id(embedding)],), is_tied=True, call=_project)
         if is_tied
@@ -166,18 +207,18 @@ def _project(embedding: nn.Module, hidden: Tensor) -> Tensor:
     return linear(hidden, embedding.get_parameter("weight"))
 
 
-def _gpt2_layers(model: PreTrainedModel, names: dict[int, str]) -> list[PipelineLayer]:
-    base, besides = model.base_model, BlockInputs(model.config)
-    positions = PipelineLayer(
-        layer=LearnedPositions(base.wpe, base.drop), parts=(names[id(base.wpe)], names[id(base.drop)])
+def _gpt2_layers(model: PreTrainedModel, names: dict[int, str], positions: PassPositions) -> list[PipelineLayer]:
+    base, besides = model.base_model, BlockInputs(model.config, positions)
+    learned = PipelineLayer(
+        layer=LearnedPositions(base.wpe, base.drop, positions), parts=(names[id(base.wpe)], names[id(base.drop)])
     )
     middle = [PipelineLayer(layer=PipelineBlock(block, besides), parts=(names[id(block)],)) for block in blocks(model)]
-    return [positions, *middle, PipelineLayer(layer=base.ln_f, parts=(names[id(base.ln_f)],))]
+    return [learned, *middle, PipelineLayer(layer=base.ln_f, parts=(names[id(base.ln_f)],))]
 
 
-def _llama_layers(model: PreTrainedModel, names: dict[int, str]) -> list[PipelineLayer]:
+def _llama_layers(model: PreTrainedModel, names: dict[int, str], positions: PassPositions) -> list[PipelineLayer]:
     base, rotary = model.base_model, model.base_model.rotary_emb
-    besides = BlockInputs(model.config, rotary)
+    besides = BlockInputs(model.config, positions, rotary=rotary)
     middle = [
         PipelineLayer(layer=PipelineBlock(block, besides), parts=(names[id(rotary)], names[id(block)]))
         for block in blocks(model)
@@ -185,7 +226,7 @@ def _llama_layers(model: PreTrainedModel, names: dict[int, str]) -> list[Pipelin
     return [*middle, PipelineLayer(layer=base.norm, parts=(names[id(base.norm)],))]
 
 
-_LAYERS_BY_FAMILY: dict[str, Callable[[PreTrainedModel, dict[int, str]], list[PipelineLayer]]] = {
+_LAYERS_BY_FAMILY: dict[str, Callable[[PreTrainedModel, dict[int, str], PassPositions], list[PipelineLayer]]] = {
     "gpt2": _gpt2_layers,
     "llama": _llama_layers,
 }

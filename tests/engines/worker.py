@@ -3,7 +3,8 @@
     python worker.py CASES.json OUTPUT_FOLDER      with MASTER_ADDR set
 
 A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults; ``family: llama`` trains
-another model, ``plant`` names an error of ``plants.py``. ``save`` is a folder and ``load`` one or several: ``after``,
+another model, ``plant`` names an error of ``plants.py``, ``documents`` says what a row holds.
+``save`` is a folder and ``load`` one or several: ``after``,
 ``after1`` and so on are the steps taken after each. Each rank writes ``<name>.<rank>.json``. A case takes as many
 ranks as its ``world``, from the first on. What a rank prints is in ``log.<rank>``; when one fails the whole
 process group is killed.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -136,16 +138,62 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, labels
 
 
-def micro_batches(context: Any, step: int) -> list[Any]:
+def document_starts(row: int, step: int) -> list[int]:
+    """Return where the three documents of a packed row begin, and where the last one ends."""
+    return [0, 1 + (row + step) % 7, 16 + row * 3 % 11, TOKENS]
+
+
+def apart(inputs: torch.Tensor, labels: torch.Tensor, step: int) -> list[Any]:
+    """Return the documents of packed rows, each in a row of its own."""
+    from launcher.data.dataloader import IGNORE_INDEX, MicroBatch
+
+    shape = (3 * len(inputs), TOKENS)
+    ids, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+    for row in range(len(inputs)):
+        for number, (start, end) in enumerate(itertools.pairwise(document_starts(row, step))):
+            ids[3 * row + number, : end - start] = inputs[row, start:end]
+            targets[3 * row + number, : end - start - 1] = labels[row, start : end - 1]
+    return [MicroBatch(input_ids=ids, labels=targets)]
+
+
+def positions_of(labels: torch.Tensor, step: int) -> torch.Tensor:
+    """Return the positions of packed rows, and take the label off the last token of each document."""
+    positions = torch.empty(GLOBAL_BATCH, TOKENS, dtype=torch.int64)
+    for row in range(GLOBAL_BATCH):
+        for start, end in itertools.pairwise(document_starts(row, step)):
+            positions[row, start:end] = torch.arange(end - start)
+            labels[row, end - 1] = -100
+    return positions
+
+
+def micro_batches(context: Any, step: int, documents: str = "whole") -> list[Any]:
+    """Return this rank's share of a step.
+
+    Args:
+        context: of the rank.
+        step: of training.
+        documents: ``whole`` rows of one document, rows of several (``packed``), or those in rows of their own
+            (``apart``), all of them in one micro-batch; ``leaking`` are packed ones without their positions.
+    """
     from launcher.data.dataloader import MicroBatch
 
     inputs, labels = global_batch(step)
+    if documents == "apart":
+        return apart(inputs, labels, step)
+    positions = None if documents == "whole" else positions_of(labels, step)
+    if documents == "leaking":
+        positions = None
     share = GLOBAL_BATCH // context.dims.data_parallel
-    own = slice(context.data_rank * share, (context.data_rank + 1) * share)
-    pieces = zip(
-        inputs[own].split(context.batch.micro_batch), labels[own].split(context.batch.micro_batch), strict=True
-    )
-    return [MicroBatch(input_ids=ids, labels=targets) for ids, targets in pieces]
+    first = context.data_rank * share
+    places = range(first, first + share)
+    return [
+        MicroBatch(
+            input_ids=inputs[part], labels=labels[part], position_ids=None if positions is None else positions[part]
+        )
+        for part in (
+            list(places[at : at + context.batch.micro_batch]) for at in range(0, share, context.batch.micro_batch)
+        )
+    ]
 
 
 def digests(engine: Any) -> dict[str, str]:
@@ -157,10 +205,10 @@ def digests(engine: Any) -> dict[str, str]:
     }
 
 
-def train(engine: Any, context: Any, steps: range, lr: float) -> list[dict[str, Any]]:
+def train(engine: Any, context: Any, steps: range, lr: float, documents: str = "whole") -> list[dict[str, Any]]:
     results = []
     for step in steps:
-        result = engine.step(micro_batches(context, step), lr=lr)
+        result = engine.step(micro_batches(context, step, documents), lr=lr)
         results.append({name: getattr(result, name) for name in type(result).__dataclass_fields__})
     return results
 
@@ -174,8 +222,9 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
     context = make_context(case, weights, output, rank)
     lr, steps, answer = case.get("lr", 3e-3), case["steps"], {}
     with make_engine(context, QuietClock()) as engine:
-        answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[: case.get("held_out", 1)])
-        answer["steps"] = train(engine, context, range(steps), lr)
+        documents = case.get("documents", "whole")
+        answer["held_out"] = engine.loss_of(micro_batches(context, 1000, documents)[: case.get("held_out", 1)])
+        answer["steps"] = train(engine, context, range(steps), lr, documents)
         if case.get("digests"):
             answer["digests"] = digests(engine)
         if case.get("generate"):

@@ -77,6 +77,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
             group["lr"] = lr
         self._expect(micro_batches[0].input_ids)
         self._loss.begin(weight=self._gain / count.total())
+        self._place(micro_batches)
         with self._clock.phase("pipeline"):
             self._engine.train_batch(_pairs(micro_batches))
         with self._clock.phase("optimizer"):
@@ -93,11 +94,17 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
             self._engine.reset_activation_shape()
             self._shape = input_ids.shape
 
+    def _place(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Tell this stage the positions of the tokens; stages send each other hidden states alone."""
+        found = (batch.position_ids for batch in micro_batches)
+        self.module.positions.begin([None if ids is None else ids.to(self.device) for ids in found])
+
     def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the summed loss and the number of tokens on the last stage, and zeros on others."""
         assert observe is None, "the plan refuses metrics under pipelines"
         self._expect(micro_batches[0].input_ids)
         self._loss.begin(weight=torch.ones((), device=self.device))
+        self._place(micro_batches)
         self._engine.eval_batch(
             _pairs(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
         )
@@ -115,6 +122,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
     def _next(self, input_ids: Tensor) -> Tensor:
         """Return the most likely next token of each sequence, from the last stage to all."""
         self._expect(input_ids)
+        self.module.positions.begin([None])
         # it always adds up something as a loss, so it is given labels, and the loss is left alone
         _, logits = self._engine.eval_batch(
             iter([(input_ids, input_ids)]),

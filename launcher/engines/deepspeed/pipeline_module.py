@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
 from launcher.engines.model import prepare_model
 from launcher.models.build import build_deferred
-from launcher.models.layers import PipelineBlock, PipelineLayer, pipeline_layers, units
+from launcher.models.layers import PassPositions, PipelineBlock, PipelineLayer, pipeline_layers, units
 from launcher.models.transforms import apply_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -64,6 +64,15 @@ class _TiedLayer(TiedLayerSpec):  # type: ignore[misc]
 
 
 class _PipelineModule(PipelineModule):  # type: ignore[misc]
+    def __init__(self, layers: Sequence[LayerSpec], *, positions: PassPositions, **options: Any) -> None:
+        super().__init__(layers, **options)
+        self.positions = positions
+
+    def forward(self, forward_input: Any) -> Any:
+        """Pass the next micro-batch; DeepSpeed calls this once for each, in their order."""
+        self.positions.advance()
+        return super().forward(forward_input)
+
     def _count_layer_params(self) -> list[int]:
         """Count parameters without building layers, which would fill all of them on every rank."""
         return [sum(parameter.numel() for parameter in spec.link.layer.parameters()) for spec in self._layer_specs]
@@ -96,11 +105,13 @@ def build_pipeline_module(
             heartbeat()
         return link.layer
 
-    specs = [(_TiedLayer if link.is_tied else _Layer)(link, fill) for link in pipeline_layers(model)]
+    positions = PassPositions()
+    specs = [(_TiedLayer if link.is_tied else _Layer)(link, fill) for link in pipeline_layers(model, positions)]
     # it prints all layers, a line each, and broadcasts tied weights in place
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         staged = _PipelineModule(
             specs,
+            positions=positions,
             num_stages=parallel.stages,
             loss_fn=loss_of,
             partition_method=_METHODS[parallel.partition],

@@ -119,8 +119,14 @@ class PipelineEngine(Engine):
         assert observe is None, "the plan refuses metrics under pipelines"
         labels = [micro_batch.labels.to(self.device) for micro_batch in micro_batches]
         tokens = [micro_batch.input_ids.to(self.device) for micro_batch in micro_batches]
+        where = [None if (ids := batch.position_ids) is None else ids.to(self.device) for batch in micro_batches]
+
+        def call(chunk: ModelChunk, state: Tensor, index: int) -> Tensor:
+            found: Tensor = chunk(state, labels=labels[index], position_ids=where[index])
+            return found
+
         with self._forward_only():
-            losses = self._forward.forward(tokens, lambda chunk, state, index: chunk(state, labels=labels[index]))
+            losses = self._forward.forward(tokens, call)
         if not losses:
             return 0.0, 0
         return torch.cat(losses).double().sum().item(), num_labels(micro_batches)

@@ -128,10 +128,16 @@ class PipelineSchedule:
         return (torch.cat([micro_batch.input_ids for micro_batch in micro_batches]).to(self._device),)
 
     def _options(self, micro_batches: Sequence[MicroBatch], factor: Tensor) -> dict[str, Tensor]:
-        if self._count - 1 not in self._own:
-            return {}
-        labels = torch.cat([micro_batch.labels for micro_batch in micro_batches]).to(self._device)
-        return {"labels": labels, "target": factor.float().expand(len(micro_batches))}
+        """Return what chunks take beside their inputs: positions all of them, labels the last one."""
+        options = {}
+        positions = [batch.position_ids for batch in micro_batches if batch.position_ids is not None]
+        if positions:
+            assert len(positions) == len(micro_batches), "all micro-batches of a step are packed, or none"
+            options["position_ids"] = torch.cat(positions).to(self._device)
+        if self._count - 1 in self._own:
+            options["labels"] = torch.cat([micro_batch.labels for micro_batch in micro_batches]).to(self._device)
+            options["target"] = factor.float().expand(len(micro_batches))
+        return options
 
     def _fit(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Rebuild the schedule, unless it has this number of micro-batches and this shape."""

@@ -44,13 +44,22 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
         self.first, self.last = number == 0, number == count - 1
         self._cache_argument = _cache_argument(model)
 
-    def forward(self, inputs: Tensor, *, labels: Tensor | None = None, cache: ChunkCache | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: ChunkCache | None = None,
+    ) -> Tensor:
         """Pass one micro-batch through.
 
         Args:
             inputs: tokens, int64 of shape (sequences, tokens), for the first chunk; hidden states, fp32 of shape
                 (sequences, tokens, hidden size), for others.
             labels: int64 of shape (sequences, tokens); the last chunk returns the loss for them.
+            position_ids: int64 of shape (sequences, tokens), restarting at 0 where a document begins; by default rows
+                are one document each.
             cache: keys and values of earlier tokens of the same sequences; the last chunk returns logits.
 
         Returns:
@@ -58,6 +67,8 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
             follow the last token, of shape (sequences, vocabulary).
         """
         given = {"input_ids" if self.first else "inputs_embeds": inputs, "use_cache": cache is not None}
+        if position_ids is not None:
+            given["position_ids"] = position_ids
         if cache is not None:
             given[self._cache_argument] = cache
         with torch.autocast(inputs.device.type, dtype=self._autocast, enabled=self._autocast != torch.float32):

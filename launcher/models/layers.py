@@ -72,7 +72,7 @@ class PassPositions:
     def __init__(self) -> None:
         self._coming: list[Tensor | None] = []
         self.current: Tensor | None = None
-        """int64, shape (sequences, tokens), restarting at 0 where a document begins; ``None``: 0, 1, 2, … ."""
+        """int64, shape (sequences, tokens), 0 where a document begins; ``None``: one a row."""
         self.number = 0
         """Of the micro-batch; no two have the same."""
 

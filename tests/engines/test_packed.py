@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM
 
 from launcher.config.attention import EagerAttention, FlashAttention, FlexAttention, SdpaAttention
@@ -119,9 +120,13 @@ def test_another_document_changes_no_logit(weights: dict[str, str], family: str,
             assert not torch.equal(after[~same], before[~same])
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # Transformers sets it
-def test_flex_attention_masks_other_documents(weights: dict[str, str]) -> None:
+def test_flex_attention_masks_other_documents(weights: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mask function is SDPA's mask; the kernel itself trains on GPUs only."""
+
+    def uncompiled(_compile: bool = True, **options: Any) -> Any:
+        return create_block_mask(**options)
+
+    monkeypatch.setattr("transformers.masking_utils.create_block_mask", uncompiled)
     model = AutoModelForCausalLM.from_pretrained(weights["llama"])
     positions, hidden = packed_positions((1, 10, 5), (16,)), torch.zeros(2, 16, 64)
     masks = {}

@@ -33,6 +33,7 @@ from launcher.planning.planner import estimate_memory
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.runs.checkpoints import kept_checkpoints
+from launcher.utils.files import read_object
 from launcher.utils.text import bytes_text
 
 _CAP_IPC_LOCK = 14
@@ -94,10 +95,24 @@ def _validate_checkpoint(run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
     optimizer = run.optimizer if run.batched_job.trains else None
     yield from validate_resume(saved, model=run.model, optimizer=optimizer)
     yield from validate_resumed_tokenizer(run, saved)
+    if not isinstance(run.job, Train):
+        return
     done = saved.manifest.step
-    if isinstance(run.job, Train) and done >= run.job.steps:
+    is_ending = done == run.job.steps and saved.folder.parent == run_dir.checkpoints and not _has_completed(run_dir)
+    if done >= run.job.steps and not is_ending:
         why = f"{saved.folder} is already at step {done}"
         yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
+
+
+def _has_completed(run_dir: RunDir) -> bool:
+    """Return whether a run ended well.
+
+    One that failed after its last checkpoint has its sample and its loss curve left to write.
+    """
+    try:
+        return read_object(run_dir.result).get("status") == "completed"
+    except (OSError, ValueError):
+        return False
 
 
 def resume_details(run: Run, run_dir: Path, *, world_size: int) -> Mapping[str, str]:

@@ -176,7 +176,8 @@ def continue_command(state: RunState) -> str | None:
     weights = checkpoint / MODEL_FOLDER
     if (is_at_end or state.status == "completed") and checkpoint_files(weights) and has_tokenizer(weights):
         return f"launch job=generate {quoted_word('model.weights', folder)}"
-    longer = [f"job.steps={2 * (state.num_steps or 1)}"] if is_at_end else []
+    is_done = is_at_end and state.status == "completed"
+    longer = [f"job.steps={2 * (state.num_steps or 1)}"] if is_done else []
     return shell_command(["launch", "resume", folder, *longer])
 
 

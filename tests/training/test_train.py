@@ -64,6 +64,12 @@ def test_a_run_is_continued_in_its_own_directory(launch, tmp_path):
     assert read_json(tmp_path / "mine" / "result.json")["run_id"] == run_id
     kept = sorted(folder.name for folder in (tmp_path / "mine" / "checkpoints").iterdir())
     assert kept[-2:] == ["step_00000006", "step_00000009"]
+    (tmp_path / "mine" / "result.json").unlink()  # as if killed between the last checkpoint and the end
+    (tmp_path / "mine" / "loss.png").unlink()
+    launch("resume", "mine").expect(0)
+    assert (tmp_path / "mine" / "loss.png").exists()
+    assert losses(tmp_path / "mine") == after
+    assert read_json(tmp_path / "mine" / "result.json")["status"] == "completed"
     (tmp_path / "one.txt").write_text("The")
     answered = ("job=generate", "job.input=one.txt", "job.output=one.jsonl", "job.max_tokens=3", "tracker=local")
     launch(*answered, "model.weights=mine@best", "backend.ranks=1").expect(0)

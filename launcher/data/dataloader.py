@@ -1,40 +1,15 @@
-"""Micro-batches of a step or of an evaluation: which sample goes where, as tensors.
-
-The order is a pure function of seed, step and position, the same on any number of ranks.
-"""
+"""Micro-batches of a step or of an evaluation: which sample goes where, as tensors."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from launcher.data.dataset import Splits
+from launcher.data.rows import IGNORE_INDEX, TokenRow
 from launcher.protocol.plan import Batch
-
-_ROUNDS = 6
-_MASK_64 = (1 << 64) - 1
-
-
-def sample_index(seed: int, index: int, num_sequences: int) -> int:
-    """Return which of ``num_sequences`` sequences is the ``index``-th of a run.
-
-    Args:
-        seed: another seed gives another order.
-        index: sequences drawn before the step + position in the global batch, from 0 without end.
-        num_sequences: size of the data set; every epoch shows each sequence once, in an order of its own.
-    """
-    epoch, value = divmod(index, num_sequences)
-    half_bits = max(1, ((num_sequences - 1).bit_length() + 1) // 2)
-    keys = _round_keys(seed, epoch)
-    while True:
-        value = _permute(value, keys, half_bits)
-        if value < num_sequences:
-            return value
 
 
 def batch_positions(rank: int, *, batch: Batch) -> list[range]:
@@ -47,31 +22,6 @@ def batch_positions(rank: int, *, batch: Batch) -> list[range]:
         (part * batch.data_parallel + rank) * batch.micro_batch for part in range(batch.gradient_accumulation_steps)
     )
     return [range(start, start + batch.micro_batch) for start in starts]
-
-
-def _permute(value: int, keys: tuple[int, ...], half_bits: int) -> int:
-    mask = (1 << half_bits) - 1
-    left, right = value >> half_bits, value & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return left << half_bits | right
-
-
-def _mix(value: int) -> int:
-    """Scramble 64 bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK_64
-    return value ^ (value >> 31)
-
-
-@functools.lru_cache(maxsize=4)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
-    return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
-
-
-IGNORE_INDEX = -100
-"""Label that the loss ignores; the default of ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +64,31 @@ class Loader:
         """
         train, first = self._splits.train, self.drawn(step)
         return [
-            _tensors([train.sequence(sample_index(self._seed, first + at, train.num_sequences)) for at in places])
+            _tensors([train.row(self._number_at(first + at)) for at in places], fixed=train.row_length)
             for places in batch_positions(self._rank, batch=self._batch)
         ]
+
+    def _number_at(self, position: int) -> int:
+        return self._splits.train_order.index(self._seed, position)
+
+    def padding(self, step: int) -> float:
+        """Return the share of optimizer step ``step`` (0-based) that is padding, over all ranks."""
+        train, first = self._splits.train, self.drawn(step)
+        real = whole = 0
+        for rank in range(self._batch.data_parallel):
+            for places in batch_positions(rank, batch=self._batch):
+                lengths = [train.num_tokens(self._number_at(first + at)) for at in places]
+                real += sum(lengths)
+                whole += len(lengths) * (train.row_length or padded_length(lengths))
+        return 1 - real / whole
 
     def held_out(self, num_sequences: int) -> Iterator[list[MicroBatch]]:
         """Yield this rank's share of the first ``num_sequences`` held-out sequences, or of all.
 
         As many micro-batches come together as a step has, fewer at the end: a pipeline is filled with them.
 
-        Every rank gets equally many batches of equal shape, because a partitioned model needs all ranks in every
-        forward pass; sequences that only fill up have no labels.
+        Every rank gets equally many batches, because a partitioned model needs all ranks in every forward pass;
+        sequences that only fill up have no labels.
         """
         available = min(num_sequences, self._splits.held_out.num_sequences)
         segment = self._batch.micro_batch * self._batch.data_parallel
@@ -133,18 +97,50 @@ class Loader:
             needed = [places for part, places in parts if first + part * segment < available]
             yield [self._labelled_below(available, first, places) for places in needed]
 
+    def held_out_labels(self, num_sequences: int) -> int:
+        """Return the tokens that count in the first ``num_sequences`` held-out sequences."""
+        held_out = self._splits.held_out
+        return sum(held_out.num_labels(at) for at in range(min(num_sequences, held_out.num_sequences)))
+
     def _labelled_below(self, end: int, first: int, places: range) -> MicroBatch:
         """Return held-out sequences at ``places`` from ``first``, without labels from ``end`` on."""
-        wanted = [first + at for at in places]
-        rows = [self._splits.held_out.sequence(at if at < end else 0) for at in wanted]
-        return _tensors(rows, num_labelled=sum(at < end for at in wanted))
+        wanted, held_out = [first + at for at in places], self._splits.held_out
+        rows = [held_out.row(at if at < end else 0) for at in wanted]
+        return _tensors(rows, fixed=held_out.row_length, num_labelled=sum(at < end for at in wanted))
 
 
-def _tensors(rows: Sequence[np.ndarray], num_labelled: int | None = None) -> MicroBatch:
-    both = torch.from_numpy(np.stack(rows))
-    inputs, labels = both[:, :-1].contiguous(), both[:, 1:].contiguous()
-    if num_labelled is not None:
-        labels[num_labelled:] = IGNORE_INDEX
+_MULTIPLE = 8
+"""Padded lengths are multiples of this, so that kernels see few different ones."""
+
+
+def padded_length(lengths: Sequence[int]) -> int:
+    """Return the length of a micro-batch of rows of these lengths."""
+    return -(-max(lengths) // _MULTIPLE) * _MULTIPLE
+
+
+def _tensors(rows: Sequence[TokenRow], *, fixed: int | None, num_labelled: int | None = None) -> MicroBatch:
+    """Return rows as one micro-batch, padded at their ends.
+
+    A causal model never sees the padding, which has no labels.
+
+    Args:
+        rows: of at least one token each.
+        fixed: length of the micro-batch; by default what the longest row needs.
+        num_labelled: rows after so many have no labels.
+    """
+    length = fixed or padded_length([len(row.input_ids) for row in rows])
+    shape = (len(rows), length)
+    inputs, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+    positions = None if all(row.position_ids is None for row in rows) else torch.arange(length).repeat(len(rows), 1)
+    for number, row in enumerate(rows):
+        size = len(row.input_ids)
+        inputs[number, :size] = torch.from_numpy(row.input_ids)
+        if num_labelled is None or number < num_labelled:
+            labels[number, :size] = torch.from_numpy(row.labels)
+        if positions is not None and row.position_ids is not None:
+            positions[number, :size] = torch.from_numpy(row.position_ids)
+            positions[number, size:] -= size  # padding is a document of its own
     if torch.cuda.is_available():
         inputs, labels = inputs.pin_memory(), labels.pin_memory()
-    return MicroBatch(input_ids=inputs, labels=labels)
+        positions = None if positions is None else positions.pin_memory()
+    return MicroBatch(input_ids=inputs, labels=labels, position_ids=positions)

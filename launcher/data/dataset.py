@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -9,28 +10,18 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from launcher.config.data.base import STREAM_LAYOUT, Corpus, Data, Synthetic
 from launcher.config.model.base import Model
+from launcher.data.order import SampleOrder, Shuffled
+from launcher.data.rows import Sequences, TokenRow, row_of_window
 from launcher.data.token_cache import token_folder
 from launcher.errors import ConfigError
 from launcher.models.pretrained import transformers_config
 from launcher.models.tokenizer import FastTokenizer
 from launcher.utils.files import read_json
-
-
-class Sequences(Protocol):
-    """Numbered sequences of equal length."""
-
-    @property
-    def num_sequences(self) -> int:
-        """How many there are."""
-
-    def sequence(self, index: int) -> np.ndarray:
-        """Return sequence ``index``, int64 (sequence_length + 1,): inputs [:-1], labels [1:]."""
 
 
 class TokenStream:
@@ -85,10 +76,27 @@ class TokenWindows:
         """How many whole sequences the span holds."""
         return max(0, (self.last - self.first - 1) // self.length)
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of every row."""
+        return self.length
+
+    def num_tokens(self, index: int) -> int:
+        """Return the tokens of sequence ``index``."""
+        return self.length
+
+    def num_labels(self, index: int) -> int:
+        """Return how many labels of sequence ``index`` count: all."""
+        return self.length
+
     def sequence(self, index: int) -> np.ndarray:
-        """Return sequence ``index`` as int64 of shape (length + 1,)."""
+        """Return the tokens of sequence ``index`` and the one after, int64 of shape (length + 1,)."""
         start = self.first + index * self.length
         return self.stream.read(start, start + self.length + 1)
+
+    def row(self, index: int) -> TokenRow:
+        """Return sequence ``index``."""
+        return row_of_window(self.sequence(index))
 
 
 _MOST_HELD_OUT = 1024
@@ -110,8 +118,25 @@ class BigramSequences:
         """How many there are before the data repeats."""
         return self._data.num_sequences if self._split == "train" else min(self._data.num_sequences, _MOST_HELD_OUT)
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of every row."""
+        return self._length
+
+    def num_tokens(self, index: int) -> int:
+        """Return the tokens of sequence ``index``."""
+        return self._length
+
+    def num_labels(self, index: int) -> int:
+        """Return how many labels of sequence ``index`` count: all."""
+        return self._length
+
+    def row(self, index: int) -> TokenRow:
+        """Return sequence ``index``."""
+        return row_of_window(self.sequence(index))
+
     def sequence(self, index: int) -> np.ndarray:
-        """Return sequence ``index`` as int64 of shape (sequence_length + 1,)."""
+        """Return the tokens of sequence ``index`` and the one after, int64 of shape (sequence_length + 1,)."""
         vocab_size, firsts = self._data.vocab_size, self._first_successors
         start, *choices = self._raw(self._split, index, self._length + 1).tolist()
         tokens = [start % vocab_size]
@@ -164,6 +189,15 @@ class Splits:
     """Longest sequence of the model, in tokens."""
     baselines: Mapping[str, float]
     """Losses to compare with, in nats a token, by name."""
+    summary: str = ""
+    """How examples are laid out in rows; empty where rows are windows of a stream."""
+    order: SampleOrder | None = None
+    """Of the training sequences; ``None``: each once an epoch, shuffled."""
+
+    @functools.cached_property
+    def train_order(self) -> SampleOrder:
+        """The order of the training sequences."""
+        return self.order or Shuffled(self.train.num_sequences)
 
 
 def open_splits(

@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from launcher.data.dataloader import IGNORE_INDEX
+from launcher.data.rows import IGNORE_INDEX
 from launcher.engines.loopback_store import join_store
 
 if TYPE_CHECKING:

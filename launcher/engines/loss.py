@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from launcher.data.dataloader import IGNORE_INDEX
+from launcher.data.rows import IGNORE_INDEX
 from launcher.plugins.base import CROSS_ENTROPY, LOSS
 from launcher.plugins.loading import executor
 

@@ -55,5 +55,5 @@ class CorpusContract(PartContract):
         assert splits.held_out.num_sequences > 0
         assert splits.tokenizer is not None
         text = "".join(chunk.text for chunk in read_corpus(configured.data))  # type: ignore[arg-type]
-        start = splits.tokenizer.decode(splits.train.sequence(0).tolist())
+        start = splits.tokenizer.decode(splits.train.row(0).input_ids.tolist())
         assert text.startswith(start[: len(start) // 2])

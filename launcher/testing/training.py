@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.config.run import Run
-from launcher.data.dataloader import IGNORE_INDEX
+from launcher.data.rows import IGNORE_INDEX
 from launcher.engines.base import StepResult
 from launcher.plugins.base import CALLBACK, LOSS, METRIC
 from launcher.plugins.loading import executor

@@ -117,7 +117,7 @@ def run_evaluation(job: Evaluate, context: Context) -> None:
                 elapsed_s = time.perf_counter() - started
                 fastest_s = min(fastest_s, elapsed_s)
                 if writer is not None:
-                    tokens = num_sequences * job.sequence_length  # engines may count one several times
+                    tokens = loader.held_out_labels(num_sequences)  # engines may count one several times
                     _record(writer, done, found, tokens=tokens, elapsed_s=elapsed_s, fastest_s=fastest_s)
     heartbeat("done", num_steps)
 

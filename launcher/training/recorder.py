@@ -55,7 +55,16 @@ class Recorder:
             return None
         return peak_flops(torch.cuda.get_device_name(self._device), precision=self._context.run.precision.kind)
 
-    def step(self, done: int, result: StepResult, *, lr: float, elapsed_s: float, parts: Mapping[str, float]) -> None:
+    def step(
+        self,
+        done: int,
+        result: StepResult,
+        *,
+        lr: float,
+        elapsed_s: float,
+        parts: Mapping[str, float],
+        padding: float | None = None,
+    ) -> None:
         """Record one optimizer step.
 
         Args:
@@ -64,6 +73,7 @@ class Recorder:
             lr: learning rate of the step.
             elapsed_s: wall time of the step, from asking for its data to knowing its loss.
             parts: seconds of each phase.
+            padding: share of the batch that holds no token; ``None`` of data that is never padded.
         """
         self._tokens += result.tokens
         speed = result.tokens / elapsed_s
@@ -78,6 +88,8 @@ class Recorder:
         }
         if result.grad_norm is not None:
             metrics["train/grad_norm"] = result.grad_norm
+        if padding is not None:
+            metrics["data/padding"] = padding
         if self._flops_per_token and self._peak_flops:
             flops = self._flops_per_token * speed / self._context.world_size
             metrics["perf/mfu"] = flops / self._peak_flops

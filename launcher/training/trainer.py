@@ -78,6 +78,8 @@ class Trainer:
         first = self.continue_from(restored)
         tokens = restored.tokens if restored else 0
         with Recorder(self.job, self.context, self.engine, start_step=first, tokens=tokens) as self.recorder:
+            if self.splits.summary:
+                self.recorder.print(f"data: {self.splits.summary}")
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.defer()
             try:
@@ -148,7 +150,12 @@ class Trainer:
         if (why := self.bad_steps.judge(result)) is not None and self.job.on_bad_step == "stop":
             raise fatal(step + 1, why)
         self.recorder.step(
-            step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.pop_times()
+            step + 1,
+            result,
+            lr=rate,
+            elapsed_s=time.perf_counter() - started,
+            parts=self.clock.pop_times(),
+            padding=self.loader.padding(step) if self.splits.summary else None,
         )
         self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
         return result, why

@@ -47,7 +47,9 @@ def test_every_format_gives_the_rows_in_order(
     assert [piece.text for piece in read_corpus(data)] == ROWS
     splits = open_splits(data, model, sequence_length=16, seed=0)
     assert splits.tokenizer is not None
-    assert splits.tokenizer.decode(splits.train.sequence(0).tolist()).startswith("Row number 0 holds some words.Row")
+    assert splits.tokenizer.decode(splits.train.row(0).input_ids.tolist()).startswith(
+        "Row number 0 holds some words.Row"
+    )
 
 
 def test_a_folder_of_several_formats_is_refused(tmp_path: Path) -> None:

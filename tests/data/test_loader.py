@@ -12,8 +12,9 @@ import torch
 
 from launcher.config.data.base import Synthetic
 from launcher.config.model.gpt2 import Gpt2
-from launcher.data.dataloader import IGNORE_INDEX, Loader, MicroBatch
+from launcher.data.dataloader import Loader, MicroBatch
 from launcher.data.dataset import Splits, open_splits
+from launcher.data.rows import IGNORE_INDEX, TokenRow, row_of_window
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch
 
@@ -24,8 +25,16 @@ class Counting:
 
     num_sequences: int
 
-    def sequence(self, index: int) -> np.ndarray:
-        return np.arange(index, index + 5)
+    row_length: int = 4
+
+    def row(self, index: int) -> TokenRow:
+        return row_of_window(np.arange(index, index + 5))
+
+    def num_tokens(self, index: int) -> int:
+        return 4
+
+    def num_labels(self, index: int) -> int:
+        return 4
 
 
 def splits(train: int, held_out: int) -> Splits:

@@ -145,7 +145,8 @@ def document_starts(row: int, step: int) -> list[int]:
 
 def apart(inputs: torch.Tensor, labels: torch.Tensor, step: int) -> list[Any]:
     """Return the documents of packed rows, each in a row of its own."""
-    from launcher.data.dataloader import IGNORE_INDEX, MicroBatch
+    from launcher.data.dataloader import MicroBatch
+    from launcher.data.rows import IGNORE_INDEX
 
     shape = (3 * len(inputs), TOKENS)
     ids, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)

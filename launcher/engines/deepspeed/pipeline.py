@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.nn.functional import cross_entropy
 
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
-from launcher.data.dataloader import IGNORE_INDEX
+from launcher.data.rows import IGNORE_INDEX
 from launcher.engines.base import Observer, StepResult, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
 from launcher.engines.distributed import TokenCount, num_labels

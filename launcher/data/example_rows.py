@@ -1,0 +1,200 @@
+"""Rows of a data set of examples: which are held out, packed or sorted by length, and in which order they are drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from launcher.config.data.mixture import exact_weights
+from launcher.data.example_store import ExampleStore, held_out_examples
+from launcher.data.order import ByLength, Mixture, SampleOrder, Shuffled, sample_index
+from launcher.data.packing import PackedRows, one_a_row, pack
+from launcher.data.rows import ExampleRows
+from launcher.errors import ConfigError
+from launcher.utils.build_cache import build_once
+from launcher.utils.files import sha256_of, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """What decides which examples stand in which row."""
+
+    sequence_length: int
+    packed: bool
+    """Several examples in a row, as many as fit; otherwise one."""
+    on_long: Literal["refuse", "truncate", "drop"]
+    """What becomes of examples of more than ``sequence_length`` + 1 tokens."""
+    held_out: float
+    """Share of the examples of each source that are kept for evaluation; 0 keeps none."""
+    seed: int
+    """Which examples come together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRows:
+    """Training and held-out rows."""
+
+    train: ExampleRows
+    held_out: ExampleRows
+    order: SampleOrder
+    summary: str
+    """How full the rows are."""
+
+
+def open_rows(
+    folder: Path,
+    settings: RowSettings,
+    *,
+    weights: Sequence[float] | None,
+    equal_shapes: bool,
+    heartbeat: Callable[[], None],
+    evaluation: Path | None = None,
+) -> OpenedRows:
+    """Open the rows of a folder of examples; the first process on a machine lays them out.
+
+    Args:
+        folder: of an :class:`ExampleStore`.
+        settings: of the rows.
+        weights: of the sources; ``None`` draws every row once an epoch.
+        equal_shapes: whether all batches have ``sequence_length`` tokens a row.
+        heartbeat: called meanwhile.
+        evaluation: folder of the examples to evaluate on; by default a share of the others.
+
+    Raises:
+        ConfigError: an example is too long, or a part of the data has no examples.
+    """
+    length = settings.sequence_length
+    row_length = length if settings.packed or equal_shapes else None
+
+    def rows_of(store: ExampleStore, laid_out: PackedRows) -> ExampleRows:
+        return ExampleRows(store, laid_out, packed=settings.packed, max_tokens=length + 1, row_length=row_length)
+
+    def laid_out(of: Path, held_out: float) -> Path:
+        return _lay_out(of, settings, held_out=held_out, heartbeat=heartbeat)
+
+    store = ExampleStore(folder)
+    made = laid_out(folder, 0 if evaluation else settings.held_out)
+    train, counted = rows_of(store, _load(made, "train")), json.loads((made / _COUNTS).read_text())
+    if evaluation is None:
+        held_out = rows_of(store, _load(made, "held_out"))
+    else:
+        held_out = rows_of(ExampleStore(evaluation), _load(laid_out(evaluation, 0), "train"))
+    for rows, option in ((train, "data.path"), (held_out, "data.eval_path" if evaluation else "data.held_out")):
+        if not rows.num_sequences:
+            raise ConfigError(option, why="leaves no example to use", fix="give more examples")
+    order = _order(train, counted["rows"], weights=weights)
+    summary = _summary(train, settings, tokens=counted["tokens"])
+    return OpenedRows(train=train, held_out=held_out, order=order, summary=summary)
+
+
+def _order(train: ExampleRows, sizes: Sequence[int], *, weights: Sequence[float] | None) -> SampleOrder:
+    order: SampleOrder = Shuffled(train.num_sequences)
+    if weights is not None:
+        for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+            if weight and not size:
+                why = f"source {number + 1} of data.path has a weight and no examples"
+                raise ConfigError("data.weights", weight, why=why, fix="set its weight to 0, or give examples")
+        order = Mixture(sizes, exact_weights(weights))
+    if train.row_length is not None:
+        return order
+    if weights is None:
+        return ByLength(order, train.num_tokens, sizes=[train.num_sequences], epoch=train.num_sequences)
+    return ByLength(order, train.num_tokens, sizes=sizes, epoch=None)
+
+
+def _summary(train: ExampleRows, settings: RowSettings, *, tokens: int) -> str:
+    rows = train.num_sequences
+    if not settings.packed:
+        return f"{rows:,} examples of {tokens / rows:,.0f} tokens on average, batched by length"
+    full = tokens / (rows * settings.sequence_length)
+    return f"{train.num_examples:,} examples packed into {rows:,} rows of {settings.sequence_length:,}: {full:.1%} full"
+
+
+_FORMAT = 1
+_COUNTS = "counts.json"
+
+
+def _lay_out(folder: Path, settings: RowSettings, *, held_out: float, heartbeat: Callable[[], None]) -> Path:
+    """Return the folder with the rows of a store, beside it."""
+
+    def build(made: Path) -> None:
+        store = ExampleStore(folder)
+        kept, is_held_out = _fitting(store, settings), held_out_examples(store.sources, held_out)
+        for name, chosen in (("train", kept & ~is_held_out), ("held_out", kept & is_held_out)):
+            rows, sizes = _rows(store, chosen, settings)
+            heartbeat()
+            if name == "held_out":
+                rows = _mixed(rows)
+            else:
+                lengths = np.minimum(store.lengths[rows.examples], settings.sequence_length + 1) - 1
+                write_json(made / _COUNTS, {"rows": sizes, "tokens": int(lengths.sum(dtype=np.int64))})
+            np.save(made / f"{name}_examples.npy", rows.examples)
+            np.save(made / f"{name}_starts.npy", rows.starts)
+
+    key = json.dumps([_FORMAT, folder.name, repr(settings), held_out])
+    return build_once(
+        folder.with_name(f"{folder.name}-{sha256_of(key.encode())[:12]}"),
+        build,
+        heartbeat=heartbeat,
+        option="data.cache",
+    )
+
+
+def _load(folder: Path, name: str) -> PackedRows:
+    return PackedRows(
+        examples=np.load(folder / f"{name}_examples.npy", mmap_mode="r"),
+        starts=np.load(folder / f"{name}_starts.npy", mmap_mode="r"),
+    )
+
+
+def _fitting(store: ExampleStore, settings: RowSettings) -> np.ndarray:
+    """Return for each example whether it is used.
+
+    Raises:
+        ConfigError: one is too long, and that is to be refused.
+    """
+    most = settings.sequence_length + 1
+    is_long: np.ndarray = store.lengths > most
+    if settings.on_long == "refuse" and is_long.any():
+        longest = int(store.lengths.max())
+        why = f"{int(is_long.sum()):,} of {len(store):,} examples are longer (the longest needs {longest - 1:,})"
+        fix = f"set job.sequence_length={longest - 1}, or data.on_long=truncate or drop"
+        raise ConfigError("job.sequence_length", settings.sequence_length, why=why, fix=fix)
+    is_usable = settings.on_long != "drop"
+    kept: np.ndarray = ~is_long | (is_usable & (store.first_trained < most))
+    return kept
+
+
+def _rows(store: ExampleStore, chosen: np.ndarray, settings: RowSettings) -> tuple[PackedRows, list[int]]:
+    """Return the rows of the chosen examples, source by source, and how many each source has."""
+    examples: list[np.ndarray] = []
+    starts: list[np.ndarray] = [np.zeros(1, np.int64)]
+    sizes, first, num_examples = [], 0, 0
+    for source, size in enumerate(store.sources):
+        numbers: np.ndarray = first + np.flatnonzero(chosen[first : first + size])
+        first += size
+        rows = one_a_row(numbers)
+        if settings.packed and len(numbers):
+            lengths = np.minimum(store.lengths[numbers], settings.sequence_length + 1) - 1
+            rows = pack(lengths, capacity=settings.sequence_length, seed=(settings.seed << 20) + source)
+            rows = PackedRows(examples=numbers[rows.examples], starts=rows.starts)
+        examples.append(rows.examples)
+        starts.append(rows.starts[1:] + num_examples)
+        num_examples += len(rows.examples)
+        sizes.append(len(rows))
+    return PackedRows(examples=np.concatenate(examples), starts=np.concatenate(starts)), sizes
+
+
+def _mixed(rows: PackedRows) -> PackedRows:
+    """Return the same rows in one fixed order in which the sources alternate: an evaluation takes the first ones."""
+    order = [sample_index(0, number, len(rows)) for number in range(len(rows))]
+    parts = [rows.examples[rows.starts[row] : rows.starts[row + 1]] for row in order]
+    return PackedRows(
+        examples=np.concatenate(parts) if parts else np.empty(0, np.int64),
+        starts=np.cumsum([0, *map(len, parts)], dtype=np.int64),
+    )

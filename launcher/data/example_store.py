@@ -1,0 +1,212 @@
+"""Tokenised examples in memory-mapped files: their tokens, and which of them are trained.
+
+A folder holds ``ids.bin`` (uint16 or uint32, example after example), ``trained.bin`` (a byte for each token),
+and for each example ``ends.bin`` (int64, where it ends among all tokens), ``lengths.bin`` and ``first_trained.bin``
+(int32). ``examples.json`` is written last.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from launcher.data.order import sample_index
+from launcher.utils.files import read_json, write_json
+
+LAYOUT = "examples.json"
+_IDS, _TRAINED, _ENDS, _LENGTHS, _FIRST = "ids.bin", "trained.bin", "ends.bin", "lengths.bin", "first_trained.bin"
+_FILES = (_IDS, _TRAINED, _ENDS, _LENGTHS, _FIRST)
+_CHECKED_BYTES = 4 << 30
+"""Files of more bytes are compared by size alone: reading them takes over two seconds."""
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBlock:
+    """Some examples of one source, one after the other."""
+
+    source: int
+    ids: np.ndarray
+    """uint32, of all examples."""
+    is_trained: np.ndarray
+    """uint8, for each token 1 where the loss counts it."""
+    lengths: np.ndarray
+    """int32, tokens of each example."""
+
+
+class ExampleStore:
+    """The examples of a folder, mapped into memory and read one by one.
+
+    Args:
+        folder: that :func:`write_examples` filled.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        layout = read_json(folder / LAYOUT)
+        self.sources: list[int] = layout["sources"]
+        """Examples of each source, whose numbers follow each other."""
+        self._ids = _map(folder / _IDS, layout["dtype"])
+        self._trained = _map(folder / _TRAINED, "uint8")
+        self.lengths: np.ndarray = _map(folder / _LENGTHS, "int32")
+        """Tokens of each example."""
+        self.first_trained: np.ndarray = _map(folder / _FIRST, "int32")
+        """Where the first label of each example stands that counts."""
+        self._ends = _map(folder / _ENDS, "int64")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of an example, int64, and for each whether it is trained."""
+        end = int(self._ends[number])
+        part = slice(end - int(self.lengths[number]), end)
+        return self._ids[part].astype(np.int64), self._trained[part].astype(bool)
+
+
+def _map(file: Path, dtype: str) -> np.ndarray:
+    if not file.stat().st_size:
+        return np.empty(0, dtype)
+    mapped: np.ndarray = np.memmap(file, dtype=dtype, mode="r")
+    return mapped
+
+
+def write_examples(
+    folder: Path, blocks: Iterable[EncodedBlock], *, num_sources: int, vocab_size: int, heartbeat: Callable[[], None]
+) -> int:
+    """Write examples into an empty folder, for :class:`ExampleStore` to map.
+
+    Args:
+        folder: to fill.
+        blocks: source by source.
+        num_sources: of the data set, those without examples too.
+        vocab_size: one more than the largest token number.
+        heartbeat: called after each block.
+
+    Returns:
+        How many examples were left out, because none of their tokens is trained.
+    """
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    counts, left_out, end = [0] * num_sources, 0, 0
+    checksums = dict.fromkeys(_FILES, 0)
+    files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in _FILES}
+
+    def write(name: str, values: np.ndarray) -> None:
+        raw = values.tobytes()
+        files[name].write(raw)
+        checksums[name] = zlib.crc32(raw, checksums[name])
+
+    try:
+        for block in blocks:
+            first = _first_trained(block)
+            kept = first > 0
+            left_out += int((~kept).sum())
+            tokens: np.ndarray = np.repeat(kept, block.lengths)
+            write(_IDS, block.ids[tokens].astype(dtype))
+            write(_TRAINED, block.is_trained[tokens].astype(np.uint8))
+            ends = end + np.cumsum(block.lengths[kept], dtype=np.int64)
+            end = int(ends[-1]) if len(ends) else end
+            write(_ENDS, ends)
+            write(_LENGTHS, block.lengths[kept].astype(np.int32))
+            write(_FIRST, first[kept].astype(np.int32))
+            counts[block.source] += int(kept.sum())
+            heartbeat()
+    finally:
+        for file in files.values():
+            file.close()
+    sizes = {name: (folder / name).stat().st_size for name in _FILES}
+    write_json(folder / LAYOUT, {"dtype": dtype, "sources": counts, "bytes": sizes, "crc32": checksums})
+    return left_out
+
+
+def _first_trained(block: EncodedBlock) -> np.ndarray:
+    """Return the place of each example's first label that counts; 0 of examples without one.
+
+    The first token of an example is no label.
+    """
+    starts = np.concatenate([[0], np.cumsum(block.lengths[:-1], dtype=np.int64)]) if len(block.lengths) else []
+    found: np.ndarray = np.zeros(len(block.lengths), np.int64)
+    example: np.ndarray = np.repeat(np.arange(len(block.lengths)), block.lengths)
+    place = np.arange(len(block.ids))
+    at = place - np.asarray(starts, np.int64)[example] if len(place) else place
+    trained = np.flatnonzero((block.is_trained != 0) & (at > 0))
+    numbers, index = np.unique(example[trained], return_index=True)
+    found[numbers] = at[trained[index]]
+    return found
+
+
+def is_intact(folder: Path, *, heartbeat: Callable[[], None]) -> bool:
+    """Return whether a folder holds its files as they were written: by checksum, large ones by size alone."""
+    try:
+        layout = read_json(folder / LAYOUT)
+        for name in _FILES:
+            file = folder / name
+            if (size := file.stat().st_size) != layout["bytes"][name]:
+                return False
+            if size <= _CHECKED_BYTES and _checksum(file, heartbeat) != layout["crc32"][name]:
+                return False
+        return all(isinstance(count, int) for count in layout["sources"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _checksum(file: Path, heartbeat: Callable[[], None]) -> int:
+    found = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            found = zlib.crc32(block, found)
+            heartbeat()
+    return found
+
+
+class EncodingProgress:
+    """Prints how far the tokenisation of examples is, every few seconds."""
+
+    _EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self._started = self._printed = time.monotonic()
+        self._examples = self._tokens = 0
+
+    def add(self, block: EncodedBlock) -> None:
+        """Count a block that has been written."""
+        self._examples += len(block.lengths)
+        self._tokens += len(block.ids)
+        now = time.monotonic()
+        if now - self._printed > self._EVERY_S:
+            self._printed = now
+            self._print("tokenised so far")
+
+    def end(self, *, processes: int) -> None:
+        """Print what was done, where it took long enough that somebody waited."""
+        if time.monotonic() - self._started > 1:
+            self._print(f"tokenised by {processes} processes")
+
+    def _print(self, what: str) -> None:
+        elapsed_s = time.monotonic() - self._started
+        rate = self._examples / elapsed_s
+        print(f"{what}: {self._examples:,} examples, {self._tokens:,} tokens, {rate:,.0f} examples/s", flush=True)
+
+
+def held_out_examples(sources: Sequence[int], share: float) -> np.ndarray:
+    """Return for each example whether it is held out: of each source its share, the same in every run.
+
+    A source of two examples or more has at least one of each kind.
+
+    Args:
+        sources: examples of each.
+        share: between 0 and 1.
+    """
+    found: np.ndarray = np.zeros(sum(sources), bool)
+    start = 0
+    for size in sources:
+        count = min(max(1, round(size * share)), size - 1) if size > 1 and share else 0
+        for number in range(count):
+            found[start + sample_index(0, number, size)] = True
+        start += size
+    return found

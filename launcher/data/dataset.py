@@ -136,7 +136,7 @@ class BigramSequences:
         return row_of_window(self.sequence(index))
 
     def sequence(self, index: int) -> np.ndarray:
-        """Return the tokens of sequence ``index`` and the one after, int64 of shape (sequence_length + 1,)."""
+        """Return sequence ``index`` as int64 of shape (sequence_length + 1,)."""
         vocab_size, firsts = self._data.vocab_size, self._first_successors
         start, *choices = self._raw(self._split, index, self._length + 1).tolist()
         tokens = [start % vocab_size]

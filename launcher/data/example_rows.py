@@ -1,4 +1,4 @@
-"""Rows of a data set of examples: which are held out, packed or sorted by length, and in which order they are drawn."""
+"""Rows of a data set of examples: held out or not, packed or by length, and their order."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _rows(store: ExampleStore, chosen: np.ndarray, settings: RowSettings) -> tup
 
 
 def _mixed(rows: PackedRows) -> PackedRows:
-    """Return the same rows in one fixed order in which the sources alternate: an evaluation takes the first ones."""
+    """Return the same rows, mixed: an evaluation takes the first ones, which are of all sources."""
     order = [sample_index(0, number, len(rows)) for number in range(len(rows))]
     parts = [rows.examples[rows.starts[row] : rows.starts[row + 1]] for row in order]
     return PackedRows(

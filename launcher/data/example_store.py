@@ -125,7 +125,7 @@ def write_examples(
 
 
 def _first_trained(block: EncodedBlock) -> np.ndarray:
-    """Return the place of each example's first label that counts; 0 of examples without one.
+    """Return the place of each example's first label that counts; 0 without one.
 
     The first token of an example is no label.
     """
@@ -141,7 +141,10 @@ def _first_trained(block: EncodedBlock) -> np.ndarray:
 
 
 def is_intact(folder: Path, *, heartbeat: Callable[[], None]) -> bool:
-    """Return whether a folder holds its files as they were written: by checksum, large ones by size alone."""
+    """Return whether a folder holds its files as they were written.
+
+    They are compared by checksum, large ones by size alone.
+    """
     try:
         layout = read_json(folder / LAYOUT)
         for name in _FILES:
@@ -183,7 +186,7 @@ class EncodingProgress:
             self._print("tokenised so far")
 
     def end(self, *, processes: int) -> None:
-        """Print what was done, where it took long enough that somebody waited."""
+        """Print what was done, where it took over a second."""
         if time.monotonic() - self._started > 1:
             self._print(f"tokenised by {processes} processes")
 
@@ -194,7 +197,7 @@ class EncodingProgress:
 
 
 def held_out_examples(sources: Sequence[int], share: float) -> np.ndarray:
-    """Return for each example whether it is held out: of each source its share, the same in every run.
+    """Return for each example whether it is held out, the same in every run.
 
     A source of two examples or more has at least one of each kind.
 

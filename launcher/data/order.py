@@ -109,7 +109,7 @@ class Mixture:
 
 
 class ByLength:
-    """Another order, in which neighbours are of about one length, so that batches have little padding.
+    """Another order, whose neighbours are of about one length: batches have little padding.
 
     Within each window of positions the sequences of one source change places among themselves: what an epoch shows,
     and the shares of a mixture, stay exact.

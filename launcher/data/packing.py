@@ -1,4 +1,4 @@
-"""Examples packed into rows of one length, whole; the same rows whatever the number of ranks."""
+"""Examples packed whole into rows of one length, whatever the number of ranks."""
 
 from __future__ import annotations
 

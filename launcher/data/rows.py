@@ -1,4 +1,4 @@
-"""Rows of tokens with their labels: windows of a stream, examples, and several examples packed into one."""
+"""Rows of tokens with their labels: windows of a stream, or one or several examples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sequences(Protocol):
 
     @property
     def row_length(self) -> int | None:
-        """Tokens of every row in a batch, with padding; ``None``: as many as the longest row of the batch needs."""
+        """Tokens of every row with padding; ``None``: as many as the longest of a batch has."""
 
     def row(self, index: int) -> TokenRow:
         """Return sequence ``index``."""

@@ -2,8 +2,8 @@
 
     {"train/step": 3, "train/loss": 5.61, "time": 1753948800.5}
 
-Names: train/step train/loss train/lr train/grad_norm train/tokens data/padding eval/loss
-perf/tokens_per_s perf/mfu memory/peak_bytes time/<part>_s. ``time`` is in seconds since 1970 and rises from line to line. A value that is not
+Names: train/step train/loss train/lr train/grad_norm train/tokens data/padding eval/loss perf/tokens_per_s perf/mfu
+memory/peak_bytes time/<part>_s. ``time`` is in seconds since 1970 and rises from line to line. A value that is not
 finite is written as ``null``: JSON has no NaN, and a reader that wants numbers turns null into NaN automatically.
 """
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from launcher.config.data.chat_template import read_templates
 from launcher.config.model.config_json import attention_windows, non_attention_layers
 from launcher.config.model.transformers_support import attention_support
 from launcher.config.parallel.pipeline import Pipeline
 from launcher.config.run import Run
 from launcher.errors import ConfigError
-from launcher.utils.files import read_named
 
 BatchingMode = Literal["continuous", "dynamic", "static", "none"]
 
@@ -92,29 +91,12 @@ def api_keys_from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(key.strip() for key in keys if key.strip())
 
 
-DEFAULT_TEMPLATE = "default"
-"""The template that is used where none is named, as Transformers has it."""
-
-
 def template_names(folder: Path) -> Sequence[str]:
     """Return the names of a tokenizer folder's chat templates, without loading it.
 
     A folder that cannot be read has none.
     """
-    found = {path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")}
-    if (folder / "chat_template.jinja").is_file():
-        found.add(DEFAULT_TEMPLATE)
-    if found:  # with files of templates, Transformers does not look at those in the settings
-        return sorted(found)
-    try:
-        given = json.loads(read_named(folder / "tokenizer_config.json").decode()).get("chat_template")
-    except (OSError, ValueError, AttributeError):
-        given = None
-    if isinstance(given, str):
-        found.add(DEFAULT_TEMPLATE)
-    elif isinstance(given, list):
-        found |= {str(entry["name"]) for entry in given if isinstance(entry, dict) and "name" in entry}
-    return sorted(found)
+    return sorted(read_templates(folder))
 
 
 def validate_engine(run: Run, *, world_size: int, engine: str = "paged") -> Iterator[ConfigError]:

@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, str]] = {
         "hf": "launcher.config.model.hf:Hf",
     },
     "data": {
+        "auto": "launcher.config.data.auto:AutoData",
         "text": "launcher.config.data.text:Text",
         "hf": "launcher.config.data.hf:HfData",
         "synthetic": "launcher.config.data.base:Synthetic",

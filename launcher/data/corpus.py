@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import datasets
 
 READERS: dict[str, str] = {
+    "auto": "launcher.data.corpus:read_local",
     "text": "launcher.data.corpus:read_local",
     "hf": "launcher.data.corpus:read_dataset",
 }

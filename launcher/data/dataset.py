@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from launcher.config.data.auto import AutoData
 from launcher.config.data.base import STREAM_LAYOUT, Corpus, Data, Synthetic
 from launcher.config.model.base import Model
 from launcher.data.order import SampleOrder, Shuffled
@@ -242,6 +243,9 @@ def _limits(model: Model) -> tuple[int, int]:
 def _open_corpus(
     data: Corpus, model: Model, *, max_length: int, sequence_length: int, heartbeat: Callable[[], None]
 ) -> Splits:
+    if isinstance(data, AutoData) and not data.is_stream:
+        why = "holds examples, a mixture or data to evaluate on, and sequences are cut from one text"
+        raise ConfigError("data.path", why=why, fix="give text in one entry of data.path")
     folder, tokenizer = token_folder(data, model, heartbeat=heartbeat)
     stream = open_stream(folder)
     cut = len(stream) - round(len(stream) * data.held_out)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.inference import DEFAULT_TEMPLATE
+from launcher.config.data.chat_template import DEFAULT_TEMPLATE
 from launcher.errors import ConfigError
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import decoder_of, fallback_byte, has_decoder, load_transformers_tokenizer

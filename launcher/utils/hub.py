@@ -9,6 +9,7 @@ import socket
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.utils.files import exists, home_folder
@@ -22,13 +23,13 @@ _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second copy of the same weights
 
 
-def cached_folder(name: str) -> Path | None:
-    """Return the folder of a hub model in the local cache; ``None`` if it was never downloaded.
+def cached_folder(name: str, *, kind: Literal["model", "dataset"] = "model") -> Path | None:
+    """Return the folder of a hub model or data set in the local cache, or ``None``.
 
     Standard library only.
     """
     root = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or _home() / "hub"))  # noqa: PTH111
-    repository = root / f"models--{name.replace('/', '--')}"
+    repository = root / f"{kind}s--{name.replace('/', '--')}"
     try:
         commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):

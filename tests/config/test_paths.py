@@ -23,6 +23,8 @@ from launcher.utils.schema import defaults
 OPTIONS = {
     "data.path": ["data.path="],
     "data.cache": ["data.cache="],
+    "data.chat_template": ["data=auto", "data.chat_template="],
+    "data.eval_path": ["data=auto", "data.eval_path="],
     "data.tokenizer": ["data.tokenizer="],
     "data.files": ["data=hf", "data.path=json", "data.files=[{}]"],
     "model.weights": ["model.weights="],

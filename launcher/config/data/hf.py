@@ -42,7 +42,7 @@ _COUNTED_BYTES = 16 << 20
 """Files of this size altogether have their rows counted before anything starts."""
 _SPLIT_REMEDY = "set data.split=train, or train[:50%]"
 _SKIP = "set data.skip_bad_rows=true to skip such rows"
-_SPLITS = {
+SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -51,7 +51,7 @@ _SPLITS = {
 
 They stand between separators or digits."""
 
-_SPLIT_NAME = re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(_SPLITS)})(?:[-._ 0-9/]|$)")
+_SPLIT_NAME = re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(SPLITS)})(?:[-._ 0-9/]|$)")
 
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """Files of JSON in the folder of a data set that hold no rows."""
@@ -233,7 +233,7 @@ class HfData(Corpus):
                 first = self._first_rows(file, written)
                 if first.columns and self.column not in first.columns:
                     raise self.column_error(file, first)
-                for record in read_rows(file, written, longest_line=LONGEST_LINE_BYTES, column=self.column):
+                for record in read_rows(file, written, longest_line=LONGEST_LINE_BYTES, columns=(self.column,)):
                     yield f"{unit} {record.line:,} of {file}", record
             except BadFile as bad:
                 raise ConfigError("data.files", file, why=bad.why, fix=bad.fix) from bad
@@ -487,6 +487,12 @@ def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column:
     return " ".join(words)
 
 
+def split_of_name(name: str) -> str | None:
+    """Return the split that a file's name or folder marks; ``None`` if it marks none."""
+    words = re.split(r"[-._ 0-9/]+", name)
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
 def data_files(folder: Path) -> list[Path]:
     """Return a folder's data files in name order, without hidden files and descriptions."""
     found = (file for file in folder.rglob("*") if file.is_file() and file.name not in _DESCRIPTIONS)
@@ -519,7 +525,7 @@ def _named_splits(folder: Path, endings: Sequence[str]) -> set[str]:
     names = [str(file.relative_to(folder).with_suffix("")) for file in chosen]
     if any(re.search(r"-\d{5}-of-", name) for name in names) or "configs:" in _text_of(folder / "README.md"):
         return set()
-    return {_SPLITS[word] for name in names for word in re.split(r"[-._ 0-9/]+", name) if word in _SPLITS}
+    return {SPLITS[word] for name in names for word in re.split(r"[-._ 0-9/]+", name) if word in SPLITS}
 
 
 def _text_of(file: Path) -> str:

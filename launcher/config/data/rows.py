@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,7 +67,7 @@ def read_rows(
     *,
     longest_line: int,
     text_field: str = "text",
-    column: str | None = None,
+    columns: Sequence[str] | None = None,
     takes_nan: bool = True,
 ) -> Iterator[Record]:
     """Yield the rows whose number is ``wanted``; cells of a table are text.
@@ -78,7 +78,7 @@ def read_rows(
         wanted: takes the number of a row; others are passed over without being parsed.
         longest_line: bytes; a longer line is a bad row, so that a file without line ends does not fill the memory.
         text_field: name of the field for text: of lines of text, and of texts in a JSON list.
-        column: the only one to read, where the format stores columns apart.
+        columns: those to read, where the format stores columns apart; ``None`` reads all.
         takes_nan: take NaN and Infinity for numbers, as Python writes them, though JSON has none.
 
     Raises:
@@ -86,7 +86,7 @@ def read_rows(
         OSError: it cannot be read.
     """
     if found.kind in ("parquet", "arrow"):
-        yield from _columnar_rows(file, found, wanted, column)
+        yield from _columnar_rows(file, found, wanted, columns)
         return
     loads = json.loads if takes_nan else _loads_strictly
     if found.lone_returns and found.kind in ("jsonl", "csv", "text"):
@@ -454,7 +454,7 @@ def _table_record(number: int, line: int, header: list[str], row: list[str], dec
 
 
 def _columnar_rows(
-    file: Path, found: FileFormat, wanted: Callable[[int], bool], column: str | None
+    file: Path, found: FileFormat, wanted: Callable[[int], bool], columns: Sequence[str] | None
 ) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet
@@ -462,12 +462,12 @@ def _columnar_rows(
     number = 0
     with _damage_is_bad_file(file, found), pa.memory_map(str(file)) as source:
         if found.kind == "parquet":
-            columns = None if column is None else [column]
-            batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns)
+            names = None if columns is None else list(columns)
+            batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_ROWS_AT_ONCE, columns=names)
         else:
             batches = _ipc_batches(_open_ipc(source))
         for batch in batches:
-            for row, problem in _rows_of(batch if column is None else batch.select([column])):
+            for row, problem in _rows_of(batch if columns is None else batch.select(list(columns))):
                 if wanted(number):
                     yield Record(number, number + 1, row, problem)
                 number += 1

@@ -25,7 +25,7 @@ from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.utils.schema import defaults
 
-_PYTHON_DOCS = "python-docs"
+PYTHON_DOCS = "python-docs"
 _AS_IT_STANDS = ", or data.format=text to train on it as it is"
 
 
@@ -36,7 +36,7 @@ class Text(Corpus):
     kind: ClassVar[str] = "text"
     summary_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
-    path: tuple[PathText, ...] | PathText = _PYTHON_DOCS
+    path: tuple[PathText, ...] | PathText = PYTHON_DOCS
     """Files or globs, one document per file; gzip, bz2, xz and zstd are unpacked.
     ``python-docs`` is ``pydoc_data.topics``, 465 kB of English."""
 
@@ -48,15 +48,13 @@ class Text(Corpus):
         """Reject an empty list of files besides what every corpus refuses."""
         yield from super().validate()
         if not self.path:
-            yield ConfigError("data.path", "[]", why="names no file", fix=f"set data.path={_PYTHON_DOCS}")
+            yield ConfigError("data.path", "[]", why="names no file", fix=f"set data.path={PYTHON_DOCS}")
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield every file that is missing, empty or not text."""
         yield from super().validate_machine()
-        if self.path == _PYTHON_DOCS:
-            if importlib.util.find_spec("pydoc_data") is None:
-                fix = "install Python's standard library whole, or set data.path to text files"
-                yield self.error("path", "this Python lacks the module pydoc_data", fix)
+        if self.path == PYTHON_DOCS:
+            yield from validate_python_docs(PYTHON_DOCS)
             return
         found, errors = self._files()
         yield from errors
@@ -101,14 +99,14 @@ class Text(Corpus):
 
     def fingerprint(self) -> str:
         """Return a hash of the contents."""
-        if self.path == _PYTHON_DOCS:
-            return hashlib.sha256("\0".join(_python_docs()).encode()).hexdigest()
+        if self.path == PYTHON_DOCS:
+            return hashlib.sha256("\0".join(python_docs()).encode()).hexdigest()
         return files.fingerprint(self._files()[0])
 
     def local_pieces(self) -> Iterator[TextChunk]:
         """Yield Python's topics by name, or the files by path."""
-        if self.path == _PYTHON_DOCS:
-            yield from (TextChunk(text, ends_document=True) for text in _python_docs())
+        if self.path == PYTHON_DOCS:
+            yield from (TextChunk(text, ends_document=True) for text in python_docs())
             return
         for file in self._files()[0]:
             try:
@@ -121,7 +119,7 @@ class Text(Corpus):
 
     def small_pieces(self, most: int = SMALL_CHARS) -> list[TextChunk] | None:
         """Return the whole text of a small corpus."""
-        if self.path == _PYTHON_DOCS:
+        if self.path == PYTHON_DOCS:
             return files.beginning(self.local_pieces(), most) if most > SMALL_CHARS else None
         found = self._files()[0]
         if not found or sum(file.stat().st_size for file in found) > most:
@@ -132,7 +130,15 @@ class Text(Corpus):
         return files.expand([self.path] if isinstance(self.path, str) else self.path, option="data.path")
 
 
-def _python_docs() -> list[str]:
+def validate_python_docs(value: str) -> Iterator[ConfigError]:
+    """Yield why Python's documentation is not here."""
+    if importlib.util.find_spec("pydoc_data") is None:
+        fix = "install Python's standard library whole, or set data.path to text files"
+        yield ConfigError("data.path", value, why="this Python lacks the module pydoc_data", fix=fix)
+
+
+def python_docs() -> list[str]:
+    """Return the topics of Python's documentation, by name."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]

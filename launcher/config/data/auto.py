@@ -1,0 +1,463 @@
+"""Data of any format and shape: what ``data.path`` names, read as what it is."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from launcher.config.data import files
+from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
+from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_template
+from launcher.config.data.examples import Example, OnLong, PreferencePair, RenderedExample, Segment
+from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, inspect_file, look_bytes_of_each
+from launcher.config.data.hf import LONGEST_LINE_BYTES
+from launcher.config.data.rows import FirstRows, Record, first_rows, read_rows
+from launcher.config.data.shapes import (
+    SHAPES,
+    BadRow,
+    Columns,
+    Renderer,
+    Shape,
+    ShapeUnknown,
+    detect_columns,
+    shapes_with,
+)
+from launcher.config.data.sources import Source, url_problem
+from launcher.config.data.text import PYTHON_DOCS, python_docs, validate_python_docs
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+from launcher.utils.text import counted
+
+_SKIP = "set data.on_bad_row=skip to leave such rows out"
+_CHECKED_BYTES = 4 << 20
+"""All rows of so many bytes of files are checked before anything starts."""
+_CHECKED_ROWS = 256
+Every = Callable[[int], bool]
+EntryField = Literal["path", "eval_path"]
+ENTRY_FIELDS: tuple[EntryField, ...] = ("path", "eval_path")
+
+
+def every_row(number: int) -> bool:
+    """Return True: for readers of all rows."""
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenFile:
+    """One file of a source, and how it is read."""
+
+    path: Path
+    written: FileFormat
+    columns: Columns
+
+    def place(self, record: Record) -> str:
+        """Return where a row stands, for messages."""
+        unit = "row" if self.written.kind in ("json", "parquet", "arrow") else "line"
+        return f"{unit} {record.line:,} of {self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """The rows of one entry of ``data.path``."""
+
+    name: str
+    weight: float
+    """Its share of a mixture, relative to the others'."""
+    files: tuple[OpenFile, ...]
+    """Empty of Python's documentation."""
+    data: AutoData
+
+    @property
+    def shape(self) -> Shape:
+        """What its rows are."""
+        return self.files[0].columns.shape if self.files else "text"
+
+    @property
+    def is_documents(self) -> bool:
+        """Whether it is text: whole files, or a column."""
+        return self.shape == "text"
+
+    def fingerprint(self) -> str:
+        """Return a hash of its contents."""
+        if not self.files:
+            return hashlib.sha256("\0".join(python_docs()).encode()).hexdigest()
+        return files.fingerprint(file.path for file in self.files)
+
+    def examples(self, template: ChatTemplate | None = None, *, wanted: Every = every_row) -> Iterator[Example]:
+        """Yield the examples in a fixed order: file by file, row by row.
+
+        Args:
+            template: from :meth:`AutoData.template`.
+            wanted: takes the number of a row in its file; other rows are not parsed.
+
+        Raises:
+            ConfigError: a row gives no example, and ``data.on_bad_row`` is ``refuse``.
+        """
+        if not self.files:
+            for number, text in enumerate(python_docs()):
+                if wanted(number):
+                    yield RenderedExample((Segment(text, True),))
+        yield from (example for _, example in self.placed_examples(template, wanted=wanted))
+
+    def placed_examples(
+        self, template: ChatTemplate | None, *, wanted: Every = every_row
+    ) -> Iterator[tuple[str, Example]]:
+        """Yield each example of files with its place, for messages."""
+        for file in self.files:
+            yield from self.data.examples_of_file(file, template, wanted=wanted)
+
+    def documents(self) -> Iterator[TextChunk]:
+        """Yield the text of a source that ``is_documents``, in pieces."""
+        if not self.files:
+            yield from (TextChunk(text, ends_document=True) for text in python_docs())
+        for file in self.files:
+            if file.written.kind == "text":
+                try:
+                    yield from files.read_pieces(file.path, file.written)
+                except BadFile as bad:
+                    raise ConfigError("data.path", file.path, why=bad.why, fix=bad.fix) from bad
+            else:
+                for _, example in self.data.examples_of_file(file, None):
+                    assert not isinstance(example, PreferencePair), "a column of text has no pairs"
+                    yield TextChunk(example.text, ends_document=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoData(Corpus):
+    """Files, folders, data sets of the hub or URLs; format and shape are detected."""
+
+    kind: ClassVar[str] = "auto"
+    summary_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
+
+    path: tuple[PathText, ...] | PathText = PYTHON_DOCS
+    """File, glob, folder, data set of the hub (``org/name``), URL, or a list.
+    Text, JSON lines, JSON, CSV, Parquet and Arrow are read, also packed by gzip, bz2, xz or zstd.
+    ``python-docs`` is ``pydoc_data.topics``, 465 kB of English."""
+
+    weights: tuple[float, ...] = ()
+    """Shares of the entries of ``path`` in training; by default each counts by its size."""
+
+    eval_path: tuple[PathText, ...] | PathText = ()
+    """Data to evaluate on, as ``path``; by default the share ``held_out`` of ``path``."""
+
+    split: str = "train"
+    """Split of a data set of the hub, or of a folder whose files are named after splits."""
+
+    name: str | None = None
+    """The configuration of a data set of the hub that has several."""
+
+    format: Literal["auto", "text"] = "auto"
+    """``text`` takes any UTF-8 text as it is, markup and rows too."""
+
+    shape: Literal["auto", "text", "prompt_response", "messages", "alpaca", "preference"] = "auto"
+    """What the rows are; ``auto`` decides by their columns."""
+
+    text_column: str | None = None
+    """Column of text; ``text`` or ``content`` by default."""
+
+    prompt_column: str | None = None
+    """Column of prompts; ``prompt``, ``question`` or ``query`` by default."""
+
+    response_column: str | None = None
+    """Column of responses; ``response``, ``completion``, ``answer`` or ``output`` by default."""
+
+    messages_column: str | None = None
+    """Column of conversations; ``messages`` or ``conversations`` by default."""
+
+    chosen_column: str | None = None
+    """Column of preferred answers; ``chosen`` by default."""
+
+    rejected_column: str | None = None
+    """Column of rejected answers; ``rejected`` by default."""
+
+    chat_template: PathText = "auto"
+    """How conversations become text: ``auto``, ``none``, a name or a Jinja file.
+    ``auto`` is the tokenizer's template.
+    Names: ``chatml``, ``gemma``, ``llama3``, ``plain``, ``zephyr``, or a template of the tokenizer. Prompts with
+    responses are conversations of two turns where there is a template."""
+
+    train_on: TrainOn = "assistant"
+    """Tokens that the loss counts: ``assistant`` turns, the ``last`` of them, or ``all``.
+    Of prompts with responses the first two mean the response."""
+
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """Rows that give no example end the run, or are left out and counted."""
+
+    on_long: OnLong = "refuse"
+    """Examples longer than the sequence: ``refuse``, ``truncate`` their end, or ``drop`` them.
+    Text is cut into sequences, and so is never too long."""
+
+    def validate(self) -> Iterator[ConfigError]:
+        """Reject empty paths, wrong weights, and options that contradict each other."""
+        yield from super().validate()
+        if not self.path:
+            yield ConfigError("data.path", "[]", why="names no data", fix=f"set data.path={PYTHON_DOCS}")
+        yield from self._validate_weights()
+        named = self.named_columns
+        for part in named:
+            shapes = shapes_with(part)
+            if self.shape != "auto" and self.shape not in shapes:
+                why = f"data.shape={self.shape} has no {part}"
+                yield self.error(f"{part}_column", why, "leave it out, or set data.shape=auto")
+
+    def _validate_weights(self) -> Iterator[ConfigError]:
+        entries = self.entries("path")
+        if not self.weights:
+            return
+        if len(self.weights) != len(entries):
+            why = f"has {counted(len(self.weights), 'weight')}, and data.path {counted(len(entries), 'entry')}"
+            yield self.error("weights", why, "give one weight for each entry of data.path")
+        elif any(not weight > 0 or weight == float("inf") for weight in self.weights):
+            why = "a weight is not positive and finite"
+            yield self.error("weights", why, "give positive weights, and leave entries of weight 0 out of data.path")
+
+    def validate_machine(self) -> Iterator[ConfigError]:
+        """Yield every entry that cannot be read, and sources that do not go together."""
+        yield from super().validate_machine()
+        if PYTHON_DOCS in (*self.entries("path"), *self.entries("eval_path")):
+            yield from validate_python_docs(PYTHON_DOCS)
+        errors, kinds = [], []
+        for field in ENTRY_FIELDS:
+            for entry in self.entries(field):
+                source = Source(name=entry, option=f"data.{field}")
+                try:
+                    kinds.append(source.kind)
+                    if source.kind == "url" and (found := url_problem(entry)) is not None:
+                        errors.append(ConfigError(source.option, entry, why=found[0], fix=found[1]))
+                    elif source.kind != "url":
+                        self._open(source, 1.0, fetches=False)
+                except ConfigError as error:
+                    errors.append(error)
+        yield from errors
+        if self.name is not None and "hub" not in kinds and not any(Path(one).is_dir() for one in self.entries("path")):
+            yield self.error("name", "only data sets of the hub have configurations", "leave it out")
+        if not errors:
+            yield from self._validate_mixture()
+
+    def _validate_mixture(self) -> Iterator[ConfigError]:
+        """Yield why the sources cannot be trained together, and columns that no source has."""
+        sources = [*self.sources(fetches=False), *self.sources("eval_path", fetches=False)]
+        pairs = [source for source in sources if source.shape == "preference"]
+        if pairs and len(pairs) < len(sources):
+            other = next(source for source in sources if source.shape != "preference")
+            why = f"{pairs[0].name} holds preferences, and {other.name} {SHAPES[other.shape]}"
+            yield ConfigError("data.path", why=why, fix="train on them in two runs")
+        if self.chat_template not in ("auto", "none") and sources and all(source.is_documents for source in sources):
+            why = "all data is text, which is trained as it stands"
+            yield self.error("chat_template", why, "leave it out, or set data.shape to what the rows are")
+
+    def entries(self, field: EntryField) -> tuple[str, ...]:
+        """Return the entries of ``path`` or ``eval_path``."""
+        value = getattr(self, field)
+        return (value,) if isinstance(value, str) else tuple(value)
+
+    @property
+    def named_columns(self) -> Mapping[str, str]:
+        """The columns that the user named, by the part of an example that they hold."""
+        parts = ("text", "prompt", "response", "messages", "chosen", "rejected")
+        given = {part: getattr(self, f"{part}_column") for part in parts}
+        return {part: name for part, name in given.items() if name is not None}
+
+    def sources(self, field: EntryField = "path", *, fetches: bool = True) -> list[DataSource]:
+        """Return the opened entries of ``path`` or ``eval_path``.
+
+        Args:
+            field: which option.
+            fetches: download what is not on this machine; otherwise such entries are left out.
+
+        Raises:
+            ConfigError: an entry cannot be read, or its shape is unknown.
+            EnvironmentProblem: an entry cannot be downloaded.
+        """
+        entries = self.entries(field)
+        weights = self.weights if self.weights and field == "path" else (1.0,) * len(entries)
+        opened = (
+            self._open(Source(name=entry, option=f"data.{field}"), weight, fetches=fetches)
+            for entry, weight in zip(entries, weights, strict=True)
+        )
+        return [source for source in opened if source is not None]
+
+    def _open(self, source: Source, weight: float, *, fetches: bool) -> DataSource | None:
+        """Return an entry, opened; ``None`` of one that is not on this machine and must not be fetched."""
+        paths = source.local_files(split=self.split, configuration=self.name, cache=self.cache_folder, fetches=fetches)
+        if paths is None:
+            return None
+        return DataSource(name=source.name, weight=weight, files=self._open_files(source, paths), data=self)
+
+    def examples(self, template: ChatTemplate | None = None) -> Iterator[Example]:
+        """Yield every training example, source by source, in a fixed order.
+
+        Raises:
+            ConfigError: data cannot be read.
+            EnvironmentProblem: data cannot be downloaded.
+        """
+        for source in self.sources():
+            yield from source.examples(template)
+
+    def template(self, tokenizer: Path | None) -> ChatTemplate | None:
+        """Return the chat template of ``data.chat_template``; ``None`` without one.
+
+        Args:
+            tokenizer: folder of the tokenizer; ``None`` of a tokenizer that is trained on the data.
+
+        Raises:
+            ConfigError: there is no such template, or it is faulty.
+        """
+        return find_template(self.chat_template, tokenizer)
+
+    def _open_files(self, source: Source, paths: list[Path]) -> tuple[OpenFile, ...]:
+        look_bytes = look_bytes_of_each(len(paths))
+        opened: list[OpenFile] = []
+        for path in paths:
+            try:
+                written = inspect_file(
+                    path,
+                    plain="data.format=text",
+                    as_text=self.format == "text",
+                    by_row=self.on_bad_row == "skip",
+                    look_bytes=look_bytes,
+                )
+                if written.kind == "markup":
+                    fix = "extract its text, or set data.format=text to train on the tags too"
+                    raise BadFile(f"holds {KIND_NAMES[written.kind]}, not plain text", fix)
+                columns = opened[0].columns if opened and len(paths) > _CHECKED_ROWS else self._columns(path, written)
+            except BadFile as bad:
+                raise ConfigError(source.option, path, why=bad.why, fix=bad.fix) from bad
+            if opened and columns != opened[0].columns:
+                first = opened[0]
+                why = f"holds {_described(columns)}, and {first.path} {_described(first.columns)}"
+                raise ConfigError(source.option, path, why=why, fix="name them as two entries of data.path")
+            opened.append(OpenFile(path=path, written=written, columns=columns))
+        return tuple(opened)
+
+    def _columns(self, path: Path, written: FileFormat) -> Columns:
+        if written.kind == "text":
+            return Columns(shape="text", text="text")
+        first = self._first_rows(path, written)
+        if first.is_empty:
+            raise BadFile("holds no rows", "give a file with rows")
+        shape = None if self.shape == "auto" else self.shape
+        try:
+            return detect_columns(first.columns, first.text_columns, shape=shape, named=self.named_columns)
+        except ShapeUnknown as unknown:
+            bad = next((record for record in first.records if record.problem), None)
+            if bad is not None and not first.columns:
+                raise BadFile(f"line {bad.line:,} {bad.problem}", bad.fix or "correct it") from unknown
+            raise BadFile(unknown.why, unknown.fix) from unknown
+
+    def _first_rows(self, path: Path, written: FileFormat) -> FirstRows:
+        return first_rows(path, written, longest_line=LONGEST_LINE_BYTES)
+
+    def examples_of_file(
+        self, file: OpenFile, template: ChatTemplate | None, *, wanted: Every = every_row
+    ) -> Iterator[tuple[str, Example]]:
+        """Yield the examples of a file with their places.
+
+        A file of plain text is one document.
+
+        Raises:
+            ConfigError: a row gives no example, and ``data.on_bad_row`` is ``refuse``; or none does.
+        """
+        renderer = Renderer(columns=file.columns, template=template, train_on=self.train_on)
+        num_rows = num_bad = 0
+        first_bad = ""
+        try:
+            for record in self._records(file, wanted):
+                num_rows += 1
+                try:
+                    if record.problem:
+                        raise BadRow(record.problem)
+                    example = renderer.example(record.fields)
+                except BadRow as bad:
+                    where = file.place(record)
+                    if self.on_bad_row == "refuse":
+                        fix = f"{_SKIP}, or {record.fix}" if record.fix else f"correct it, or {_SKIP}"
+                        raise ConfigError("data.path", None, why=f"{where} {bad}", fix=fix) from bad
+                    first_bad = first_bad or f"{where} {bad}"
+                    num_bad += 1
+                    continue
+                yield file.place(record), example
+        except BadFile as bad_file:
+            raise ConfigError("data.path", file.path, why=bad_file.why, fix=bad_file.fix) from bad_file
+        except OSError as error:
+            why = f"cannot be read: {error.strerror or error}"
+            raise ConfigError("data.path", file.path, why=why, fix="check the disk it is on") from error
+        if num_bad and num_bad == num_rows and wanted is every_row:
+            why = f"none of its {num_rows:,} rows is an example; {first_bad}"
+            raise ConfigError("data.path", file.path, why=why, fix="correct the rows, or give other data")
+        if num_bad:
+            _print_once(f"{num_bad:,} of {num_rows:,} rows of {file.path} are skipped; the first: {first_bad}")
+
+    def _records(self, file: OpenFile, wanted: Every) -> Iterator[Record]:
+        if file.written.kind == "text":
+            text = "".join(piece.text for piece in files.read_pieces(file.path, file.written))
+            if wanted(0):
+                yield Record(0, 1, {"text": text})
+            return
+        yield from read_rows(
+            file.path, file.written, wanted, longest_line=LONGEST_LINE_BYTES, columns=file.columns.used
+        )
+
+    @property
+    def is_documents(self) -> bool:
+        """Whether all data is text, which is trained as one stream of tokens.
+
+        Data that is not here yet is downloaded.
+        """
+        return all(source.is_documents for source in self._cached_sources)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether training cuts sequences from one stream of text, the end of which is held out."""
+        return self.is_documents and not self.weights and not self.eval_path
+
+    def fingerprint(self) -> str:
+        """Return a string that changes with the data and the text that is made of it."""
+        decides = [self.format, self.shape, sorted(self.named_columns.items()), self.on_bad_row, self.split, self.name]
+        how = [self.chat_template, self.train_on, self.on_long]
+        held = [(source.weight, source.fingerprint()) for source in self._cached_sources]
+        return json.dumps([decides, how, held])
+
+    @functools.cached_property
+    def _cached_sources(self) -> list[DataSource]:
+        return self.sources()
+
+    def local_pieces(self) -> Iterator[TextChunk]:
+        """Yield the text of every source, in order."""
+        for source in self._cached_sources:
+            if source.is_documents:
+                yield from source.documents()
+            else:
+                yield from _texts(source.examples(self.template(None)))
+
+    def small_pieces(self, most: int = SMALL_CHARS) -> list[TextChunk] | None:
+        """Return the whole text of small local data."""
+        sources = self.sources(fetches=False)
+        if len(sources) < len(self.entries("path")) or not all(source.is_documents for source in sources):
+            return None
+        if any(not source.files for source in sources) and most <= SMALL_CHARS:
+            return None
+        if sum(file.path.stat().st_size for source in sources for file in source.files) > most:
+            return None
+        return files.beginning(itertools.chain.from_iterable(source.documents() for source in sources), most)
+
+
+def _texts(examples: Iterator[Example]) -> Iterator[TextChunk]:
+    for example in examples:
+        both = (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example,)
+        yield from (TextChunk(one.text, ends_document=True) for one in both)
+
+
+def _described(columns: Columns) -> str:
+    return f"{columns.shape} ({', '.join(columns.used)})"
+
+
+@functools.cache
+def _print_once(message: str) -> None:
+    print(message, flush=True)

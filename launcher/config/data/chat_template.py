@@ -1,0 +1,354 @@
+"""Chat templates: conversations to text, and which of it the assistant wrote.
+
+Text is what Transformers renders.
+Imports jinja2 alone. A template is a program that comes with a model, so it runs in jinja2's sandbox.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.config.data.bpe import END
+from launcher.config.data.examples import RenderedExample, Segment, joined
+from launcher.errors import ConfigError
+from launcher.utils.files import read_object
+from launcher.utils.text import did_you_mean
+
+TrainOn = Literal["assistant", "last", "all"]
+Messages = Sequence[Mapping[str, Any]]
+
+_START, _STOP = "\ue000generation\ue001", "\ue000end\ue001"
+"""Marks around generated text while a template runs."""
+DEFAULT_TEMPLATE = "default"
+"""The template that is used where none is named, as Transformers has it."""
+_SENTINEL = "launcher-content-of-this-turn"
+
+
+class TemplateFailed(Exception):
+    """A chat template cannot write a conversation down, and why."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template with the special tokens that it writes."""
+
+    source: str
+    """Jinja."""
+    name: str = "chat template"
+    """For messages."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the template: ``bos_token``, ``eos_token``, …"""
+
+    def render(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
+        """Return a conversation as text.
+
+        Args:
+            messages: each with a role, and what the template reads of it.
+            tools: JSON schemas of functions that the model may call.
+            add_generation_prompt: end where the assistant's answer begins.
+
+        Raises:
+            TemplateFailed: the template refuses these messages, or is faulty.
+        """
+        return self._render(messages, tools, add_generation_prompt, marks=False)
+
+    def render_example(self, messages: Messages, *, tools: Any = None, train_on: TrainOn) -> RenderedExample:
+        """Return a conversation in segments; the loss counts the turns that ``train_on`` names.
+
+        The trained text is what stands between the template's ``{% generation %}`` marks. A template without marks is
+        rendered up to each assistant turn and up to its end; both must be beginnings of the whole text. If one is not
+        (a template that removes earlier reasoning, say), the turn's content is replaced by a mark, and the text around
+        the mark must be the beginning and the end of the whole.
+
+        Raises:
+            TemplateFailed: the template refuses these messages, or the text of a turn cannot be found exactly.
+        """
+        text = self._render(messages, tools, False, marks=False)
+        if train_on == "all":
+            return RenderedExample((Segment(text, True),), has_special_tokens=True)
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise TemplateFailed("has no assistant turn to train on")
+        wanted = turns[-1:] if train_on == "last" else turns
+        if self.has_generation_marks:
+            spans = self._marked_spans(messages, tools, text)
+            if train_on == "last":
+                before = self._prefix(messages[: wanted[0]], tools, text, generation=False)
+                after = [] if before is None else [span for span in spans if span[0] >= len(before)]
+                spans = after or spans[-1:]
+        else:
+            spans = [self._span_of(messages, number, tools, text) for number in wanted]
+        return RenderedExample(_segments(text, spans, self.name), has_special_tokens=True)
+
+    def syntax_problem(self) -> str | None:
+        """Return why the source is no valid Jinja; ``None`` if it is."""
+        import jinja2
+
+        try:
+            _compile(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            return f"line {error.lineno}: {error.message}"
+        return None
+
+    @functools.cached_property
+    def has_generation_marks(self) -> bool:
+        """Whether the template marks what the assistant generates."""
+        return bool(self._compiled.is_marked)
+
+    @functools.cached_property
+    def _compiled(self) -> _Compiled:
+        return _compile(self.source)
+
+    def _render(self, messages: Messages, tools: Any, add_generation_prompt: bool, *, marks: bool) -> str:
+        import jinja2
+
+        values = {**self.special_tokens, "tools": tools, "documents": None, "messages": _plain(messages)}
+        try:
+            return self._compiled.render({**values, "add_generation_prompt": add_generation_prompt}, marks=marks)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateFailed(f"{self.name} is no valid template: line {error.lineno}: {error.message}") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise TemplateFailed(f"{self.name} fails: {type(error).__name__}: {error}") from error
+        except jinja2.TemplateError as error:
+            raise TemplateFailed(f"is refused by {self.name}: {error}") from error
+
+    def _marked_spans(self, messages: Messages, tools: Any, text: str) -> list[tuple[int, int]]:
+        head, *parts = self._render(messages, tools, False, marks=True).split(_START)
+        spans, position, plain = [], len(head), [head]
+        for part in parts:
+            trained, _, rest = part.partition(_STOP)
+            spans.append((position, position + len(trained)))
+            position += len(trained) + len(rest)
+            plain += [trained, rest]
+        if "".join(plain) != text or not spans:
+            raise TemplateFailed(f"has no text that {self.name} marks as generated")
+        return spans
+
+    def _prefix(self, messages: Messages, tools: Any, text: str, *, generation: bool) -> str | None:
+        """Return the rendering of the first messages where it is a beginning of ``text``."""
+        if not messages and not generation:
+            return None
+        try:
+            found = self._render(messages, tools, generation, marks=False)
+        except TemplateFailed:
+            return None
+        return found if text.startswith(found) else None
+
+    def _span_of(self, messages: Messages, number: int, tools: Any, text: str) -> tuple[int, int]:
+        before = self._prefix(messages[:number], tools, text, generation=True)
+        whole = self._prefix(messages[: number + 1], tools, text, generation=False)
+        content = messages[number].get("content")
+        if before is not None and whole is not None and len(before) < len(whole):
+            without = self._prefix(messages[:number], tools, text, generation=False)
+            writes_prompt = without is None or len(without) < len(before)
+            if writes_prompt:
+                return len(before), len(whole)
+        if isinstance(content, str) and content:
+            return self._span_around(messages, number, tools, text)
+        raise TemplateFailed(f"turn {number + 1} cannot be found in what {self.name} writes")
+
+    def _span_around(self, messages: Messages, number: int, tools: Any, text: str) -> tuple[int, int]:
+        """Return the place of a turn's content and of the special token behind it."""
+        changed = [dict(message) for message in messages]
+        changed[number]["content"] = _SENTINEL
+        head, found, tail = self._render(changed, tools, False, marks=False).partition(_SENTINEL)
+        stop = len(text) - len(tail)
+        if not found or _SENTINEL in tail or not text.startswith(head) or not text.endswith(tail) or stop <= len(head):
+            raise TemplateFailed(f"turn {number + 1} cannot be found in what {self.name} writes")
+        ends = (token for token in self.special_tokens.values() if token and tail.startswith(token))
+        return len(head), stop + max(map(len, ends), default=0)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    render: Callable[..., str]
+    is_marked: bool
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> _Compiled:
+    """Return a compiled template, with the names and settings that Transformers gives templates."""
+    import jinja2
+    from jinja2 import ext, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    state = {"marks": False, "is_marked": False}
+
+    def refuse_private(names: Iterable[object]) -> None:
+        private = next((name for name in names if str(name).startswith("_")), None)
+        if private is not None:
+            raise SecurityError(f"a namespace takes no attribute {private}")
+
+    class Namespace(jinja2.utils.Namespace):
+        """Refuses the attributes through which Python's internals are reached."""
+
+        def __init__(self, *arguments: Any, **attributes: Any) -> None:
+            values = dict(*arguments, **attributes)
+            refuse_private(values)
+            super().__init__(values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            refuse_private((name,))
+            super().__setitem__(name, value)
+
+    class GenerationMarks(ext.Extension):
+        tags = {"generation"}  # noqa: RUF012  (jinja2 reads it from the class)
+
+        def parse(self, parser: Any) -> Any:
+            state["is_marked"] = True
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_generated"), [], [], body).set_lineno(line)
+
+        def _generated(self, caller: Callable[[], str]) -> str:
+            text = caller()
+            return f"{_START}{text}{_STOP}" if state["marks"] else text
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **more: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **more)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["namespace"] = Namespace
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    template = environment.from_string(source)
+
+    def render(values: Mapping[str, Any], *, marks: bool) -> str:
+        state["marks"] = marks
+        return template.render(values)
+
+    return _Compiled(render, state["is_marked"])
+
+
+def _plain(messages: Messages) -> list[dict[str, Any]]:
+    """Return copies without fields that are null, which many templates write as ``None``.
+
+    Reasoning has several names: templates find it under ``reasoning_content`` and ``thinking``, as in Transformers.
+    """
+    found = []
+    for message in messages:
+        given = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((given[key] for key in ("reasoning_content", "thinking", "reasoning") if key in given), None)
+        if reasoning is not None:
+            given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
+        found.append(given)
+    return found
+
+
+def _segments(text: str, spans: Sequence[tuple[int, int]], name: str) -> tuple[Segment, ...]:
+    found, position = [], 0
+    for start, stop in spans:
+        if start < position:
+            raise TemplateFailed(f"turns overlap in what {name} writes")
+        found += [Segment(text[position:start], False), Segment(text[start:stop], True)]
+        position = stop
+    segments = joined([*found, Segment(text[position:], False)])
+    if "".join(segment.text for segment in segments) != text:
+        raise TemplateFailed(f"turns cannot be found in what {name} writes")
+    return segments
+
+
+def builtin_templates() -> tuple[str, ...]:
+    """Return the names of the templates that the package carries."""
+    folder = resources.files("launcher.config.data") / "templates"
+    return tuple(sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".jinja")))
+
+
+def builtin_template(name: str) -> str:
+    """Return the text of a template that the package carries."""
+    return (resources.files("launcher.config.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def find_template(choice: str, tokenizer: Path | None) -> ChatTemplate | None:
+    """Return the chat template that ``data.chat_template`` names; ``None`` without one.
+
+    Args:
+        choice: ``auto``, ``none``, the name of a template of the tokenizer or of the package, or a file.
+        tokenizer: folder of the tokenizer; ``None`` where it has none.
+
+    Raises:
+        ConfigError: there is no such template, or it is no valid Jinja.
+    """
+    if choice == "none":
+        return None
+    own = {} if tokenizer is None else read_templates(tokenizer)
+    special = {"eos_token": END} if tokenizer is None else special_tokens(tokenizer)
+    if choice == "auto":
+        source, name = own.get(DEFAULT_TEMPLATE), "the tokenizer's chat template"
+        if source is None:
+            return None
+    elif choice in own:
+        source, name = own[choice], f"the tokenizer's chat template {choice}"
+    elif choice in builtin_templates():
+        source, name = builtin_template(choice), f"the chat template {choice}"
+    elif (file := Path(choice).expanduser()).is_file():
+        source, name = _text_of_file(file, choice), f"the chat template {file}"
+    else:
+        names = sorted({*own, *builtin_templates()})
+        fix = f"give a Jinja file, or a name: {did_you_mean(choice, names)}"
+        raise ConfigError("data.chat_template", choice, why="is neither a file nor a known template", fix=fix)
+    template = ChatTemplate(source, name, {"bos_token": "", **special})
+    if (problem := template.syntax_problem()) is not None:
+        raise ConfigError("data.chat_template", choice, why=f"is no valid Jinja: {problem}", fix="correct it")
+    return template
+
+
+def _text_of_file(file: Path, choice: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("data.chat_template", choice, why=f"cannot be read: {error}", fix="correct it") from error
+
+
+def read_templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates in a tokenizer's folder by name, as Transformers finds them.
+
+    A folder that cannot be read has none.
+    """
+    more = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        more[DEFAULT_TEMPLATE] = folder / "chat_template.jinja"
+    if more:  # with files of templates, Transformers does not look at those in the settings
+        try:
+            return {name: file.read_text(encoding="utf-8") for name, file in more.items()}
+        except (OSError, UnicodeDecodeError):
+            return {}
+    given = _settings(folder).get("chat_template")
+    if isinstance(given, str):
+        return {DEFAULT_TEMPLATE: given}
+    entries = given if isinstance(given, list) else []
+    return {str(one["name"]): str(one["template"]) for one in entries if isinstance(one, dict) and "template" in one}
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Return the special tokens of a tokenizer's folder by name (``eos_token``)."""
+    found = {}
+    for name, value in _settings(folder).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            found |= read_object(folder / name)
+        except (OSError, ValueError):
+            continue
+    return found

@@ -60,6 +60,10 @@ class Saver(Protocol):
     durable_s: list[float]
     """For each save on rank 0: seconds from its beginning until it was complete and on the disk."""
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether something is written beside the steps, on this rank."""
+
     def save(self, step: int) -> None:
         """Save, or start to; training continues when this returns."""
 
@@ -87,6 +91,11 @@ class OurSaver:
         self._engine, self._store = engine, CheckpointStore(folder, policy, say=silent)
         self._saver = CheckpointSaver(self._store, context, engine)
         self.durable_s = self._saver.durable_s
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the thread is not done."""
+        return self._saver.is_writing
 
     def save(self, step: int) -> None:
         """Write everything, or copy it."""
@@ -123,6 +132,11 @@ class DcpSaver:
         self._threads = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self.durable_s: list[float] = []
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether ``async_save`` is not done."""
+        return self._pending is not None and not self._pending.done()
 
     def save(self, step: int) -> None:
         """Write everything, or copy it once the last one is written."""
@@ -177,6 +191,11 @@ class DeepSpeedSaver:
         self._deepspeed, self._folder, self._context = engine.deepspeed, folder, context
         self.durable_s: list[float] = []
 
+    @property
+    def is_writing(self) -> bool:
+        """Never: ``save_checkpoint`` returns when everything is written."""
+        return False
+
     def save(self, step: int) -> None:
         """Write everything in the place of the last one."""
         started = time.perf_counter()
@@ -228,17 +247,20 @@ def train_and_save(context: Context, *, mode: str, every: int, saves: int, warmu
 
         for _ in range(warmup):
             train()
-        stalls: list[float] = []
+        stalls, steps, beside = list[float](), list[float](), list[bool]()
         barrier()
         started = time.perf_counter()
         for step in range(1, every * (saves + 1) + 1):
+            beside.append(saver is not None and saver.is_writing)
+            before = time.perf_counter()
             train()
+            steps.append(time.perf_counter() - before)
             if saver is not None and step % every == 0 and step <= every * saves:
                 before = time.perf_counter()
                 saver.save(step)
                 stalls.append(time.perf_counter() - before)
         loop_s = time.perf_counter() - started
-        answer: CaseAnswer = {"loop_s": loop_s, "stalls_s": stalls}
+        answer: CaseAnswer = {"loop_s": loop_s, "stalls_s": stalls, "steps_s": steps, "beside": beside}
         if saver is not None:
             saver.wait()
             answer["durable_s"] = list(saver.durable_s)
@@ -283,6 +305,11 @@ def drop_page_cache(folder: Path) -> None:
 def fold_ranks(answers: Sequence[CaseAnswer]) -> Numbers:
     """Combine the ranks' answers for a loop; each time is that of the slowest rank."""
     found = {"loop_s": max(answer["loop_s"] for answer in answers)}
+    steps = [max(by_rank) for by_rank in zip(*(answer["steps_s"] for answer in answers), strict=True)]
+    beside = [any(by_rank) for by_rank in zip(*(answer["beside"] for answer in answers), strict=True)]
+    for key, chosen in (("step_s", False), ("step_beside_s", True)):
+        if taken := [step_s for step_s, is_beside in zip(steps, beside, strict=True) if is_beside == chosen]:
+            found[key] = statistics.median(taken)
     if "restore_s" in answers[0]:
         stalls = [max(by_rank) for by_rank in zip(*(answer["stalls_s"] for answer in answers), strict=True)]
         num_bytes, durable_s = answers[0]["checkpoint_bytes"], statistics.median(answers[0]["durable_s"])
@@ -298,12 +325,17 @@ def fold_ranks(answers: Sequence[CaseAnswer]) -> Numbers:
 
 def checkpoint_report(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]]) -> BenchmarkResults:
     """Return the findings of all modes."""
-    added = _added(benchmark, found)
+    added, ratios = _added(benchmark, found), _step_ratios(found)
     cases = [
         BenchmarkCase(
             name=mode,
-            samples={key: tuple(taken.numbers[key] for taken in rounds) for key in rounds[0].numbers}
-            | ({"added_per_save_s": added[mode]} if mode in added else {}),
+            samples={
+                key: tuple(taken.numbers[key] for taken in rounds)
+                for key in rounds[0].numbers
+                if all(key in taken.numbers for taken in rounds)  # a save may be done before the next step begins
+            }
+            | ({"added_per_save_s": added[mode]} if mode in added else {})
+            | ({"step_beside_ratio": ratios[mode]} if mode in ratios else {}),
         )
         for mode, rounds in found.items()
     ]
@@ -330,6 +362,18 @@ def _added(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]
     }
 
 
+def _step_ratios(found: Mapping[str, Sequence[CaseRun]]) -> dict[str, tuple[float, ...]]:
+    """Return how much longer a step beside a save takes than one without saves, by round."""
+    if NO_SAVING not in found:
+        return {}
+    plain = [taken.numbers["step_s"] for taken in found[NO_SAVING]]
+    return {
+        mode: tuple(taken.numbers["step_beside_s"] / step_s for taken, step_s in zip(rounds, plain, strict=True))
+        for mode, rounds in found.items()
+        if all("step_beside_s" in taken.numbers for taken in rounds)
+    }
+
+
 def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
     for case in cases:
         of = case.samples
@@ -338,6 +382,9 @@ def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
         yield f"{case.name}: training pauses for {spread('stall_s', of['stall_s'])} s a save"
         if "added_per_save_s" in of:
             yield f"{case.name}: the loop is longer by {spread('added_per_save_s', of['added_per_save_s'])} s a save"
+        if "step_beside_ratio" in of:
+            ratio = spread("step_beside_ratio", of["step_beside_ratio"])
+            yield f"{case.name}: a step beside a save takes {ratio} times as long as one without saves"
         yield (
             f"{case.name}: {case.median('checkpoint_bytes'):,.0f} bytes on the disk after "
             f"{case.median('durable_s'):.3f} s, {case.median('written_mb_per_s'):,.0f} MB/s; "

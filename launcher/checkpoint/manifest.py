@@ -1,11 +1,11 @@
 """manifest.json of a checkpoint: its contents and checksums.
 
-It is written last, so its existence marks a complete checkpoint.
+It is written last, so its existence marks a complete checkpoint. The checksums of its files find damage: XXH3 reads ten
+times as fast as SHA-256 does, which would protect no better: a user who may change a file may change the manifest.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import stat
@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+
+import xxhash
 
 from launcher.config.checkpoint import LOWEST_LOSS
 from launcher.config.run import Run
@@ -28,11 +30,11 @@ _CHECKSUM = "checksum"
 """In the file: SHA-256 of everything else in it."""
 _BLOCK_BYTES = 1 << 20
 _THREADS = 4
-"""That hash files side by side: hashlib releases the GIL."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+"""That read files side by side: reading and xxhash release the GIL."""
+_XXH3 = re.compile(r"[0-9a-f]{32}")
 
 
-VERSION = 2
+VERSION = 3
 """Of the format that this program writes and reads."""
 
 
@@ -41,7 +43,8 @@ class WrittenFile:
     """A file of a payload, as written."""
 
     num_bytes: int
-    sha256: str
+    checksum: str
+    """XXH3 of 128 bits, hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class DataCursor:
 class CheckpointManifest:
     """One checkpoint, described."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     """Of this format."""
     step: int
     """Optimizer steps done."""
@@ -103,8 +106,8 @@ class CheckpointManifest:
     """Losses of the last good steps, with which ``job.spike_factor`` compares the next one."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each file of the payload, by its path below the checkpoint."""
-    sha256: dict[str, str] = field(default_factory=dict)
-    """Checksum of each of these files."""
+    xxh3: dict[str, str] = field(default_factory=dict)
+    """Checksum of each of these files: XXH3 of 128 bits."""
 
     def metric(self, name: str) -> float | None:
         """Return the value of an evaluation's metric; ``None`` where it was not measured."""
@@ -231,12 +234,17 @@ def _validate(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
             yield f"files: {name!r} is not a path below the checkpoint"
         if num_bytes < 0:
             yield f"files: {name} has {num_bytes} bytes"
-    if manifest.sha256.keys() != manifest.files.keys():
-        name = min(manifest.sha256.keys() ^ manifest.files.keys())
-        yield f"sha256 and files do not list the same files: {name!r}"
-    for name, digest in manifest.sha256.items():
-        if not _SHA256.fullmatch(digest):
-            yield f"sha256: {digest!r} of {name} is not a SHA-256"
+    if manifest.xxh3.keys() != manifest.files.keys():
+        name = min(manifest.xxh3.keys() ^ manifest.files.keys())
+        yield f"xxh3 and files do not list the same files: {name!r}"
+    for name, digest in manifest.xxh3.items():
+        if not _XXH3.fullmatch(digest):
+            yield f"xxh3: {digest!r} of {name} is not a checksum"
+
+
+def new_checksum() -> xxhash.xxh3_128:
+    """Return the checksum of no bytes; its ``update`` adds some."""
+    return xxhash.xxh3_128()
 
 
 def missing_payload(folder: Path, manifest: CheckpointManifest) -> str | None:
@@ -257,7 +265,7 @@ def damaged_files(
     folder: Path, manifest: CheckpointManifest, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Return those of ``names`` whose content differs from its checksum."""
-    expected = {name: manifest.sha256[name] for name in names}
+    expected = {name: manifest.xxh3[name] for name in names}
     found = checksums(folder, expected, heartbeat=heartbeat)
     return sorted(name for name, digest in expected.items() if found.get(name) != digest)
 
@@ -280,14 +288,14 @@ def model_folder_damage(folder: Path, *, weights: bool) -> str | None:
         return str(error)
     read = (f"{folder.name}/", *([f"{TENSOR_FOLDER}/"] if weights else []))
     bad = damaged_files(folder.parent, manifest, [name for name in manifest.files if name.startswith(read)])
-    return f"the content of {', '.join(bad)} is not what was written (SHA-256)" if bad else None
+    return f"the content of {', '.join(bad)} is not what was written (XXH3)" if bad else None
 
 
 def checksums(folder: Path, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None) -> dict[str, str]:
-    """Return the SHA-256 of each file by its path below ``folder``, without unreadable files."""
+    """Return the XXH3 of each file by its path below ``folder``, without unreadable files."""
 
     def digest(name: str) -> str | None:
-        found = hashlib.sha256()
+        found = new_checksum()
         try:
             with (folder / name).open("rb", buffering=0) as file:
                 while block := file.read(_BLOCK_BYTES):

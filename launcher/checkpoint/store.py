@@ -113,11 +113,11 @@ class CheckpointStore:
             _fsync_file(pending / name)
         for folder in (pending, *(entry for entry in pending.rglob("*") if entry.is_dir())):
             fsync_folder(folder)
-        sha256 = checksums(pending, others, heartbeat=heartbeat)
-        sha256 |= {name: file.sha256 for name, file in written.items()}
+        found = checksums(pending, others, heartbeat=heartbeat)
+        found |= {name: file.checksum for name, file in written.items()}
         sizes = {name: (pending / name).stat().st_size for name in names}
         for name in sorted(sizes.keys() | written.keys()):
-            if name not in sha256 or name not in sizes or (name in written and sizes[name] != written[name].num_bytes):
+            if name not in found or name not in sizes or (name in written and sizes[name] != written[name].num_bytes):
                 raise OSError(errno.EIO, "cannot be read back", str(pending / name))
         loss = manifest.eval_loss
         complete = replace(
@@ -125,7 +125,7 @@ class CheckpointStore:
             eval_loss=loss if loss is not None and math.isfinite(loss) else None,
             eval_metrics={name: value for name, value in manifest.eval_metrics.items() if math.isfinite(value)},
             files=sizes,
-            sha256={name: sha256[name] for name in names},
+            xxh3={name: found[name] for name in names},
         )
         write_manifest(pending, complete)
         replaced = self._folder / f".{final.name}.old"

@@ -7,18 +7,18 @@ is, so ranks write independently of each other, and a reader needs no index. Imp
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from launcher.checkpoint.file_writer import FileWriter
 from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.manifest import WrittenFile
 from launcher.checkpoint.regions import (
@@ -36,7 +36,6 @@ from launcher.checkpoint.regions import (
 from launcher.protocol.state_files import TENSOR_FOLDER, StoredPart, parts_metadata, read_parts, whole_shapes
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 
-_BLOCK_BYTES = 8 << 20
 _MOST_MAPPED_BYTES = 64 << 20
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -79,13 +78,15 @@ def shard_file_name(rank: int) -> str:
     return f"{TENSOR_FOLDER}/rank_{rank:05d}.safetensors"
 
 
-def write_shards(file: Path, shards: Sequence[Shard], *, heartbeat: Callable[[], None] = lambda: None) -> WrittenFile:
+def write_shards(
+    file: Path, shards: Sequence[Shard], *, between_blocks: Callable[[], None] = lambda: None
+) -> WrittenFile:
     """Write one rank's shards, one in memory at a time, and sync the file.
 
     Args:
         file: replaced if it is there.
         shards: of distinct parts.
-        heartbeat: called between blocks.
+        between_blocks: called after each block of 4 MiB.
 
     Returns:
         Its size and checksum.
@@ -93,30 +94,14 @@ def write_shards(file: Path, shards: Sequence[Shard], *, heartbeat: Callable[[],
     Raises:
         OSError: the disk is full or gone.
     """
-    header = _header(shards)
-    digest = hashlib.sha256(header)
-    total = len(header)
-    with file.open("wb", buffering=0) as out:
-        _write_all(out.fileno(), memoryview(header))
+    with FileWriter(file, between_blocks=between_blocks) as out:
+        out.write(np.frombuffer(_header(shards), dtype=np.uint8))
         for shard in shards:
             values = shard.read().detach().to("cpu").contiguous()
             assert (values.dtype, values.numel()) == (shard.dtype, shard.region.numel), shard.name
-            if not values.numel():
-                continue
-            data = memoryview(values.view(-1).view(torch.uint8).numpy())  # no copy
-            for start in range(0, len(data), _BLOCK_BYTES):
-                block = data[start : start + _BLOCK_BYTES]
-                digest.update(block)
-                _write_all(out.fileno(), block)
-                heartbeat()
-            total += len(data)
-        os.fsync(out.fileno())
-    return WrittenFile(num_bytes=total, sha256=digest.hexdigest())
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+            if values.numel():
+                out.write(values.view(-1).view(torch.uint8).numpy())  # no copy
+        return out.finish()
 
 
 def _header(shards: Sequence[Shard]) -> bytes:

@@ -125,7 +125,7 @@ def find_intact_checkpoint(
             if damaged:
                 _warn(f"{option}={word}: {saved.folder} is loaded instead")
             return saved
-        damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (SHA-256)")
+        damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (XXH3)")
         _warn(damaged[-1])
     fix = "name another checkpoint or run, or copy an intact one there"
     raise ConfigError(option, word, why=f"no checkpoint is intact: {'; '.join(damaged)}", fix=fix)

@@ -176,7 +176,7 @@ def _find_intact(
         if not any(flags):
             break
         bad = ", ".join(name for name, flag in zip(names, flags, strict=True) if flag)
-        why = f"{saved.folder} is damaged: the content of {bad} is not what was written (SHA-256)"
+        why = f"{saved.folder} is damaged: the content of {bad} is not what was written (XXH3)"
         damaged[why] = saved
         say(f"checkpoint {why}")
     if saved is None and damaged:

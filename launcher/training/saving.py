@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +21,7 @@ from launcher.engines.state import divide_copies
 from launcher.errors import JobError
 from launcher.models.weights import save_model_config
 from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
+from launcher.training.background import BackgroundCall, Pace
 from launcher.training.checkpointing import save_tokenizer
 from launcher.utils.files import read_json, write_json
 
@@ -36,8 +35,11 @@ if TYPE_CHECKING:
     from launcher.engines.context import Context
     from launcher.models.tokenizer import FastTokenizer
 
-_NICENESS = 5
-"""Of the thread that writes, so that steps go first on a machine whose cores are all busy."""
+_WRITING_TIME = 0.5
+"""Share of the time since the last save.
+
+A save that takes longer is not slowed down for the steps beside it.
+"""
 
 
 class CheckpointSaver:
@@ -67,6 +69,8 @@ class CheckpointSaver:
         self._group = dist.new_group(backend="gloo", timeout=group_timeout(context)) if dist.is_initialized() else None
         self._own: frozenset[tuple[str, Region]] | None = None
         self._writing: BackgroundCall | None = None
+        self._pace: Pace | None = None
+        self._begun_s = time.perf_counter()
         self._step, self._completed = 0, list[int]()
         self.durable_s: list[float] = []
         """Seconds from the beginning of each save until it was complete and on the disk."""
@@ -115,11 +119,21 @@ class CheckpointSaver:
         shards, scalars = self._own_shards(), self._engine.scalars()
         if not now and self._is_async(shards):
             copies = self._copies.copy(shards)
-            self._writing = BackgroundCall(lambda: self._write(manifest, copies, scalars, started=started))
+            self._pace = pace = self._pace_beside_steps(copies, since_last_s=started - self._begun_s)
+            self._writing = BackgroundCall(
+                lambda: self._write(manifest, copies, scalars, started=started, between_blocks=pace.keep)
+            )
         else:
             heartbeat = partial(self._context.heartbeat.update, "checkpoint")
-            self._write(manifest, shards, scalars, started=started, heartbeat=heartbeat)
+            self._write(manifest, shards, scalars, started=started, heartbeat=heartbeat, between_blocks=heartbeat)
             self._completed.append(step)
+        self._begun_s = started
+
+    def _pace_beside_steps(self, shards: Sequence[Shard], *, since_last_s: float) -> Pace:
+        """Return how fast to write; steps on GPUs leave the processors free."""
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        on_cpu = self._engine.device.type == "cpu"
+        return Pace(num_bytes=num_bytes, limit_s=_WRITING_TIME * since_last_s if on_cpu else 0.0)
 
     def check_shared(self, step: int) -> None:
         """Raise at once, and not at the first save, if ranks do not share the run directory.
@@ -128,6 +142,7 @@ class CheckpointSaver:
             JobError: they do not.
         """
         self._begin(step)
+        self._begun_s = time.perf_counter()
         if self._context.is_main:
             self._store.discard(step)
 
@@ -144,19 +159,26 @@ class CheckpointSaver:
                 "checkpoint.every=0 checkpoint.at_end=false"
             )
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way beside the steps, on this rank."""
+        return self._writing is not None and not self._writing.is_done
+
     def check(self) -> None:
         """Raise the error of a save that failed meanwhile; return at once otherwise."""
         if self._writing is not None and self._writing.is_done:
             self.wait()
 
     def wait(self) -> None:
-        """Return when no save is under way.
+        """Return when no save is under way; one that is goes on at full speed.
 
         Raises:
             OSError: it failed.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
+            assert self._pace is not None
+            self._pace.hurry()
             writing.result()
             self._completed.append(self._step)
 
@@ -188,11 +210,12 @@ class CheckpointSaver:
         *,
         started: float,
         heartbeat: Callable[[], None] = lambda: None,
+        between_blocks: Callable[[], None],
     ) -> None:
         """Write this rank's share; with those of all others, rank 0 makes it a checkpoint."""
         pending = self._store.pending(manifest.step)
         name = shard_file_name(self._context.rank)
-        written = self._together(lambda: {name: write_shards(pending / name, shards, heartbeat=heartbeat)})
+        written = self._together(lambda: {name: write_shards(pending / name, shards, between_blocks=between_blocks)})
 
         def commit() -> dict[str, WrittenFile]:
             if self._context.is_main:
@@ -262,35 +285,3 @@ class HostCopies:
 
 def _itself(buffer: Tensor) -> Tensor:
     return buffer
-
-
-class BackgroundCall:
-    """A call on a thread of low priority that does not keep the process alive.
-
-    Args:
-        call: begins at once.
-    """
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)  # of this thread alone, on Linux
-        try:
-            self._call()
-        except BaseException as error:  # noqa: BLE001  (raised again by who waits)
-            self._error = error
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has returned or failed."""
-        return not self._thread.is_alive()
-
-    def result(self) -> None:
-        """Wait, and raise what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error

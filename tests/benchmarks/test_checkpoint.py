@@ -34,7 +34,7 @@ def test_each_way_to_save_is_measured_and_restores_what_it_saved(launch) -> None
     found = results(ended.run_dir)
     cases = found["cases"]
     assert list(cases) == ["none", "disabled", "async", "dcp_save", "dcp_async_save"]
-    assert list(cases["none"]) == ["loop_s"]
+    assert list(cases["none"]) == ["loop_s", "step_s"]
     for way in list(cases)[1:]:
         case = {key: values[0] for key, values in cases[way].items()}
         assert STATE_BYTES < case["checkpoint_bytes"] < 1.2 * STATE_BYTES
@@ -43,6 +43,7 @@ def test_each_way_to_save_is_measured_and_restores_what_it_saved(launch) -> None
         assert min(case["stall_s"], case["restore_s"]) > 0
         ranks = found["facts"][way]["rounds"][0]
         assert [len(rank["stalls_s"]) for rank in ranks] == [2, 2]
+        assert [len(rank["steps_s"]) for rank in ranks] == [3, 3]
         assert len(ranks[0]["durable_s"]) == 2
     page = (ended.run_dir / "benchmark.md").read_text()
     assert "disabled: training pauses for " in page

@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.manifest import WrittenFile, damaged_files, files_of_part, read_manifest
 from launcher.checkpoint.store import CheckpointStore, best_first
 from launcher.checkpoint.tensors import StoredState, shard_file_name, write_shards
 from launcher.config.checkpoint import Checkpoint
-from launcher.utils.files import read_json, sha256_of, write_json
+from launcher.utils.files import read_json, write_json
 
 from .conftest import Save, manifest_of
 
@@ -55,6 +56,10 @@ for _ in sys.stdin:
 """Forks a writer for each line of input: thirty interpreters would take a minute to start."""
 
 
+def xxh3(content: bytes) -> str:
+    return xxhash.xxh3_128(content).hexdigest()
+
+
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
@@ -65,7 +70,7 @@ def test_a_checkpoint_is_its_payload_and_a_manifest_that_lists_it(save: Save) ->
     assert names(saved.folder) == ["manifest.json", "model.bin", "ranks"]
     assert read_manifest(saved.folder) == saved.manifest
     assert saved.manifest.files == {"model.bin": 10, "ranks/0.bin": 10}
-    assert saved.manifest.sha256 == {"model.bin": sha256_of(bytes(10)), "ranks/0.bin": sha256_of(b"0" * 10)}
+    assert saved.manifest.xxh3 == {"model.bin": xxh3(bytes(10)), "ranks/0.bin": xxh3(b"0" * 10)}
     assert (saved.manifest.step, saved.manifest.eval_loss, saved.manifest.world_size) == (10, 3.25, 2)
     assert saved.manifest.architecture["num_hidden_layers"] == 2
     assert saved.manifest.parallel["stage"] == 3
@@ -185,9 +190,12 @@ def test_files_that_ranks_have_hashed_are_not_read_again(tmp_path: Path) -> None
     pending = store.begin(3)
     for number in range(3):
         (pending / f"{number}.bin").write_bytes(b"x" * number)
-    written = {"1.bin": WrittenFile(num_bytes=1, sha256="1" * 64), "2.bin": WrittenFile(num_bytes=2, sha256="2" * 64)}
+    written = {
+        "1.bin": WrittenFile(num_bytes=1, checksum="1" * 32),
+        "2.bin": WrittenFile(num_bytes=2, checksum="2" * 32),
+    }
     saved = store.commit(manifest_of(3), written)
-    assert saved.manifest.sha256 == {"0.bin": sha256_of(b""), "1.bin": "1" * 64, "2.bin": "2" * 64}
+    assert saved.manifest.xxh3 == {"0.bin": xxh3(b""), "1.bin": "1" * 32, "2.bin": "2" * 32}
 
 
 @pytest.mark.parametrize("found", [None, b"", b"xx"])
@@ -197,7 +205,7 @@ def test_a_file_that_is_not_as_it_was_written_is_no_checkpoint(tmp_path: Path, f
     if found is not None:
         (pending / "0.bin").write_bytes(found)
     with pytest.raises(OSError, match="cannot be read back"):
-        store.commit(manifest_of(3), {"0.bin": WrittenFile(num_bytes=1, sha256="1" * 64)})
+        store.commit(manifest_of(3), {"0.bin": WrittenFile(num_bytes=1, checksum="1" * 32)})
     assert store.latest() is None
 
 
@@ -216,7 +224,7 @@ def test_a_changed_bit_and_an_unreadable_file_are_named(save: Save) -> None:
     assert damaged_files(saved.folder, saved.manifest, saved.manifest.files) == ["model.bin", "ranks/0.bin"]
 
 
-@pytest.mark.parametrize(("version", "age"), [(1, "an older"), (3, "a newer")])
+@pytest.mark.parametrize(("version", "age"), [(2, "an older"), (4, "a newer")])
 def test_a_manifest_of_another_version_says_so(save: Save, version: int, age: str) -> None:
     folder = save(10).folder
     write_json(folder / "manifest.json", {**read_json(folder / "manifest.json"), "version": version})
@@ -238,8 +246,8 @@ def test_a_manifest_of_another_version_says_so(save: Save, version: int, age: st
         ({"files": {"a\0b": 1}}, "is not a path below"),
         ({"files": {"": 1}}, "is not a path below"),
         ({"files": {"model.bin": -1}}, "-1 bytes"),
-        ({"sha256": {"model.bin": "0" * 64}}, "do not list the same files"),
-        ({"sha256": {"model.bin": "abc", "ranks/0.bin": "0" * 64}}, "'abc' of model.bin is not a SHA-256"),
+        ({"xxh3": {"model.bin": "0" * 32}}, "do not list the same files"),
+        ({"xxh3": {"model.bin": "abc", "ranks/0.bin": "0" * 32}}, "'abc' of model.bin is not a checksum"),
         ({"eval_loss": float("nan")}, "manifest.json.eval_loss"),
         ({"parallel": None}, "manifest.json.parallel"),
         ({"architecture": []}, "manifest.json.architecture"),
@@ -300,7 +308,7 @@ def test_an_incomplete_one_is_skipped_and_named(tmp_path: Path, save: Save, dama
     elif damage == "half a manifest":
         os.truncate(manifest, 40)
     else:
-        write_json(manifest, {**read_json(manifest), "version": 3})
+        write_json(manifest, {**read_json(manifest), "version": 4})
     said: list[str] = []
     latest = CheckpointStore(tmp_path / "checkpoints", Checkpoint(), say=said.append).latest()
     assert latest is not None

@@ -11,7 +11,7 @@ import pytest
 from launcher.errors import EnvironmentProblem
 from launcher.execution.validate import lockable_bytes
 from launcher.ops.build import build_ops
-from launcher.utils.files import read_json
+from launcher.utils.files import read_json, write_json
 from tests.conftest import REPOSITORY
 from tests.helpers import losses
 
@@ -56,6 +56,13 @@ def test_a_run_is_continued_in_its_own_directory(launch, tmp_path):
     first = losses(tmp_path / "mine")
     run_id = read_json(tmp_path / "mine" / "result.json")["run_id"]
     assert "already at step 6" in launch("resume", "mine").expect(2).stderr
+    cut = tmp_path / "mine"
+    write_json(cut / "result.json", {**read_json(cut / "result.json"), "status": "failed", "exit_code": 137})
+    (cut / "sample.txt").unlink()  # as one that was killed after its last checkpoint
+    assert "continuing after step 6" in launch("resume", "mine").expect(0).stdout
+    assert read_json(cut / "result.json")["status"] == "completed"
+    assert (cut / "sample.txt").exists()
+    assert losses(cut) == first
     continued = launch("resume", "mine", "job.steps=9").expect(0)
     assert "continuing after step 6" in continued.stdout
     after = losses(tmp_path / "mine")

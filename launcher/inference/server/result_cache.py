@@ -150,7 +150,7 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
         return f"random {run.job.seed} {json.dumps(run.model.architecture(), sort_keys=True)}"
     digest = hashlib.sha256()
     if checkpoint_files(folder):
-        hashes = read_manifest(folder.parent).sha256.items()
+        hashes = read_manifest(folder.parent).xxh3.items()
         return sha256_of(json.dumps([pair for pair in hashes if pair[0].startswith(TENSOR_FOLDER)]).encode())
     files = weight_files(folder)
     if not files and (foreign := find_foreign(folder)) is not None:

@@ -1,0 +1,80 @@
+"""Work beside the training steps: a thread of low priority, and the pace at which it writes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from launcher.checkpoint.file_writer import BLOCK_BYTES
+
+_NICENESS = 5
+"""Of the thread, so that steps go first on a machine whose cores are all busy."""
+_CORE_SHARE = 0.06
+"""Of one core, for writing.
+
+A step waits for its slowest core, so steps become longer by as much.
+"""
+
+
+class BackgroundCall:
+    """A call on a thread of low priority that does not keep the process alive.
+
+    Args:
+        call: begins at once.
+    """
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)  # of this thread alone, on Linux
+        try:
+            self._call()
+        except BaseException as error:  # noqa: BLE001  (raised again by who waits)
+            self._error = error
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has returned or failed."""
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        """Wait, and raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+class Pace:
+    """Spreads a thread's writing over the steps beside it.
+
+    Args:
+        num_bytes: to be written.
+        limit_s: the writing takes no longer because of this; 0 for full speed.
+    """
+
+    def __init__(self, *, num_bytes: int, limit_s: float) -> None:
+        self._num_blocks, self._limit_s = max(1, num_bytes // BLOCK_BYTES), limit_s
+        self._written, self._in_a_hurry = 0, threading.Event()
+        self._started: tuple[float, float] | None = None
+
+    def keep(self) -> None:
+        """Sleep as long as the pace demands; the thread calls it after each block."""
+        now_s, cpu_s = time.perf_counter(), time.thread_time()
+        if self._started is None:
+            self._started = now_s, cpu_s
+        self._written += 1
+        due_s = min(
+            (cpu_s - self._started[1]) / _CORE_SHARE, self._limit_s * min(1.0, self._written / self._num_blocks)
+        )
+        if (ahead_s := due_s - (now_s - self._started[0])) > 0:
+            self._in_a_hurry.wait(ahead_s)
+
+    def hurry(self) -> None:
+        """Go on at full speed: the run waits for it."""
+        self._in_a_hurry.set()

@@ -107,8 +107,8 @@ def _offered(name: str, verb: Verb, word: str, before: Sequence[str]) -> Iterato
         return
     if place == 0:
         yield from VERBS
-    if name == "benchmark" and place == 1:
-        yield "compare"
+    if place == 1 and name in ("benchmark", "data"):
+        yield {"benchmark": "compare", "data": "preview"}[name]
         return
     for source in verb.completions():
         if source is Completion.RUN and "=" not in word:

@@ -14,7 +14,12 @@ from launcher.errors import ConfigError
 from launcher.utils.text import did_you_mean, shell_command, terminal_width
 
 _MAX_WIDTH = 120
-_START_NOTHING = {"plan": "launch without plan", "show": "launch +exp=NAME", "doctor": "launch without doctor"}
+_START_NOTHING = {
+    "plan": "launch without plan",
+    "show": "launch +exp=NAME",
+    "doctor": "launch without doctor",
+    "data": "launch without data preview",
+}
 """Verbs that take the overrides of a run and start none, each with the command that does."""
 _HYDRA_COMPLETION = ("-sc", "--shell-completion")
 

@@ -402,6 +402,29 @@ those of job=generate; job.temperature is 0.7 and job.max_tokens 512 unless you 
 
 Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it.""",
     ),
+    "data": Verb(
+        summary="print training examples with the tokens that the loss counts",
+        positionals=(
+            Positional(
+                name="action",
+                metavar="preview",
+                convert=choice_value("data", ("preview",)),
+                completes=("preview",),
+                help="the only action",
+            ),
+            replace(OVERRIDES, help=f"{OVERRIDES.help}; rows=3 is the number of rows to show"),
+        ),
+        options=(CONFIG_DIR,),
+        examples="""\
+  launch data preview data.path=chat.jsonl model=smollm2_135m   three rows by the model's chat template
+  launch data preview data.path=chat.jsonl data.chat_template=chatml rows=10
+  launch data preview +exp=NAME job.sequence_length=512         the data of an experiment
+""",
+        notes="""\
+Tokens that the loss counts are green on a terminal, and in ⟦brackets⟧ elsewhere. Each title gives the number of tokens,
+how many are trained, and what happens to an example that is longer than a sequence. Nothing is trained or written;
+data and a tokenizer that are not on this machine are downloaded.""",
+    ),
     "benchmark": Verb(
         summary="compare two runs of a benchmark: is any quantity worse in B than in A",
         positionals=(

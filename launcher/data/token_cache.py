@@ -108,12 +108,13 @@ def _checksum(file: Path, *, heartbeat: Callable[[], None]) -> int:
 
 def given_tokenizer(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> FastTokenizer:
     """Return the tokenizer that ``data`` names, the model's or a folder's; fetch it if missing."""
-    folder, option = _given_folder(data, model, heartbeat=heartbeat), "data.tokenizer"
+    folder, option = given_folder(data, model, heartbeat=heartbeat), "data.tokenizer"
     config_option = tokenizer_folder_option(model) if data.tokenizer == "model" else option
     return load_tokenizer(folder, option=option, config_option=config_option)
 
 
-def _given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> Path:
+def given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> Path:
+    """Return the folder of the tokenizer that ``data`` names; fetch it if missing."""
     if data.tokenizer == "model":
         return tokenizer_folder(model, heartbeat=heartbeat)
     if (folder := Path(data.tokenizer).expanduser()).is_dir():
@@ -135,7 +136,7 @@ def save_tokenizer(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not data.trains_tokenizer:
-        copy_tokenizer(_given_folder(data, model, heartbeat=heartbeat), folder)
+        copy_tokenizer(given_folder(data, model, heartbeat=heartbeat), folder)
     if not (folder / _TOKENIZER).exists():
         end = {} if tokenizer.end_id is None else {"eos_token": tokenizer.inner.id_to_token(tokenizer.end_id)}
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **end})

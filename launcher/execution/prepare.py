@@ -16,6 +16,7 @@ from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.validate import path_warnings, resume_details, resume_warnings, validate_machine
+from launcher.execution.validate_inputs import data_details
 from launcher.planning.planner import gather_local_facts, make_plan
 from launcher.protocol.plan import Host, Plan, RunIdentity
 from launcher.protocol.rundir import RunDir, new_run_id
@@ -124,6 +125,7 @@ def replan(
         resumed = resume_warnings(run, folder, world_size=plan.world_size)
         details = {
             **plan.details,
+            **data_details(run, folder),
             **foreign_weights_details(run),
             **resume_details(run, folder, world_size=plan.world_size),
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.checkpoint.manifest import model_folder_damage
 from launcher.checkpoint.resume import find_checkpoint
 from launcher.checkpoint.store import SavedCheckpoint, silent
+from launcher.config.data.auto import AutoData
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
 from launcher.config.data.bpe import count_folder_tokens, folder_vocabulary, trained_vocabulary
 from launcher.config.data.hf import HfData
@@ -132,7 +133,7 @@ def _tokenizer_source(model: Model, choice: str) -> Path | str | None:
     return folder if folder.is_dir() else choice
 
 
-def _tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
+def local_tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
     """Return a tokenizer's local folder; ``None`` without one, or if a rank makes it."""
     try:
         if choice == CHECKPOINT_TOKENIZER:
@@ -142,6 +143,14 @@ def _tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
     except ConfigError:
         return None
     return cached_folder(source) if isinstance(source, str) else source
+
+
+def data_details(run: Run, folder: Path) -> dict[str, str]:
+    """Return what the data of a run holds, for its plan."""
+    if not isinstance(run.data, AutoData) or not _reads_data(run) or not run.backend.shares_paths:
+        return {}
+    own = None if run.data.trains_tokenizer else local_tokenizer_folder(run, RunDir(folder), run.data.tokenizer)
+    return dict(run.data.describe(own))
 
 
 def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[ConfigError]:
@@ -160,7 +169,7 @@ def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[Con
         own = _trained_vocabulary(data)
         differs = len(known) > data.vocab_size if own is None else own != known
     else:
-        folder = _tokenizer_folder(run, RunDir(saved.folder.parent.parent), data.tokenizer)
+        folder = local_tokenizer_folder(run, RunDir(saved.folder.parent.parent), data.tokenizer)
         own = None if folder is None else folder_vocabulary(folder)
         differs = own is not None and _contradict(own, known)
     if not differs:
@@ -198,10 +207,10 @@ def _validate_lengths(run: Run, run_dir: RunDir, *, can_read_data: bool) -> Iter
     Ranks check the others.
     """
     if isinstance(run.job, BatchedJob) and isinstance(run.data, Corpus) and can_read_data:
-        own = None if run.data.trains_tokenizer else _tokenizer_folder(run, run_dir, run.data.tokenizer)
+        own = None if run.data.trains_tokenizer else local_tokenizer_folder(run, run_dir, run.data.tokenizer)
         yield from run.data.validate_length(run.job.sequence_length, tokenizer=own)
     if isinstance(run.job, Quantize) and run.job.tokenizer not in ("data", "bytes"):
-        folder = _tokenizer_folder(run, run_dir, run.job.tokenizer)
+        folder = local_tokenizer_folder(run, run_dir, run.job.tokenizer)
         prompt = None if folder is None else count_folder_tokens(folder, [run.job.prompt])
         shape, length = run.model.shape(), run.job.sample_tokens
         most = None if shape is None else shape.max_position_embeddings

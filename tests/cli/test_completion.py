@@ -36,6 +36,7 @@ from tests.cli.conftest import Make
         ("list precis", ["precision"]),
         ("list precision/bf", ["precision/bf16"]),
         ("benchmark c", ["compare"]),
+        ("data p", ["preview"]),
         ("logs --ag", ["--agents"]),
         ("logs --li", ["--lines"]),
         ("resume --mu", []),
@@ -105,7 +106,8 @@ def test_every_option_is_explained_offered_and_parsed(
     assert run_command([*filter(None, [name]), "--help"]) == 0
     said = capsys.readouterr().out
     verb = VERBS[name] if name else LAUNCH
-    words = ["compare" if one.metavar == "compare" else "bash" for one in verb.positionals if one.nargs != "*"]
+    actions = ("compare", "preview")
+    words = [one.metavar if one.metavar in actions else "bash" for one in verb.positionals if one.nargs != "*"]
     offered = candidates([*filter(None, [name]), "-"])
     for option in verb.options:
         assert (option.names[-1] in offered) != option.is_hidden

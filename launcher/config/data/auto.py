@@ -6,18 +6,20 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
+from launcher.config.data.bpe import folder_tokenizer, without_threads
 from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_template
-from launcher.config.data.examples import Example, OnLong, PreferencePair, RenderedExample, Segment
+from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample, Segment
 from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, inspect_file, look_bytes_of_each
 from launcher.config.data.hf import LONGEST_LINE_BYTES
-from launcher.config.data.rows import FirstRows, Record, first_rows, read_rows
+from launcher.config.data.mixture import weights_error
+from launcher.config.data.rows import FirstRows, Record, count_rows, first_rows, read_rows
 from launcher.config.data.shapes import (
     SHAPES,
     BadRow,
@@ -32,12 +34,15 @@ from launcher.config.data.sources import Source, url_problem
 from launcher.config.data.text import PYTHON_DOCS, python_docs, validate_python_docs
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
-from launcher.utils.text import counted
+from launcher.utils.text import counted, cut_middle
 
 _SKIP = "set data.on_bad_row=skip to leave such rows out"
 _CHECKED_BYTES = 4 << 20
 """All rows of so many bytes of files are checked before anything starts."""
 _CHECKED_ROWS = 256
+_COUNTED_BYTES = 64 << 20
+"""Files of this size altogether have their rows counted for the plan."""
+_SHOWN_CHARS = 400
 Every = Callable[[int], bool]
 EntryField = Literal["path", "eval_path"]
 ENTRY_FIELDS: tuple[EntryField, ...] = ("path", "eval_path")
@@ -83,6 +88,35 @@ class DataSource:
         """Whether it is text: whole files, or a column."""
         return self.shape == "text"
 
+    def describe(self, template: ChatTemplate | None) -> str:
+        """Return the shape, the columns and the number of rows, for plans."""
+        if not self.files:
+            return "Python's documentation"
+        what = SHAPES[self.shape]
+        first = self.files[0]
+        if first.written.kind != "text":
+            what += f" ({', '.join(first.columns.used)})"
+        many = "" if len(self.files) == 1 else f"{counted(len(self.files), 'file')}, "
+        parts = [f"{many}{self._rows_text()}{what}"]
+        if not self.is_documents and self.shape != "preference":
+            counts = {"assistant": "assistant turns", "last": "last assistant turn", "all": "all tokens"}
+            turns = counts[self.data.train_on] if template or self.data.train_on == "all" else "responses"
+            parts.append(f"loss on {turns}")
+        if self.data.weights:
+            parts.append(f"share {self.weight / sum(self.data.weights):.1%}")
+        return ", ".join(parts)
+
+    def _rows_text(self) -> str:
+        written = [file for file in self.files if file.written.kind != "text"]
+        num_bytes = sum(file.path.stat().st_size for file in written if file.written.kind != "parquet")
+        if not written or num_bytes > _COUNTED_BYTES:
+            return ""
+        try:
+            num_rows = sum(count_rows(file.path, file.written, longest_line=LONGEST_LINE_BYTES) for file in written)
+        except BadFile:
+            return ""  # the check of its rows names the place
+        return f"{counted(num_rows, 'row')} of "
+
     def fingerprint(self) -> str:
         """Return a hash of its contents."""
         if not self.files:
@@ -99,16 +133,16 @@ class DataSource:
         Raises:
             ConfigError: a row gives no example, and ``data.on_bad_row`` is ``refuse``.
         """
-        if not self.files:
-            for number, text in enumerate(python_docs()):
-                if wanted(number):
-                    yield RenderedExample((Segment(text, True),))
         yield from (example for _, example in self.placed_examples(template, wanted=wanted))
 
     def placed_examples(
         self, template: ChatTemplate | None, *, wanted: Every = every_row
     ) -> Iterator[tuple[str, Example]]:
-        """Yield each example of files with its place, for messages."""
+        """Yield each example with its place, for messages."""
+        if not self.files:
+            for number, text in enumerate(python_docs()):
+                if wanted(number):
+                    yield f"topic {number + 1}", RenderedExample((Segment(text, True),))
         for file in self.files:
             yield from self.data.examples_of_file(file, template, wanted=wanted)
 
@@ -211,11 +245,15 @@ class AutoData(Corpus):
         if not self.weights:
             return
         if len(self.weights) != len(entries):
-            why = f"has {counted(len(self.weights), 'weight')}, and data.path {counted(len(entries), 'entry')}"
-            yield self.error("weights", why, "give one weight for each entry of data.path")
-        elif any(not weight > 0 or weight == float("inf") for weight in self.weights):
-            why = "a weight is not positive and finite"
-            yield self.error("weights", why, "give positive weights, and leave entries of weight 0 out of data.path")
+            why = f"has {counted(len(self.weights), 'weight')}, and data.path names {len(entries)}"
+            shown = f"[{','.join(f'{weight:g}' for weight in self.weights)}]"
+            yield ConfigError("data.weights", shown, why=why, fix="give one weight for each entry of data.path")
+        elif (error := weights_error("data.weights", self.weights)) is not None:
+            yield error
+        elif 0 in self.weights:
+            unused = entries[self.weights.index(0)]
+            fix = "leave it out of data.path, or give it a share"
+            yield ConfigError("data.weights", why=f"{unused} has weight 0", fix=fix)
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield every entry that cannot be read, and sources that do not go together."""
@@ -284,7 +322,7 @@ class AutoData(Corpus):
         return [source for source in opened if source is not None]
 
     def _open(self, source: Source, weight: float, *, fetches: bool) -> DataSource | None:
-        """Return an entry, opened; ``None`` of one that is not on this machine and must not be fetched."""
+        """Return an opened entry; ``None`` of one that would have to be fetched."""
         paths = source.local_files(split=self.split, configuration=self.name, cache=self.cache_folder, fetches=fetches)
         if paths is None:
             return None
@@ -310,6 +348,86 @@ class AutoData(Corpus):
             ConfigError: there is no such template, or it is faulty.
         """
         return find_template(self.chat_template, tokenizer)
+
+    def validate_length(self, sequence_length: int, *, tokenizer: Path | None = None) -> Iterator[ConfigError]:
+        """Yield rows that give no example, and examples that are longer than a sequence.
+
+        All rows of small local files are looked at, the first of others. Of text see :meth:`Corpus.validate_length`.
+
+        Args:
+            sequence_length: tokens in one sequence, its last label not counted.
+            tokenizer: folder of the one that the data does not train; ``None`` also where a rank fetches it.
+        """
+        try:
+            sources = [source for field in ENTRY_FIELDS for source in self.sources(field, fetches=False)]
+            if all(source.is_documents for source in sources):
+                if self.is_stream:
+                    yield from super().validate_length(sequence_length, tokenizer=tokenizer)
+                return
+            template = self.plan_template(tokenizer)
+            check = _LengthCheck(tokenizer, sequence_length, self.on_long)
+            for source in sources:
+                if source.shape == "messages" and template is None:
+                    yield self._template_error(source)
+                elif not source.is_documents:
+                    check.add(itertools.islice(source.placed_examples(template), self._num_checked(sources)))
+        except ConfigError as error:
+            yield error
+            return
+        yield from check.errors()
+
+    def _num_checked(self, sources: Sequence[DataSource]) -> int | None:
+        """Return how many examples of a source are checked before anything starts; ``None``: all."""
+        num_bytes = sum(file.path.stat().st_size for source in sources for file in source.files)
+        return None if num_bytes <= _CHECKED_BYTES else _CHECKED_ROWS
+
+    def _template_error(self, source: DataSource) -> ConfigError:
+        if self.chat_template == "none":
+            why, fix = f"{source.name} holds conversations, which only a template makes text of", "leave it out"
+            return self.error("chat_template", why, f"{fix}, or set data.chat_template=chatml")
+        why = f"{source.name} holds conversations, and the tokenizer has no chat template"
+        return self.error("chat_template", why, "set data.chat_template=chatml, or a Jinja file")
+
+    def plan_template(self, tokenizer: Path | None) -> ChatTemplate | None:
+        """Return the template with which rows are checked before anything starts.
+
+        Of a tokenizer that a rank fetches, ``chatml`` stands in for its own, which refuses no conversation.
+        """
+        is_unknown = tokenizer is None and not self.trains_tokenizer
+        if is_unknown and self.chat_template == "auto":
+            return find_template("chatml", None)
+        return self.template(tokenizer)
+
+    def describe(self, tokenizer: Path | None) -> Iterator[tuple[str, str]]:
+        """Yield what local data holds, and its first example, with names for plans.
+
+        Args:
+            tokenizer: folder of the tokenizer; ``None`` where it is trained on the data, or not here yet.
+        """
+        sources = self.sources(fetches=False)
+        if all(source.is_documents for source in sources) and self.is_plain:
+            return
+        is_unknown = tokenizer is None and not self.trains_tokenizer and self.chat_template == "auto"
+        template = self.plan_template(tokenizer)
+        for field in ENTRY_FIELDS:
+            opened = {source.name: source for source in self.sources(field, fetches=False)}
+            for entry in self.entries(field):
+                label = "data" if field == "path" else "evaluated on"
+                label += f" {entry}" if len(self.entries(field)) > 1 else ""
+                yield label, opened[entry].describe(template) if entry in opened else "downloaded by the first rank"
+        examples = (one for source in sources if not source.is_documents for one in source.examples(template))
+        first = next(examples, None)
+        if first is None:
+            return
+        how = "none: prompts and responses as they stand" if template is None else template.label
+        yield "chat template", "of the tokenizer, which the first rank fetches" if is_unknown else how
+        if not is_unknown:
+            yield "first example", marked_text(first, limit=_SHOWN_CHARS)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but a single path of training data is set."""
+        return not self.weights and not self.eval_path and len(self.entries("path")) == 1
 
     def _open_files(self, source: Source, paths: list[Path]) -> tuple[OpenFile, ...]:
         look_bytes = look_bytes_of_each(len(paths))
@@ -448,10 +566,64 @@ class AutoData(Corpus):
         return files.beginning(itertools.chain.from_iterable(source.documents() for source in sources), most)
 
 
+class _LengthCheck:
+    """Counts examples that are longer than a sequence."""
+
+    def __init__(self, tokenizer: Path | None, sequence_length: int, on_long: OnLong) -> None:
+        loaded = None if tokenizer is None or on_long != "refuse" else folder_tokenizer(tokenizer)
+        self._encoder = None if loaded is None else ExampleEncoder(loaded, end_id=None)
+        self._most, self._longest, self._place = sequence_length + 1, 0, ""
+        self._num_long = self._num_examples = 0
+
+    def add(self, examples: Iterable[tuple[str, Example]]) -> None:
+        for batch in _batches(examples):
+            both = [(place, one) for place, example in batch for one in texts_of(example)]
+            self._num_examples += len(batch)
+            if self._encoder is None:
+                continue
+            with without_threads():
+                encoded = self._encoder.encode_batch([one for _, one in both])
+            for (place, one), found in zip(both, encoded, strict=True):
+                length = len(found.ids) + (not one.has_special_tokens)  # the end of text
+                self._num_long += length > self._most
+                if length > self._longest:
+                    self._longest, self._place = length, place
+
+    def errors(self) -> Iterator[ConfigError]:
+        if not self._num_long:
+            return
+        verb = "is" if self._num_long == 1 else "are"
+        why = f"{self._num_long:,} of {counted(self._num_examples, 'example')} {verb} longer than a sequence of "
+        why += f"{self._most - 1:,} + 1 tokens; the longest, {self._place}, has {self._longest:,}"
+        fix = f"set job.sequence_length={self._longest - 1}, or data.on_long=truncate or drop"
+        yield ConfigError("data.on_long", "refuse", why=why, fix=fix)
+
+
+def _batches(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
+    rest = iter(examples)
+    while batch := list(itertools.islice(rest, _CHECKED_ROWS)):
+        yield batch
+
+
+def texts_of(example: Example) -> tuple[RenderedExample, ...]:
+    """Return the sequences of an example: itself, or the two of a pair."""
+    return (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example,)
+
+
+def marked_text(example: Example, *, limit: int) -> str:
+    """Return an example in one line of ``limit`` characters, trained text in ⟦brackets⟧."""
+    shown = [f"⟦{one.text}⟧" if one.is_trained else one.text for one in texts_of(example)[0].segments]
+    return one_line_of(cut_middle("".join(shown), limit=limit))
+
+
+def one_line_of(text: str) -> str:
+    """Return a text with its line ends and tabs written as escapes."""
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
 def _texts(examples: Iterator[Example]) -> Iterator[TextChunk]:
     for example in examples:
-        both = (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example,)
-        yield from (TextChunk(one.text, ends_document=True) for one in both)
+        yield from (TextChunk(one.text, ends_document=True) for one in texts_of(example))
 
 
 def _described(columns: Columns) -> str:

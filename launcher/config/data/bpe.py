@@ -54,13 +54,14 @@ def count_tokens(texts: Sequence[str], *, vocab_size: int) -> int:
 
     It leaves no threads behind, which a process that forks later would warn about.
     """
-    with _without_threads():
+    with without_threads():
         tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
         return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
 
 
 @contextlib.contextmanager
-def _without_threads() -> Iterator[None]:
+def without_threads() -> Iterator[None]:
+    """Let ``tokenizers`` start no threads: a process that forks later would warn."""
     before = os.environ.get(_TOKENIZERS_PARALLELISM)
     os.environ[_TOKENIZERS_PARALLELISM] = "false"
     try:
@@ -77,7 +78,7 @@ def trained_vocabulary(texts: Sequence[str], *, vocab_size: int) -> dict[str, in
 
     No threads are left running.
     """
-    with _without_threads():
+    with without_threads():
         vocabulary: dict[str, int] = train_byte_level_bpe(texts, vocab_size=vocab_size).get_vocab()
         return vocabulary
 
@@ -93,6 +94,22 @@ def folder_vocabulary(folder: Path) -> dict[str, int] | None:
     return vocabulary
 
 
+def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer | None:
+    """Return the tokenizer in a folder's ``tokenizer.json``; ``None`` if only a rank can load it.
+
+    It neither truncates nor pads.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # noqa: BLE001 (the library raises nothing narrower; ranks name what is wrong)
+        return None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def count_folder_tokens(folder: Path, texts: Sequence[str]) -> int | None:
     """Return the number of tokens of the texts under a folder's tokenizer.
 
@@ -104,7 +121,7 @@ def count_folder_tokens(folder: Path, texts: Sequence[str]) -> int | None:
 
     if not (folder / "tokenizer.json").is_file():
         return None
-    with _without_threads():
+    with without_threads():
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer.no_truncation()

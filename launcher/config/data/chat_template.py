@@ -46,6 +46,11 @@ class ChatTemplate:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     """Variables of the template: ``bos_token``, ``eos_token``, …"""
 
+    @property
+    def label(self) -> str:
+        """The name alone, for tables."""
+        return self.name.removeprefix("the chat template ").replace("the tokenizer's chat template", "of the tokenizer")
+
     def render(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
         """Return a conversation as text.
 

@@ -110,6 +110,22 @@ class ExampleEncoder:
                     found[number] = self._marked(examples[number], each)
         return [one for one in found if one is not None]
 
+    def pieces(self, example: RenderedExample) -> Iterator[tuple[str, bool]]:
+        """Yield the text of an example in pieces: whether the loss counts the tokens of each."""
+        text, special = example.text, not example.has_special_tokens
+        encoding = self._tokenizer.encode(text, add_special_tokens=special)
+        marks = self._marked(example, encoding).is_trained
+        position, start, before = 0, 0, False
+        for (first, stop), is_trained in zip(encoding.offsets, marks, strict=False):
+            if stop <= position and first <= position and stop != first:
+                continue  # another byte of the character before
+            if is_trained is not before:
+                if position > start:
+                    yield text[start:position], before
+                start, before = position, is_trained
+            position = max(position, stop)
+        yield text[start:], before
+
     def _marked(self, example: RenderedExample, encoding: Any) -> EncodedExample:
         ids: list[int] = encoding.ids
         is_trained = [False] * len(ids)

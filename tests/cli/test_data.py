@@ -1,0 +1,92 @@
+"""``launch data preview``."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.cli.data import _writer
+
+CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4"}]}
+WORDS = ["data=auto", "data.chat_template=chatml", "data.vocab_size=257"]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps(CHAT) + "\n" for _ in range(5)))
+    return file
+
+
+def test_it_shows_rows_with_the_trained_tokens_marked(chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "preview", *WORDS, f"data.path={chat}", "rows=2"]) == 0
+    shown = capsys.readouterr().out
+    turn = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n⟦It is 4<|im_end|>\n⟧"
+    assert shown.count(turn) == 2
+    assert f"{chat}: 5 rows of conversations (messages), loss on assistant turns" in shown
+    num_tokens = len(turn) - 2
+    assert f"line 1 of {chat} · {num_tokens} tokens · {len('It is 4<|im_end|>.')} trained\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("on_long", "said"),
+    [
+        ("refuse", "and a sequence takes 41: refused (data.on_long=refuse)"),
+        ("drop", "left out: it is longer than a sequence"),
+        ("truncate", "left out: it is longer than a sequence"),
+    ],
+)
+def test_it_says_what_happens_to_long_rows(
+    chat: Path, on_long: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 40 tokens the whole answer is beyond the end, and an example without trained tokens is left out."""
+    words = [*WORDS, f"data.path={chat}", "job.sequence_length=40", f"data.on_long={on_long}", "rows=1"]
+    assert main(["data", "preview", *words]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_cut_answer_is_said(chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, f"data.path={chat}", "job.sequence_length=60", "data.on_long=truncate", "rows=1"]
+    assert main(["data", "preview", *words]) == 0
+    assert "truncated to 61 (data.on_long=truncate)" in capsys.readouterr().out
+
+
+def test_rows_are_taken_from_every_source(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("plain words " * 400)
+    words = [*WORDS, f"data.path=[{chat},{tmp_path / 'text.txt'}]", "data.weights=[3,1]", "rows=3"]
+    assert main(["data", "preview", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "loss on assistant turns, share 75.0%" in shown
+    assert f"{tmp_path / 'text.txt'}: text, share 25.0%" in shown
+    assert "text 1 (its first 2,000 characters)" in shown
+    assert shown.count("<|im_start|>user") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rows=0"], "rows=0: takes a number from 1 to 10,000; write rows=3"),
+        (["data=synthetic"], "data=synthetic: only data=auto has examples to look at"),
+        (["dry_run=false"], "dry_run=false: launch data starts nothing"),
+    ],
+)
+def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "preview", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_on_a_terminal_trained_tokens_are_coloured() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    write = _writer(stream)
+    write("said", False)
+    write("learnt", True)
+    assert "learnt" in stream.getvalue()
+    assert "⟦" not in stream.getvalue()

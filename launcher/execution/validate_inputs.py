@@ -87,6 +87,10 @@ def _validate_hub_data(data: Data) -> Iterator[ConfigError]:
     """
     if isinstance(data, HfData) and data.is_on_hub and not data.has_cached_tokens:
         yield from validate_dataset_fetch("data.path", data.path)
+    if isinstance(data, AutoData):
+        for option, name in data.hub_names():
+            if cached_folder(name, kind="dataset") is None:
+                yield from validate_dataset_fetch(option, name)
 
 
 def _is_of_model(choice: str, model: Model) -> bool:

@@ -278,6 +278,12 @@ class AutoData(Corpus):
         if not errors:
             yield from self._validate_mixture()
 
+    def hub_names(self) -> Iterator[tuple[str, str]]:
+        """Yield option and name of every data set of the hub."""
+        for field in ENTRY_FIELDS:
+            sources = (Source(name=entry, option=f"data.{field}") for entry in self.entries(field))
+            yield from ((source.option, source.name) for source in sources if source.kind == "hub")
+
     def _validate_mixture(self) -> Iterator[ConfigError]:
         """Yield why the sources cannot be trained together, and columns that no source has."""
         sources = [*self.sources(fetches=False), *self.sources("eval_path", fetches=False)]

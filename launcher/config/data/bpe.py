@@ -95,7 +95,7 @@ def folder_vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer | None:
-    """Return the tokenizer in a folder's ``tokenizer.json``; ``None`` if only a rank can load it.
+    """Return the tokenizer of a folder; ``None`` if only a rank can load it.
 
     It neither truncates nor pads.
     """

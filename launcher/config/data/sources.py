@@ -172,8 +172,8 @@ def _chosen(configurations: Sequence[dict[str, Any]], name: str | None, source: 
 def fetch_dataset(name: str, *, option: str) -> Path:
     """Return the folder of a data set of the hub, after downloading missing files.
 
-    Several processes may call this at once; the hub's own locks let one fetch each file, and a download that was cut
-    off continues.
+    Several processes may call this at once; the hub's own locks let one fetch each file. A connection that breaks is
+    continued, and files that are complete are not fetched again.
 
     Raises:
         ConfigError: the hub has no such data set, or it needs a login.
@@ -192,8 +192,9 @@ def fetch_dataset(name: str, *, option: str) -> Path:
         why = "is no path on this machine, and the hub has no such public data set"
         fix = "check the name, give local files, or log in with `hf auth login`"
         raise ConfigError(option, name, why=why, fix=fix) from error
-    except (OSError, ValueError) as error:  # the library's errors of the network are subclasses of OSError
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a broken transfer raises what the HTTP library beneath raises
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+        said = ": ".join(lines[:2]) or type(error).__name__
         raise EnvironmentProblem(
             f"{option}={name} cannot be downloaded ({said}); run the same command again to continue, or "
             f"`hf download --repo-type dataset {name}` on a machine with network access and copy the cache"

@@ -48,6 +48,8 @@ def expand_home(value: Any) -> Any:
     """
     if isinstance(value, list | tuple):
         return type(value)(map(expand_home, value))
+    if isinstance(value, Mapping):
+        return {name: expand_home(each) for name, each in value.items()}
     if not isinstance(value, str) or "~" not in value:
         return value
     expanded = os.path.expanduser(value)  # noqa: PTH111 (Path would raise for a user who does not exist)
@@ -92,10 +94,21 @@ def named_paths(group: str, component: Any) -> Iterator[tuple[str, str]]:
     """Yield option and value of every path that a component of ``group`` names."""
     cls: Any = type(component)
     for name in sorted(path_fields(cls)):
-        value = getattr(component, name)
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, str) and each not in _KEYWORDS:
-                yield f"{group}.{name}", each
+        for option, each in _flattened(f"{group}.{name}", getattr(component, name)):
+            if each not in _KEYWORDS:
+                yield option, each
+
+
+def _flattened(option: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield option and text of each path in a text, a list, or a mapping of names to either."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _flattened(f"{option}.{name}", each)
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _flattened(option, each)
+    elif isinstance(value, str):
+        yield option, value
 
 
 def anchored(component: Any, folder: Path) -> Any:
@@ -113,6 +126,8 @@ def anchored(component: Any, folder: Path) -> Any:
 def _anchored(value: Any, folder: Path, *, is_new: bool) -> Any:
     if isinstance(value, tuple):
         return tuple(_anchored(each, folder, is_new=is_new) for each in value)
+    if isinstance(value, Mapping):
+        return {name: _anchored(each, folder, is_new=is_new) for name, each in value.items()}
     if not isinstance(value, str) or value in _KEYWORDS or value.startswith(("/", "~")) or not value.strip():
         return value
     whole = folder / value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from launcher.data.dataset import Splits
-from launcher.data.rows import IGNORE_INDEX, TokenRow
+from launcher.data.rows import IGNORE_INDEX, Sequences, TokenRow
 from launcher.protocol.plan import Batch
 
 
@@ -90,23 +90,27 @@ class Loader:
         Every rank gets equally many batches, because a partitioned model needs all ranks in every forward pass;
         sequences that only fill up have no labels.
         """
-        available = min(num_sequences, self._splits.held_out.num_sequences)
+        return self.in_order(self._splits.held_out, num_sequences)
+
+    def in_order(self, sequences: Sequences, num_sequences: int) -> Iterator[list[MicroBatch]]:
+        """Yield this rank's share of the first ``num_sequences``, as :meth:`held_out` does."""
+        available = min(num_sequences, sequences.num_sequences)
         segment = self._batch.micro_batch * self._batch.data_parallel
         parts = list(enumerate(batch_positions(self._rank, batch=self._batch)))
         for first in range(0, available, self._batch.global_batch):
             needed = [places for part, places in parts if first + part * segment < available]
-            yield [self._labelled_below(available, first, places) for places in needed]
+            yield [_labelled_below(available, sequences, [first + at for at in places]) for places in needed]
 
     def held_out_labels(self, num_sequences: int) -> int:
         """Return the tokens that count in the first ``num_sequences`` held-out sequences."""
         held_out = self._splits.held_out
         return sum(held_out.num_labels(at) for at in range(min(num_sequences, held_out.num_sequences)))
 
-    def _labelled_below(self, end: int, first: int, places: range) -> MicroBatch:
-        """Return held-out sequences at ``places`` from ``first``, without labels from ``end`` on."""
-        wanted, held_out = [first + at for at in places], self._splits.held_out
-        rows = [held_out.row(at if at < end else 0) for at in wanted]
-        return _tensors(rows, fixed=held_out.row_length, num_labelled=sum(at < end for at in wanted))
+
+def _labelled_below(end: int, sequences: Sequences, wanted: Sequence[int]) -> MicroBatch:
+    """Return the ``wanted`` sequences; those from ``end`` on only fill up, without labels."""
+    rows = [sequences.row(at if at < end else 0) for at in wanted]
+    return _tensors(rows, fixed=sequences.row_length, num_labelled=sum(at < end for at in wanted))
 
 
 _MULTIPLE = 8

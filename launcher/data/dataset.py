@@ -192,6 +192,8 @@ class Splits:
     """Losses to compare with, in nats a token, by name."""
     summary: str = ""
     """How examples are laid out in rows; empty where rows are windows of a stream."""
+    whole: TokenStream | None = None
+    """All tokens of a text, in their order."""
     order: SampleOrder | None = None
     """Of the training sequences; ``None``: each once an epoch, shuffled."""
 
@@ -262,6 +264,7 @@ def _open_corpus(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         max_length=max_length,
+        whole=stream,
         baselines={
             "uniform": uniform_loss(vocab_size),
             "unigram": unigram_loss(known, asked, vocab_size=vocab_size),

@@ -51,12 +51,22 @@ _PIECES_AT_ONCE = 64
 _ROWS_AT_ONCE = 4096
 
 
-def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> tuple[Path, FastTokenizer]:
+def token_folder(
+    data: Corpus, model: Model, *, heartbeat: Callable[[], None], tokenizer: FastTokenizer | None = None
+) -> tuple[Path, FastTokenizer]:
     """Return the token cache of ``data``, built if missing, and the tokenizer.
 
-    Any number of processes may call this at once: one builds, the others wait. ``heartbeat`` is called meanwhile.
+    Any number of processes may call this at once: one builds, the others wait.
+
+    Args:
+        data: the corpus.
+        model: whose own tokenizer the corpus may name.
+        heartbeat: called meanwhile.
+        tokenizer: tokenises the corpus instead of the one that it names.
     """
-    given = None if data.trains_tokenizer else given_tokenizer(data, model, heartbeat=heartbeat)
+    given = tokenizer
+    if given is None and not data.trains_tokenizer:
+        given = given_tokenizer(data, model, heartbeat=heartbeat)
     spec = data.trained_tokenizer if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
 
     def build(folder: Path) -> None:

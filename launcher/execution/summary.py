@@ -48,7 +48,7 @@ def _amount(plan: Plan) -> str:
     if compared is not None:
         return f"{plan.job}, compared on {compared}"
     if work.batch is not None:
-        return f"{work.batch} sequences a step, {work.num_steps} steps"
+        return f"{work.batch} sequences a step" + (f", {work.num_steps} steps" if work.total_tokens else "")
     if work.num_steps == 0:
         return ", ".join([plan.job, *(f"{name} {value}" for name, value in plan.details.items() if name == "address")])
     return f"{work.num_steps} {'requests' if plan.summary.model else 'measurements'}"

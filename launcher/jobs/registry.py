@@ -7,7 +7,7 @@ from launcher.plugins.loading import executor
 
 EXECUTORS: dict[str, str] = {
     "train": "launcher.training.trainer:train",
-    "evaluate": "launcher.training.evaluation:run_evaluation",
+    "evaluate": "launcher.training.evaluate:run_evaluation",
     "generate": "launcher.inference.batch.generate:generate",
     "serve": "launcher.inference.server.api_server:serve",
     "quantize": "launcher.benchmarks.quantize:quantize_model",

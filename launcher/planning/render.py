@@ -62,7 +62,9 @@ def _batch(plan: Plan) -> Iterator[str]:
         return
     yield _row("sequences", f"{work.batch} a step")
     steps = counted(work.num_steps, "step")
-    if work.tokens_per_step * work.num_steps == work.total_tokens:
+    if not work.total_tokens:
+        yield _row("tokens", f"{work.tokens_per_step:,} a step; ranks count the text once it is tokenised")
+    elif work.tokens_per_step * work.num_steps == work.total_tokens:
         yield _row("tokens", f"{work.tokens_per_step:,} a step × {steps} = {work.total_tokens:,}")
     else:
         yield _row("tokens", f"{work.tokens_per_step:,} a step, {work.total_tokens:,} in {steps}, the last one partial")

@@ -19,6 +19,7 @@ from launcher.protocol.loss_curve import draw_curve
 from launcher.training.bad_steps import BadSteps, fatal
 from launcher.training.callbacks import Callbacks
 from launcher.training.checkpointing import reload_checkpoint, resolve_tokenizer, restore_checkpoint
+from launcher.training.eval_texts import EvalTexts, set_metrics
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.evaluation_metrics import load_metrics
 from launcher.training.recorder import Recorder
@@ -67,6 +68,7 @@ class Trainer:
         self.saver = CheckpointSaver(self.store, context, engine, tokenizer=splits.tokenizer)
         self.callbacks = Callbacks(job.callbacks, context, engine)
         self.metrics = load_metrics(job.metrics)
+        self.texts = EvalTexts(job.eval_sets, context, splits, stride=job.sequence_length, most=job.eval_sequences)
         self.bad_steps = BadSteps(job, drops_steps=isinstance(context.run.precision, Fp16Precision))
         self.skipped_sequences = 0
         self.recorder: Recorder
@@ -192,8 +194,13 @@ class Trainer:
         with self.clock.phase("evaluate"):
             asked = self.preemption.requested
             held_out = evaluate(
-                self.engine, self.loader, self.job.eval_sequences, preempted=asked, metrics=self.metrics
+                self.engine, self.loader.held_out(self.job.eval_sequences), preempted=asked, metrics=self.metrics
             )
+            if not held_out.preempted:
+                of_sets = self.texts.evaluate(self.engine, self.loader, preempted=asked)
+                asked_since = any(each.preempted for each in of_sets.values())
+                metrics = {**held_out.metrics, **set_metrics(of_sets)}
+                held_out = replace(held_out, preempted=asked_since, metrics=metrics)
         self.recorder.evaluation(done, held_out.loss, metrics=held_out.metrics, parts=self.clock.pop_times())
         self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))
         return held_out

@@ -35,6 +35,7 @@ OPTIONS = {
     "parallel.nvme_path": ["parallel=zero_infinity", "parallel.nvme_path="],
     "job.input": ["job=generate", "job.format=text", "job.input="],
     "job.output": ["job=generate", "job.output="],
+    "job.eval_sets.a": ["job=evaluate", "data=text", "job.eval_sets={{a: {}}}"],
     "job.tokenizer": ["job=serve", "job.tokenizer="],
     "job.api_keys_file": ["job=serve", "job.api_keys_file="],
     "job.vllm_python": ["job=serve", "job.engine=vllm", "job.vllm_python="],
@@ -64,7 +65,7 @@ def test_every_option_that_holds_a_path_is_tried_here():
         for kind in kinds
         for name in path_fields(component_class(group, kind))
     }
-    assert {*marked, "run.root", "run.dir"} - {"backend.python"} == OPTIONS.keys()
+    assert {*marked, "run.root", "run.dir"} - {"backend.python"} == {option.removesuffix(".a") for option in OPTIONS}
 
 
 def test_options_whose_names_speak_of_files_are_marked():

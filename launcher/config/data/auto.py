@@ -7,9 +7,9 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
@@ -295,6 +295,10 @@ class AutoData(Corpus):
         if self.chat_template not in ("auto", "none") and sources and all(source.is_documents for source in sources):
             why = "all data is text, which is trained as it stands"
             yield self.error("chat_template", why, "leave it out, or set data.shape to what the rows are")
+
+    def with_path(self, path: str | tuple[str, ...]) -> Self:
+        """Return the same options with other data, in equal shares."""
+        return replace(self, path=path, weights=(), eval_path=())
 
     def entries(self, field: EntryField) -> tuple[str, ...]:
         """Return the entries of ``path`` or ``eval_path``."""

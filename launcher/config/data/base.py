@@ -7,9 +7,9 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from launcher.config.component import Component
 from launcher.config.data.bpe import count_folder_tokens, count_tokens
@@ -157,6 +157,19 @@ class Corpus(Data):
     def source_option(self) -> str:
         """The option that names the text."""
         return "data.path"
+
+    def with_path(self, path: str | tuple[str, ...]) -> Self:
+        """Return the same options with other text: what ``source_option`` takes.
+
+        Raises:
+            ConfigError: the options take no such text.
+        """
+        field = self.source_option.partition(".")[2]
+        if field not in self.__dataclass_fields__:
+            why = f"data={self.kind} has no option {self.source_option} that names other text"
+            raise ConfigError("job.eval_sets", path, why=why, fix="leave it out, or set data=text")
+        values: dict[str, Any] = {field: path}
+        return replace(self, **values)
 
     def small_pieces(self, most: int = SMALL_CHARS) -> list[TextChunk] | None:
         """Return the whole text of a small local corpus; ``None`` of others.

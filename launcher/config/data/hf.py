@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
@@ -83,6 +83,19 @@ class HfData(Corpus):
     skip_bad_rows: bool = False
     """Skip rows without text in ``column`` or that cannot be read, and print their number.
     Null, a number or a list is not text. Otherwise the first such row ends the run."""
+
+    def with_path(self, path: str | tuple[str, ...]) -> Self:
+        """Return the same options with other files, or with another data set.
+
+        Raises:
+            ConfigError: several files where one data set is named.
+        """
+        if self.path in _FORMATS:
+            return replace(self, files=path)
+        if not isinstance(path, str):
+            why = f"data.path={self.path} names one data set, and this names several"
+            raise ConfigError("job.eval_sets", list(path), why=why, fix="give one name or folder")
+        return replace(self, path=path)
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject a format without files, files without a format, and an invalid or empty split."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from launcher.config.checkpoint import LOWEST_LOSS
+from launcher.config.data.base import Corpus
+from launcher.config.job.eval_sets import EvaluatingJob
 from launcher.config.profile import ProfileUnit
-from launcher.config.run import BatchedJob, LearningJob, Run
+from launcher.config.run import LearningJob, Run
 from launcher.errors import ConfigError
 from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, LOSS, METRIC, TRANSFORM
 from launcher.plugins.loading import origin_of, validate_callback_metrics, validate_named
@@ -22,7 +24,7 @@ LOSS_WINDOW, FEWEST_LOSSES = 64, 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class PluggableJob(BatchedJob):
+class PluggableJob(EvaluatingJob):
     """A job whose model and evaluations plugins can extend."""
 
     transforms: tuple[str, ...] = ()
@@ -109,6 +111,11 @@ class Train(LearningJob, PluggableJob):
     """Steps in a row that ``skip`` skips, and rewinds to one checkpoint; one more ends the run."""
 
     @property
+    def eval_set_words(self) -> str:
+        """As many tokens of each as of the held-out split."""
+        return f"the first {self.eval_sequences} sequences"
+
+    @property
     def profile_unit(self) -> ProfileUnit:
         """Its own steps."""
         return "steps"
@@ -143,9 +150,12 @@ class Train(LearningJob, PluggableJob):
             why = f"parallel={run.parallel.kind} updates the weights whatever the loss is"
             yield self.error("on_bad_step", why, "set job.on_bad_step=rewind, or parallel=ddp, fsdp, zero2 or pipeline")
         name = run.checkpoint.best_metric.partition(":")[2]
-        if name not in ("loss", *self.metrics):
-            why = f"{name} is not measured: evaluations measure {', '.join(('loss', *self.metrics))}"
+        measured = ("loss", *self.metrics, *self.set_metrics)
+        if name not in measured:
+            why = f"{name} is not measured: evaluations measure {', '.join(measured)}"
             fix = f"set checkpoint.best_metric={LOWEST_LOSS}, or add {name} to job.metrics"
+            if "/" in name:
+                fix = f"set checkpoint.best_metric={LOWEST_LOSS}, or name its text in job.eval_sets"
             yield ConfigError("checkpoint.best_metric", run.checkpoint.best_metric, why=why, fix=fix)
         if self.loss != CROSS_ENTROPY and run.parallel.kind in _PIPELINES:
             why = f"parallel={run.parallel.kind} trains on {CROSS_ENTROPY} only"
@@ -171,26 +181,70 @@ class Evaluate(PluggableJob):
     resumes: ClassVar[bool] = True
     handles_preemption: ClassVar[bool] = True
 
+    split: Literal["held_out", "all"] = "held_out"
+    """``held_out`` measures the held-out end of the data, ``all`` every token of it, once."""
+
     eval_sequences: int = 64
     """Held-out sequences, over all ranks; fewer where the data has fewer."""
 
+    stride: int | None = None
+    """Tokens between the starts of two windows over a whole text: ``split=all``, ``eval_sets``.
+    ``null`` is ``sequence_length``: windows do not overlap. A smaller one gives tokens more context and takes more
+    time; each token counts once all the same."""
+
     repeats: int = 1
     """Number of repetitions; the first one also warms up, so speed is that of the fastest."""
+
+    @property
+    def window_stride(self) -> int:
+        """Tokens between the starts of two windows over a whole text."""
+        return self.stride or self.sequence_length
 
     @property
     def profile_unit(self) -> ProfileUnit:
         """Its own steps."""
         return "steps"
 
+    def unused_options(self, run: Run) -> Mapping[str, str]:
+        """Return a count that limits nothing, and a stride without windows."""
+        if self.split == "all":
+            return {"eval_sequences": "job.split=all counts every token"}
+        return {} if self.eval_sets else {"stride": "held-out sequences do not overlap: only whole texts have a stride"}
+
     def validate(self) -> Iterator[ConfigError]:
-        """Reject counts that measure nothing."""
+        """Reject counts that measure nothing, and strides that skip tokens."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "eval_sequences", "repeats")
+        yield from self.validate_minimum(1, "eval_sequences", "repeats", "stride")
+        if self.stride is not None and self.stride > self.sequence_length:
+            why = f"skips tokens between windows of {self.sequence_length}"
+            yield self.error("stride", why, f"set job.stride={self.sequence_length // 2}, or leave it out")
+
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Reject the whole of data without an end."""
+        yield from super().validate_run(run, world_size=world_size)
+        if self.split == "all" and not isinstance(run.data, Corpus):
+            why = f"data={run.data.kind} is made up and has no end"
+            yield self.error("split", why, "set job.split=held_out, or data=text")
+
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield what is counted."""
+        yield from super().describe(run, world_size=world_size)
+        if self.split == "all":
+            yield "counted", "every token of the data, once"
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return the global batches of all repeats, the last of each perhaps not full."""
+        """Return the global batches of all repeats, the last of each perhaps not full.
+
+        How many a whole text has is known once it is tokenised: progress counts them, and this counts a text as one.
+        """
+        if self.split == "all":
+            return self.repeats
         return self.repeats * -(-self.eval_sequences // self.batch(run, world_size=world_size).global_batch)
 
     def num_sequences(self, run: Run, *, world_size: int) -> int:
-        """Return those of all repeats: the last batch of each may not be full."""
-        return self.repeats * self.eval_sequences
+        """Return those of all repeats; 0 where only ranks, which tokenise the text, know them."""
+        return 0 if self.split == "all" else self.repeats * self.eval_sequences
+
+    def files(self) -> Iterator[str]:
+        """Yield the table of the losses."""
+        yield "evaluation.md"

@@ -38,11 +38,18 @@ KINDS: dict[str, dict[str, str]] = {
         "pipeline": "launcher.config.parallel.pipeline:Pipeline",
         "zero": "launcher.config.parallel.zero:Zero",
     },
-    "optimizer": {"adamw": "launcher.config.optimizer:AdamW"},
+    "optimizer": {
+        "adamw": "launcher.config.optimizer:AdamW",
+        "adamw_8bit": "launcher.config.optimizer:AdamW8bit",
+        "adafactor": "launcher.config.optimizer:Adafactor",
+        "muon": "launcher.config.optimizer:Muon",
+        "sgd": "launcher.config.optimizer:Sgd",
+    },
     "schedule": {
         "constant": "launcher.config.schedule:ConstantSchedule",
         "linear": "launcher.config.schedule:LinearSchedule",
         "cosine": "launcher.config.schedule:CosineSchedule",
+        "wsd": "launcher.config.schedule:WsdSchedule",
     },
     "quantization": {
         "none": "launcher.config.quantization:NoQuantization",

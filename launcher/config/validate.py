@@ -296,20 +296,24 @@ def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Itera
     yield from _validate_kernels(run, without_gpu, on_gpu=any(host.devices for host in hosts))
     if isinstance(run.compile, RegionalCompile):
         yield from _validate_compilation(run)
-    yield from _validate_optimizer(run, job)
+    yield from _validate_optimizer(run, job, world_size=sum(host.slots for host in hosts))
 
 
-def _validate_optimizer(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+def _validate_optimizer(run: Run, job: BatchedJob, *, world_size: int) -> Iterator[ConfigError]:
     """Reject an optimizer that the strategy cannot build, shard or save."""
     optimizer, parallel = run.optimizer, run.parallel
     if not isinstance(optimizer, AdamW):
         if not job.trains:
             return
-        if parallel.kind not in (*_WHOLE_MODEL, "fsdp"):
-            why = f"parallel.kind={parallel.kind} supports AdamW only"
-            yield ConfigError("optimizer", optimizer.kind, why=why, fix="set parallel=ddp or parallel=fsdp")
-        elif parallel.kind == "fsdp" and not optimizer.state_names:
-            why = f"its class lists no state_names, which {parallel.kind} needs to save the sharded state"
+        if parallel.engine == "deepspeed":
+            why = f"parallel={parallel.kind} supports AdamW only: {optimizer.why_not_flat}"
+            fix = "set optimizer=adamw, parallel=ddp or parallel=fsdp"
+            yield ConfigError("optimizer", optimizer.kind, why=why, fix=fix)
+        elif parallel.dims(world_size).shards_parameters and not optimizer.saves_shards:
+            why = f"parallel={parallel.kind} shards parameters: {optimizer.why_not_sharded}"
+            yield ConfigError("optimizer", optimizer.kind, why=why, fix="set optimizer=adamw or parallel=ddp")
+        elif parallel.kind == "pipeline" and not optimizer.trains_pipelines:
+            why = "its class lists no state_names, which pipelines need to save the state"
             yield ConfigError("optimizer", optimizer.kind, why=why, fix="set parallel=ddp")
     elif optimizer.implementation == "native" and run.parallel.engine != "deepspeed":
         why = "it is DeepSpeed's, and this strategy runs without DeepSpeed"

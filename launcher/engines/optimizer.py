@@ -1,42 +1,61 @@
-"""One optimizer step from gradients: global norm, clipping, loss scale, AdamW."""
+"""One optimizer step from gradients: groups, global norm, clipping, loss scale, update."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+from launcher.config.optimizer import Muon
 from launcher.config.precision import Fp16Precision, Precision
 from launcher.engines.base import StepResult
-from launcher.engines.distributed import ranks_with_nonfinite
+from launcher.engines.distributed import ranks_with_nonfinite, sum_over_ranks
 from launcher.engines.model_state import local_shard
 from launcher.errors import ConfigError, JobError
+from launcher.models.layers import blocks
 from launcher.plugins.calls import named_in_errors
 from launcher.plugins.loading import executor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
-    from launcher.config.optimizer import AdamW, Optimizer
+    from launcher.config.optimizer import AdamW, Optimizer, Sgd
     from launcher.config.run import Run
 
 
-OPTIMIZERS: dict[str, str] = {"adamw": "launcher.engines.optimizer:make_adamw"}
+OPTIMIZERS: dict[str, str] = {
+    "adamw": "launcher.engines.optimizer:make_adamw",
+    "adamw_8bit": "launcher.engines.adamw_8bit:make_adamw_8bit",
+    "adafactor": "launcher.engines.matrix_optimizers:make_adafactor",
+    "muon": "launcher.engines.matrix_optimizers:make_muon",
+    "sgd": "launcher.engines.optimizer:make_sgd",
+}
 """Factory of each kind of optimizer: from its options and groups of named parameters."""
 
 
 def make_adamw(options: AdamW, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return torch's fused AdamW."""
-    unnamed = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
-    return torch.optim.AdamW(unnamed, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    return torch.optim.AdamW(unnamed(groups), lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+
+
+def make_sgd(options: Sgd, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return torch's SGD; its fused kernels know no shards."""
+    momentum, nesterov = options.momentum, options.nesterov
+    return torch.optim.SGD(unnamed(groups), lr=options.lr, momentum=momentum, nesterov=nesterov, foreach=True)
+
+
+def unnamed(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups of parameters without their names."""
+    return [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
 
 
 class OptimizerStep:
@@ -46,29 +65,33 @@ class OptimizerStep:
     holds, so every rank clips alike.
 
     Args:
-        modules: what this rank trains; one, or several chunks of a pipeline.
+        models: what this rank trains; one, or several chunks of a pipeline.
         run: for optimizer, precision and clipping.
         device: where this rank computes.
         stages: the group of ranks that hold the other layers of this model, if there are any.
-        counted_elsewhere: parameters of ``modules`` that another stage holds too and counts in the norm.
+        counted_elsewhere: parameters of ``models`` that another stage holds too and counts in the norm.
+        tied: further names of tied parameters, each with the name that the parameter has in the whole model.
     """
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        models: Sequence[nn.Module],
         run: Run,
         *,
         device: torch.device,
         stages: ProcessGroup | None = None,
         counted_elsewhere: Sequence[nn.Parameter] = (),
+        tied: Mapping[str, str] | None = None,
     ) -> None:
         self._clip_norm, self._device, self._stages = run.batched_job.clip_norm, device, stages
         self.scale = LossScale(run.precision)
-        groups = decay_groups(nn.ModuleList(modules), weight_decay=run.optimizer.weight_decay)
+        names = {parameter: (tied or {}).get(name, name) for parameter, name in parameter_names(models).items()}
+        groups = parameter_groups(names, run.optimizer, hidden=_hidden_matrices(models, run.optimizer))
+        check_groups(run.optimizer, names.values(), device=device)
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         skipped = set(map(id, counted_elsewhere))
         self._counted = [parameter for parameter in self._parameters if id(parameter) not in skipped]
-        self.optimizer = make_optimizer(run.optimizer, groups, names=_names(modules))
+        self.optimizer = make_optimizer(run.optimizer, groups, names=names)
 
     def apply(
         self,
@@ -103,8 +126,7 @@ class OptimizerStep:
         if not skipped:
             factor = min(1.0, self._clip_norm / (grad_norm + 1e-6)) if self._clip_norm else 1.0
             self._multiply_gradients(factor / self.scale.value)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+            set_rates(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if overflow or not skipped:
@@ -157,7 +179,7 @@ def make_optimizer(
 
     Args:
         options: of the run.
-        groups: as :func:`decay_groups` returns them.
+        groups: as :func:`parameter_groups` returns them.
         names: of the parameters in the model.
 
     Raises:
@@ -181,8 +203,19 @@ def make_optimizer(
     return made
 
 
-def _names(modules: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    return {parameter: name for module in modules for name, parameter in module.named_parameters()}
+def parameter_names(models: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
+    """Return the parameters of models with their names, in order; a shared one has its first name."""
+    names: dict[nn.Parameter, str] = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            names.setdefault(parameter, name)
+    return names
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of a step, times the factor of each group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 class LossScale:
@@ -228,28 +261,73 @@ class LossScale:
         self._hysteresis, self._good_steps = int(state["hysteresis"]), int(state["good_steps"])
 
 
-def decay_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups: matrices decay, biases and norms do not.
+def parameter_groups(
+    names: Mapping[nn.Parameter, str], options: Optimizer, *, hidden: Collection[nn.Parameter] | None = None
+) -> list[dict[str, Any]]:
+    """Return optimizer groups: of each pattern of ``optimizer.groups``, and of all other parameters.
 
-    Under ZeRO-3 a parameter is empty and its true shape is in ``ds_shape``.
+    Matrices decay, biases and norms do not, but where a pattern sets the decay. Under ZeRO-3 a parameter is empty and
+    its true shape is in ``ds_shape``.
+
+    Args:
+        names: of all parameters; frozen ones are left out.
+        options: of the run.
+        hidden: matrices of the model's blocks, for optimizers that treat them otherwise: their groups are marked.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [
-        {"params": alike, "weight_decay": decay}
-        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
-        for alike in _by_mesh(parameters)
-    ]
-    return [group for group in groups if group["params"]]
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    marked = None if hidden is None else set(map(id, hidden))
+    for parameter, name in names.items():
+        if not parameter.requires_grad:
+            continue
+        number, is_matrix = options.group_of(name), len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        chosen = None if number is None else options.groups[number]
+        group: dict[str, Any] = {"params": [], "weight_decay": options.weight_decay if is_matrix else 0.0}
+        if chosen is not None:
+            group |= {} if chosen.weight_decay is None else {"weight_decay": chosen.weight_decay}
+            group["lr_scale"] = chosen.lr_scale
+        if marked is not None:
+            group["is_hidden"] = id(parameter) in marked
+        # one call of the optimizer takes parameters of one sharding only
+        mesh = getattr(parameter, "device_mesh", None)
+        key = (number is not None, number, not is_matrix, not group.get("is_hidden"), mesh)
+        found.setdefault(key, group)["params"].append(parameter)
+    return [found[key] for key in sorted(found, key=_without_mesh)]
 
 
-def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return parameters grouped by their sharding.
+def _without_mesh(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what groups are sorted by; those of other meshes stay in the order of the model."""
+    has_number, number, *flags, _ = key
+    return (has_number, number or 0, *flags)
 
-    One call of the optimizer takes no others.
+
+def check_groups(options: Optimizer, names: Collection[str], *, device: torch.device) -> None:
+    """Raise where a pattern of ``optimizer.groups`` is the first to match for no parameter of any rank.
+
+    Args:
+        options: of the run.
+        names: of the parameters that this rank has.
+        device: where this rank computes.
+
+    Raises:
+        ConfigError: it changes nothing.
     """
-    found: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    return list(found.values())
+    if not options.groups:
+        return
+    numbers = [options.group_of(name) for name in names]
+    counts = sum_over_ranks([float(numbers.count(number)) for number in range(len(options.groups))], device=device)
+    for number, count in enumerate(counts):
+        if not count:
+            own = options.groups[number]
+            taken = any(own.matches(name) for name in names)
+            why = "earlier groups match all of its parameters" if taken else "it matches no parameter of the model"
+            example = ", ".join(sorted(names)[:3])
+            fix = f"name parameters of this model, such as {example}, or leave the group out"
+            raise ConfigError(f"optimizer.groups[{number}]", own.pattern, why=why, fix=fix)
+
+
+def _hidden_matrices(models: Sequence[nn.Module], options: Optimizer) -> list[nn.Parameter] | None:
+    """Return the matrices of the models' blocks, for Muon; ``None`` for other optimizers."""
+    if not isinstance(options, Muon):
+        return None
+    inside = [block for model in models for block in blocks(cast("PreTrainedModel", model))]
+    return [parameter for block in inside for parameter in block.parameters() if parameter.ndim == 2]

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
-"""Names of AdamW's state of each parameter."""
-
-
 def region_of(tensor: Tensor) -> Region:
     """Return which part of the whole tensor this rank has."""
     if not isinstance(tensor, DTensor):
@@ -122,18 +118,23 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str] = ADAMW_STATE
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return an optimizer's state by name (``exp_avg.<parameter>``), created if missing.
 
     Args:
         optimizer: whose state it is.
         names: of its parameters.
-        state_names: of its state of each parameter; ``step`` is a scalar, the others have the parameter's shape.
+        state_names: of its state of each parameter; ``step`` is a scalar, the others have the parameter's shape. An
+            optimizer with a method ``saved_state(parameter)`` has others, and that returns them by name.
     """
+    saved_state = getattr(optimizer, "saved_state", None)
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if saved_state is not None:
+                tensors |= {f"{name}.{names[parameter]}": tensor for name, tensor in saved_state(parameter).items()}
+                continue
             state = optimizer.state[parameter]
             if not state:
                 for name in state_names:

@@ -51,7 +51,7 @@ class TorchEngine(Engine):
         self._dtype = DTYPES[run.precision.compute]
         self._update = OptimizerStep([self.module], run, device=self.device)
         self._loss = loss_function(run.batched_job)
-        self._state_names, self._trains = run.optimizer.state_names, run.batched_job.trains
+        self._state_names, self._trains = run.optimizer.saved_names, run.batched_job.trains
 
     def step(
         self,

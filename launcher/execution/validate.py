@@ -57,6 +57,8 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
     if isinstance(run.job, Generate | Quantize) and run.job.output is not None and not Path(run.job.output).exists():
         yield from _validate_unwritable("job.output", Path(run.job.output).absolute())
     yield from _validate_quantization(run)
+    if isinstance(run.job, BatchedJob) and run.job.trains:
+        yield from run.optimizer.validate_machine()
     yield from validate_inputs(run, RunDir(run_dir), hosts=hosts)
     if isinstance(run.job, BatchedJob) and run.job.resumes:
         yield from _validate_checkpoint(run, RunDir(run_dir))

@@ -251,7 +251,7 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
     world_size = sum(host.slots for host in hosts)
     if isinstance(run.job, GeneratingJob):
         return _weights_alone(run, run.job, shape, hosts)
-    moments = run.optimizer.num_moments
+    moments = run.optimizer.moments(shape)
     state = run.parallel.state_bytes(shape, world_size, run.precision, moments=moments)
     formula = run.parallel.state_formula(world_size, run.precision, moments=moments)
     if not run.batched_job.trains and run.parallel.engine == "torch":
@@ -271,7 +271,7 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
 
 def _checkpoint_copies(run: Run, shape: Shape, world_size: int) -> int:
     """Return the bytes of a rank's share of checkpoints that are written beside the steps."""
-    num_bytes = 4 * shape.num_params * (1 + run.optimizer.num_moments) // world_size
+    num_bytes = round(4 * shape.num_params * (1 + run.optimizer.moments(shape))) // world_size
     asynchronous = run.checkpoint.is_async(num_bytes, on_nvme=run.parallel.keeps_state_on_nvme)
     return num_bytes if run.job.saves and run.checkpoint.every and asynchronous else 0
 

@@ -148,12 +148,12 @@ def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
 
 
 def _schedule_warnings(run: Run) -> Iterator[str]:
-    job, warmup = run.job, run.schedule.warmup_steps
+    job, schedule = run.job, run.schedule
     if not isinstance(job, LearningJob):
         return
-    if warmup >= job.steps:
+    if schedule.num_warmup_steps(job.steps) >= job.steps:
         yield (
-            f"schedule.warmup_steps={warmup} is not below job.steps={job.steps}: "
+            f"schedule.warmup_steps={schedule.warmup_steps} is not below job.steps={job.steps}: "
             "the learning rate never reaches optimizer.lr"
         )
     checkpoint = run.checkpoint

@@ -146,9 +146,9 @@ class StateBytes:
     """The part of the above that is offloaded to NVMe."""
 
     @classmethod
-    def fp32(cls, num_params: int, *, moments: int = 2, offloaded: bool = False) -> StateBytes:
+    def fp32(cls, num_params: int, *, moments: float = 2, offloaded: bool = False) -> StateBytes:
         """Return the bytes of so many parameters with gradients and ``moments``, all in fp32."""
-        size, optimizer = 4 * num_params, 4 * num_params * moments
+        size, optimizer = 4 * num_params, round(4 * num_params * moments)
         host = 2 * size + optimizer if offloaded else 0
         return cls(parameters=size, gradients=size, optimizer=optimizer, host=host)
 

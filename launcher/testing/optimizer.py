@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.config.optimizer import Muon
 from launcher.config.run import Run
-from launcher.engines.optimizer import decay_groups, make_optimizer
+from launcher.engines.optimizer import make_optimizer, parameter_groups, parameter_names, set_rates
 from launcher.testing.base import PartContract
 
 
@@ -21,8 +22,10 @@ class OptimizerContract(PartContract):
     @staticmethod
     def make(configured: Run, module: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of a module, built as an engine builds it."""
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        groups = decay_groups(module, weight_decay=configured.optimizer.weight_decay)
+        names = parameter_names([module])
+        matrices = [parameter for parameter in names if parameter.ndim == 2]
+        hidden = matrices if isinstance(configured.optimizer, Muon) else None
+        groups = parameter_groups(names, configured.optimizer, hidden=hidden)
         return make_optimizer(configured.optimizer, groups, names=names)
 
     @staticmethod
@@ -37,8 +40,7 @@ class OptimizerContract(PartContract):
         optimizer.zero_grad()
         generator = torch.Generator().manual_seed(seed)
         module(torch.randn(3, 4, generator=generator)).square().sum().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+        set_rates(optimizer, lr)
         optimizer.step()
 
     def test_it_updates_every_parameter_by_the_rate_of_the_step(self, configured: Run) -> None:
@@ -104,6 +106,6 @@ class ScheduleContract(PartContract):
     def test_it_rises_in_the_warm_up_to_the_peak(self, configured: Run) -> None:
         """The first step after the warm-up has the whole rate."""
         schedule = configured.schedule
-        warm = [schedule.factor(step, 1000) for step in range(schedule.warmup_steps + 1)]
+        warm = [schedule.factor(step, 1000) for step in range(schedule.num_warmup_steps(1000) + 1)]
         assert warm == sorted(warm)
         assert math.isclose(warm[-1], 1.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher.config.registry import KINDS
 from launcher.engines.loss import cross_entropy
 from launcher.testing.data import CorpusContract
 from launcher.testing.model import ModelContract
@@ -17,8 +18,9 @@ from launcher.testing.training import LossContract
 TEXT = "".join(f"Line {number} of the text has several words.\n" for number in range(400))
 
 
-class TestAdamW(OptimizerContract):
-    overrides = ("optimizer=adamw",)
+@pytest.mark.parametrize("words", [(f"optimizer={kind}",) for kind in KINDS["optimizer"]])
+class TestOptimizers(OptimizerContract):
+    pass
 
 
 @pytest.mark.parametrize("words", [(f"schedule={kind}", "schedule.warmup_steps=5") for kind in ("cosine", "linear")])

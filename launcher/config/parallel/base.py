@@ -17,9 +17,9 @@ from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch, NativeOps, StateBytes
 
 
-def training_state(moments: int) -> str:
+def training_state(moments: float) -> str:
     """Return the fp32 training state of N parameters in bytes, as text."""
-    return f"4N weights + 4N gradients + {4 * moments}N {'Adam moments' if moments == 2 else 'optimizer state'}"
+    return f"4N weights + 4N gradients + {4 * moments:.3g}N {'Adam moments' if moments == 2 else 'optimizer state'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,11 @@ class ParallelDims:
     def data_parallel(self) -> int:
         """How many different micro-batches are worked on at a time."""
         return self.data * self.shard
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether a rank holds a part of a parameter."""
+        return self.shard * self.sequence * self.tensor > 1
 
     @property
     def copies(self) -> int:
@@ -122,18 +127,19 @@ class Parallel(Component):
         return self.dims(world_size).data_parallel
 
     @abstractmethod
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: float = 2) -> StateBytes:
         """Return one rank's share of parameters, gradients and optimizer state.
 
         Args:
             shape: of the model.
             world_size: number of ranks.
             precision: of the run.
-            moments: tensors that the optimizer keeps for each parameter; strategies with AdamW alone have two.
+            moments: fp32 tensors of a parameter's shape that the optimizer's state of it is as large as; strategies
+                with AdamW alone have two.
         """
 
     @abstractmethod
-    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: float = 2) -> str:
         """Return the formula of :meth:`state_bytes` as text, with its source."""
 
     def validate_run(

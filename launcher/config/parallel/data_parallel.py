@@ -18,16 +18,16 @@ from launcher.protocol.plan import StateBytes
 class _ReplicatedModel(Parallel):
     engine: ClassVar[EngineKind] = "torch"
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: float = 2) -> StateBytes:
         """Return the bytes of fp32 weights, gradients and moments.
 
         Autocast's compute copies are short-lived.
         """
         return StateBytes.fp32(shape.num_params, moments=moments)
 
-    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: float = 2) -> str:
         """Return the sum; nothing depends on the world size."""
-        total = f"{8 + 4 * moments}N bytes, all in fp32 (ZeRO, arXiv:1910.02054, sec. 3.1)"
+        total = f"{8 + 4 * moments:.4g}N bytes, all in fp32 (ZeRO, arXiv:1910.02054, sec. 3.1)"
         return f"{training_state(moments)} = {total}"
 
 
@@ -128,7 +128,7 @@ class Fsdp(Parallel):
         shard = max(1, world_size // fixed)
         return ParallelDims(data=self.replicate, shard=shard, sequence=self.sequence_parallel, tensor=self.tensor)
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: float = 2) -> StateBytes:
         """Return the bytes of a share of fp32 weights, gradients and moments.
 
         The layer that is gathered comes on top.
@@ -138,7 +138,7 @@ class Fsdp(Parallel):
         share = -(-blocks // (over * dims.tensor)) + -(-(shape.num_params - blocks) // over)
         return StateBytes.fp32(share, moments=moments, offloaded=self.offload == "cpu")
 
-    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: float = 2) -> str:
         """Return the formula as text."""
         dims = self.dims(world_size)
         over = dims.shard * dims.sequence * dims.tensor

@@ -123,13 +123,13 @@ class DeepSpeedPipeline(Parallel):
         if shape.family not in PIPELINE_FAMILIES:
             yield unknown_family_error(shape.family)
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: float = 2) -> StateBytes:
         """Return a stage's share, as if stages were equal, under ZeRO among the ranks that hold it."""
         beside = self.dims(world_size).data
         stage = replace(shape, num_params=-(-shape.num_params // self.stages))
         return self.zero.state_bytes(stage, beside, precision)
 
-    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: float = 2) -> str:
         """Return the formula of ``state_bytes`` as text."""
         inner = self.zero.state_formula(self.dims(world_size).data, precision)
         return f"N = parameters / {self.stages} stages, taken as equal: {inner}"

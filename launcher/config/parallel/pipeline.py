@@ -151,7 +151,7 @@ class Pipeline(Parallel):
                 "chunks_per_rank", "schedule zbv has two model chunks a rank", "set parallel.chunks_per_rank=2"
             )
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: float = 2) -> StateBytes:
         """Return the bytes of the rank with the largest chunks.
 
         The end chunks have the embeddings and the head besides blocks.
@@ -171,7 +171,7 @@ class Pipeline(Parallel):
             held[rank_of_chunk(self.schedule, number, ranks=self.stages)] += len(blocks) * shape.block_params + ends
         return StateBytes.fp32(-(-max(held) // self.dims(world_size).shard), moments=moments)
 
-    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: float = 2) -> str:
         """Return the formula as text."""
         dims = self.dims(world_size)
         over = f"{dims.pipeline} stages" + (f" × {dims.shard} shards" if dims.shard > 1 else "")

@@ -160,7 +160,7 @@ class Zero(Parallel):
         if (offloads_to_ram or self.keeps_state_on_nvme) and self.pin_memory and not on_gpu:
             yield "parallel.pin_memory has no effect without a GPU"
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: float = 2) -> StateBytes:
         """Return one rank's share, by the formulas in ``zero_memory``."""
         return zero_state_bytes(
             shape.num_params,
@@ -173,7 +173,7 @@ class Zero(Parallel):
             parameters_in_ram=self.max_parameters_in_ram,
         )
 
-    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: float = 2) -> str:
         """Return the formula of ``state_bytes`` as text."""
         return zero_memory_formula(
             world_size,

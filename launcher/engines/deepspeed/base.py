@@ -25,7 +25,7 @@ from launcher.engines.distributed import (
     sum_over_ranks,
 )
 from launcher.engines.model_state import deepspeed_state_bytes
-from launcher.engines.optimizer import decay_groups
+from launcher.engines.optimizer import check_groups, parameter_groups
 from launcher.engines.state import fill_tensors, persistent_buffers, restore_rng, rng_tensors, shards_of
 from launcher.errors import EnvironmentProblem
 from launcher.protocol.native_ops import is_built, ops_folder, path_with_ninja, read_build_outcome
@@ -60,13 +60,21 @@ class DeepSpeedEngineBase(Engine):
         connect_deepspeed(context, device=self.device)
         allow_fp16(self.device)
 
-    def _initialize(self, model: nn.Module, config: Mapping[str, Any]) -> None:
-        """Build DeepSpeed's engine around a model."""
+    def _initialize(self, model: nn.Module, config: Mapping[str, Any], *, names: Mapping[nn.Parameter, str]) -> None:
+        """Build DeepSpeed's engine around a model.
+
+        Args:
+            model: all of it, or a stage.
+            config: DeepSpeed's.
+            names: of the parameters of ``model`` in the whole model.
+        """
         import deepspeed
 
+        options = self._context.run.optimizer
+        check_groups(options, names.values(), device=self.device)
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
-            model_parameters=decay_groups(model, weight_decay=self._context.run.optimizer.weight_decay),
+            model_parameters=parameter_groups(names, options),
             config=dict(config),
             dist_init_required=False,
         )

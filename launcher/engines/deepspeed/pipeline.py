@@ -16,6 +16,7 @@ from launcher.engines.base import Observer, StepResult, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
 from launcher.engines.distributed import TokenCount, num_labels
 from launcher.engines.generate import greedy_decode
+from launcher.engines.optimizer import parameter_names, set_rates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,7 +38,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
 
         self._loss = StageLoss(device=self.device)
         self.module, self._laid_out = build_pipeline_module(context, device=self.device, loss_of=self._loss)
-        self._initialize(self.module, self._config(parallel))
+        self._initialize(self.module, self._config(parallel), names=self._names())
         # PipelineEngine averages over micro-batches and over pipelines side by side
         self._gain = context.batch.gradient_accumulation_steps * context.dims.data_parallel
         self._last = self.module.mpu().stage_to_global(parallel.stages - 1)
@@ -73,8 +74,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         """Pass DeepSpeed all micro-batches at once: forward, backward and update are one call."""
         assert max_loss is None, "the plan refuses to skip steps here"
         count = TokenCount(micro_batches, device=self.device, copies=self._context.dims.copies)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self._engine.optimizer, lr)
         self._expect(micro_batches[0].input_ids)
         self._loss.begin(weight=self._gain / count.total())
         self._place(micro_batches)
@@ -150,11 +150,16 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
             if not parameter.is_meta:
                 yield name, parameter.detach().to("cpu", torch.float32)
 
+    def _names(self) -> dict[nn.Parameter, str]:
+        """Return the parameters of this stage with their names in the whole model."""
+        names = parameter_names([self._laid_out])
+        return {parameter: name for parameter, name in names.items() if not parameter.is_meta}
+
     def _master_state(self) -> MasterState:
         from launcher.engines.deepspeed.masters import MasterState
         from launcher.engines.deepspeed.pipeline_module import parameters_counted_here
 
-        names = {parameter: name for name, parameter in self._laid_out.named_parameters() if not parameter.is_meta}
+        names = self._names()
         counted = set(parameters_counted_here(self.module))
         elsewhere = [parameter for parameter in names if parameter not in counted]
         return MasterState(self._engine.optimizer, names, saved_elsewhere=elsewhere)

@@ -24,6 +24,7 @@ from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_lab
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model import build_run_model
+from launcher.engines.optimizer import parameter_names, set_rates
 from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
@@ -51,7 +52,8 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         self._gain = context.world_size * context.batch.gradient_accumulation_steps
         dtype = DTYPES[context.run.precision.compute]
         self._partitioning = ZeroPartitioner(config, dtype=dtype) if zero.stage == 3 else None
-        self._initialize(self._build(), config)
+        model = self._build()
+        self._initialize(model, config, names=parameter_names([model]))
         self.module = self._engine.module
         self._check_swap()
 
@@ -107,8 +109,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         """
         count = TokenCount(micro_batches, device=self.device)
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self._engine.optimizer, lr)
         last, scalars, is_high = len(micro_batches) - 1, self.scalars(), False
         for number, micro_batch in enumerate(micro_batches):
             with self._clock.phase("forward"):

@@ -69,12 +69,14 @@ class PipelineEngine(Engine):
             ends=(self._owners[0], self._owners[-1]),
             share=shards is None,
         )
+        self._state_names = run.optimizer.saved_names
         self._update = OptimizerStep(
-            list(self._chunks.values()),
+            [chunk.model for chunk in self._chunks.values()],
             run,
             device=self.device,
             stages=self._group,
             counted_elsewhere=self._tied.counted_elsewhere,
+            tied=self._partition.tied,
         )
         self._forward = PipelineForward(
             self._chunks,
@@ -186,7 +188,8 @@ class PipelineEngine(Engine):
         self._update.scale.restore(scalars)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return named_state(list(self._chunks.values()), self._update.optimizer, self._partition.tied)
+        chunks, tied = list(self._chunks.values()), self._partition.tied
+        return named_state(chunks, self._update.optimizer, tied, state_names=self._state_names)
 
     def close(self) -> None:
         """Leave the process group, after what refers to it."""

@@ -1,7 +1,7 @@
 """Weights that the first and last chunk share, and the names of weights in checkpoints.
 
-A checkpoint has each tensor under its name in the whole model, so any stages and shards can read it. AdamW's numbers
-for a weight are under ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``step.<name>``. A tied parameter is there once,
+A checkpoint has each tensor under its name in the whole model, so any stages and shards can read it. AdamW's state
+of a weight is under ``exp_avg.<name>``, ``exp_avg_sq.<name>`` and ``step.<name>``. A tied parameter is there once,
 under its first name.
 """
 
@@ -104,7 +104,11 @@ _TWIN = " (twin)"
 
 
 def named_state(
-    own: Sequence[ModelChunk], optimizer: torch.optim.AdamW, tied: Mapping[str, str]
+    own: Sequence[ModelChunk],
+    optimizer: torch.optim.Optimizer,
+    tied: Mapping[str, str],
+    *,
+    state_names: Sequence[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return weights and moments by name, sharing storage, and the copies of tied ones.
 
@@ -112,6 +116,7 @@ def named_state(
         own: this rank's chunks.
         optimizer: of all their parameters.
         tied: further names of tied parameters, each with the first name.
+        state_names: of the optimizer's state of each parameter, as :func:`optimizer_tensors` takes them.
     """
     names: dict[nn.Parameter, str] = {}
     for chunk in own:
@@ -120,7 +125,8 @@ def named_state(
                 continue
             known = tied.get(name, name)
             names[parameter] = known + _TWIN if known in names.values() else known
-    tensors = {name: parameter.detach() for parameter, name in names.items()} | optimizer_tensors(optimizer, names)
+    tensors = {name: parameter.detach() for parameter, name in names.items()}
+    tensors |= optimizer_tensors(optimizer, names, state_names=state_names)
     twins = {name.removesuffix(_TWIN): tensor for name, tensor in tensors.items() if name.endswith(_TWIN)}
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(_TWIN)}, twins
 

@@ -316,6 +316,11 @@ class Sgd(Optimizer):
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
+    def why_not_flat(self) -> str:
+        """Each value is treated by itself, and the state is not that of AdamW."""
+        return "checkpoints of DeepSpeed's buffers hold AdamW's moments only"
+
+    @property
     def saves_shards(self) -> bool:
         """Momentum is sharded as the weights."""
         return True

@@ -18,7 +18,7 @@ _SAVED = ("step", "state1", "state2", "absmax1", "absmax2")
 
 
 class AdamW8bit(BitsandbytesAdamW8bit):  # type: ignore[misc]
-    """bitsandbytes' AdamW8bit, whose number of steps is a tensor, as torch's optimizers have it."""
+    """bitsandbytes' AdamW8bit, whose number of steps is a tensor, as torch's have it."""
 
     def init_state(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
         """Create the state of a parameter."""

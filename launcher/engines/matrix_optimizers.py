@@ -1,4 +1,4 @@
-"""Optimizers that look at whole matrices, Muon and Adafactor, also where matrices are sharded.
+"""Optimizers that look at whole matrices, also sharded ones: Muon and Adafactor.
 
 A step of these depends on all values of a matrix. Of a sharded one each rank gathers the whole, one at a time, computes
 the same step as one process would, and keeps its share of the result.

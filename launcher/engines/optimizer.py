@@ -204,7 +204,7 @@ def make_optimizer(
 
 
 def parameter_names(models: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Return the parameters of models with their names, in order; a shared one has its first name."""
+    """Return the parameters of models with their first names, in order."""
     names: dict[nn.Parameter, str] = {}
     for model in models:
         for name, parameter in model.named_parameters():
@@ -264,7 +264,7 @@ class LossScale:
 def parameter_groups(
     names: Mapping[nn.Parameter, str], options: Optimizer, *, hidden: Collection[nn.Parameter] | None = None
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups: of each pattern of ``optimizer.groups``, and of all other parameters.
+    """Return optimizer groups: one of each pattern in the options, and those of other parameters.
 
     Matrices decay, biases and norms do not, but where a pattern sets the decay. Under ZeRO-3 a parameter is empty and
     its true shape is in ``ds_shape``.
@@ -301,7 +301,7 @@ def _without_mesh(key: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def check_groups(options: Optimizer, names: Collection[str], *, device: torch.device) -> None:
-    """Raise where a pattern of ``optimizer.groups`` is the first to match for no parameter of any rank.
+    """Raise where a group of the options has no parameter on any rank.
 
     Args:
         options: of the run.

@@ -52,7 +52,7 @@ class Optimizer(Component):
     """Decoupled decay, on matrices only: biases and norms do not decay."""
 
     groups: tuple[ParameterGroup, ...] = ()
-    """Parameters that learn by options of their own, by name: the first pattern that matches counts.
+    """Parameters, by patterns of their names, with options of their own; the first match counts.
     ``optimizer.groups=[{pattern:'*.bias',lr_scale:0.1,weight_decay:0}]``."""
 
     def validate(self) -> Iterator[ConfigError]:
@@ -243,7 +243,7 @@ class Adafactor(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(_Adam):
-    """Muon: momentum made orthogonal, for matrices in blocks (arXiv:2502.16982); AdamW elsewhere.
+    """Muon: momentum orthogonalized, for matrices in blocks (arXiv:2502.16982), AdamW elsewhere.
 
     Embeddings, output head, biases and norms learn by AdamW. Where matrices are sharded, each rank keeps its share of
     the momentum, gathers one whole matrix at a time, and runs the Newton-Schulz iteration on that.

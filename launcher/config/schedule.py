@@ -119,7 +119,7 @@ class WsdSchedule(_DecayingSchedule):
     Below 1 it is a share of the run's steps, rounded up; the paper takes 0.1."""
 
     shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    """Curve of the decay; ``sqrt`` is 1 - sqrt(progress), better than linear in arXiv:2405.18392."""
+    """Curve of the decay; ``sqrt`` is 1 - sqrt(progress) (arXiv:2405.18392)."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject a negative or broken number of steps."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launcher.config.optimizer import AdamW8bit as AdamW8bitOptions
 
 _SAVED = ("step", "state1", "state2", "absmax1", "absmax2")
-"""State that changes: codes, and the scales of their blocks; the tables of codes are constants."""
+"""State that changes: codes and scales of blocks; the tables of codes are constants."""
 
 
 class AdamW8bit(BitsandbytesAdamW8bit):  # type: ignore[misc]

@@ -264,7 +264,7 @@ class LossScale:
 def parameter_groups(
     names: Mapping[nn.Parameter, str], options: Optimizer, *, hidden: Collection[nn.Parameter] | None = None
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups: one of each pattern in the options, and those of other parameters.
+    """Return optimizer groups: one for each pattern, and those of other parameters.
 
     Matrices decay, biases and norms do not, but where a pattern sets the decay. Under ZeRO-3 a parameter is empty and
     its true shape is in ``ds_shape``.

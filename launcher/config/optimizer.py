@@ -147,7 +147,7 @@ class AdamW(_Adam):
 
 
 _BLOCK, _BITSANDBYTES = 256, (0, 50)
-"""Values that share a scale in bitsandbytes, and its first version used here that computes on CPUs too."""
+"""Values that share a scale in bitsandbytes, and its first version that serves CPUs here."""
 
 
 @dataclass(frozen=True, kw_only=True)

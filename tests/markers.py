@@ -52,6 +52,7 @@ _BY_PLACE = (
         for name in ("doctor/test_examine", "backends/kubernetes/test_kubectl", "remote/test_bundle")
     ),
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
+    ("data/test_example_encoding.py*", "process"),
     # Single tests that do.
     ("plugins/test_other_processes.py*", "process"),
     ("plugins/test_example.py*", "process"),

@@ -66,6 +66,21 @@ def stateful_model_error(family: str, states: str) -> ConfigError:
     return ConfigError("parallel", "pipeline", why=why, fix=_ALTERNATIVE)
 
 
+def packing_error(model: Model, attention: Attention) -> ConfigError | None:
+    """Return why examples in one row would see each other; ``None`` if they are kept apart."""
+    if attention.kind == FlashAttention.kind:
+        why = "attention=flash takes no mask, which keeps the examples of a row apart"
+        return ConfigError("data.packing", "true", why=why, fix="set attention=sdpa, or data.packing=false")
+    config = model.stored_config()
+    if config is not None:
+        family = str(config.get("model_type"))
+        states = stateful_layers(config, attention_support(family))
+        if states is not None:
+            why = f"{family} has {states}, and so from one example of a row to the next"
+            return ConfigError("data.packing", "true", why=why, fix="set data.packing=false")
+    return None
+
+
 def _validate_sequences(model: Model, attention: Attention, *, degree: int, length: int) -> Iterator[ConfigError]:
     """Reject kernels that need whole-sequence masks, and models with other sequence layers."""
     if attention.kind not in ("sdpa", "flash"):

@@ -19,7 +19,7 @@ from launcher.config.option_text import flatten_options
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
 from launcher.config.run import BatchedJob, Benchmark, Run, run_to_tree
-from launcher.config.supported_models import unsupported_attention, validate_family
+from launcher.config.supported_models import packing_error, unsupported_attention, validate_family
 from launcher.errors import ConfigError
 from launcher.errors.secrets import is_secret_argument, is_secret_value, secret_variable_in
 from launcher.protocol.plan import Host, first_ranks
@@ -47,6 +47,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         yield from validate_numerics(run, run.job, hosts)
         yield from run.model.validate_length(job__sequence_length=run.job.sequence_length)
         yield from _validate_vocabulary(run)
+        yield from _validate_packing(run)
     yield from _validate_name(run)
     yield from _validate_family(run, world_size)
     yield from _validate_ranks_per_host(hosts)
@@ -222,6 +223,12 @@ def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
         marks is not None
         and (error := unsupported_attention(run.attention, str(run.model.family()), marks)) is not None
     ):
+        yield error
+
+
+def _validate_packing(run: Run) -> Iterator[ConfigError]:
+    """Reject rows of several examples where these would see each other."""
+    if getattr(run.data, "packing", None) and (error := packing_error(run.model, run.attention)) is not None:
         yield error
 
 

@@ -8,7 +8,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,10 @@ import numpy as np
 from launcher.config.data.auto import AutoData
 from launcher.config.data.base import STREAM_LAYOUT, Corpus, Data, Synthetic
 from launcher.config.model.base import Model
+from launcher.config.run import Run
+from launcher.config.supported_models import packing_error
+from launcher.data.example_encoding import example_folders
+from launcher.data.example_rows import RowSettings, open_rows
 from launcher.data.order import SampleOrder, Shuffled
 from launcher.data.rows import Sequences, TokenRow, row_of_window
 from launcher.data.token_cache import token_folder
@@ -203,8 +207,38 @@ class Splits:
         return self.order or Shuffled(self.train.num_sequences)
 
 
+def open_run_splits(run: Run, data: Data | None = None, *, heartbeat: Callable[[], None] = lambda: None) -> Splits:
+    """Open the data of a run on every rank, as its strategy and kernels take it.
+
+    Args:
+        run: whose job has batches.
+        data: to open instead of the run's.
+        heartbeat: called at least every few seconds of work.
+
+    Raises:
+        ConfigError: the parts do not fit together, with the numbers.
+        EnvironmentProblem: something must be fetched and cannot be, or the cache cannot be written.
+    """
+    return open_splits(
+        run.data if data is None else data,
+        run.model,
+        sequence_length=run.batched_job.sequence_length,
+        seed=run.job.seed,
+        packs=packing_error(run.model, run.attention) is None,
+        equal_shapes=run.parallel.needs_equal_shapes,
+        heartbeat=heartbeat,
+    )
+
+
 def open_splits(
-    data: Data, model: Model, *, sequence_length: int, seed: int, heartbeat: Callable[[], None] = lambda: None
+    data: Data,
+    model: Model,
+    *,
+    sequence_length: int,
+    seed: int,
+    packs: bool = True,
+    equal_shapes: bool = False,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Splits:
     """Open ``data`` for ``model`` on every rank; the first on each machine does one-time work.
 
@@ -212,7 +246,9 @@ def open_splits(
         data: what to open.
         model: must take sequences of that length and all tokens that occur.
         sequence_length: tokens in one sequence, its last label not counted.
-        seed: draws synthetic data; text does not depend on it.
+        seed: draws synthetic data, and packs examples; text does not depend on it.
+        packs: whether model and kernel keep examples of one row apart.
+        equal_shapes: whether all batches must have ``sequence_length`` tokens a row.
         heartbeat: called at least every few seconds of work, so that it does not look like a stall.
 
     Raises:
@@ -225,6 +261,17 @@ def open_splits(
         raise ConfigError("job.sequence_length", sequence_length, why=why, fix=fix)
     if isinstance(data, Synthetic):
         splits = _open_synthetic(data, max_length=max_length, sequence_length=sequence_length, seed=seed)
+    elif isinstance(data, AutoData) and not data.is_stream:
+        settings = RowSettings(
+            sequence_length=sequence_length,
+            packed=packs if data.packing is None else data.packing,
+            on_long=data.on_long,
+            held_out=data.held_out,
+            seed=seed,
+        )
+        splits = _open_examples(
+            data, model, settings, max_length=max_length, equal_shapes=equal_shapes, heartbeat=heartbeat
+        )
     else:
         assert isinstance(data, Corpus), f"no way to open {type(data).__name__}"
         splits = _open_corpus(data, model, max_length=max_length, sequence_length=sequence_length, heartbeat=heartbeat)
@@ -245,9 +292,6 @@ def _limits(model: Model) -> tuple[int, int]:
 def _open_corpus(
     data: Corpus, model: Model, *, max_length: int, sequence_length: int, heartbeat: Callable[[], None]
 ) -> Splits:
-    if isinstance(data, AutoData) and not data.is_stream:
-        why = "holds examples, a mixture or data to evaluate on, and sequences are cut from one text"
-        raise ConfigError("data.path", why=why, fix="give text in one entry of data.path")
     folder, tokenizer = token_folder(data, model, heartbeat=heartbeat)
     stream = open_stream(folder)
     cut = len(stream) - round(len(stream) * data.held_out)
@@ -269,6 +313,38 @@ def _open_corpus(
             "uniform": uniform_loss(vocab_size),
             "unigram": unigram_loss(known, asked, vocab_size=vocab_size),
         },
+    )
+
+
+def _open_examples(
+    data: AutoData,
+    model: Model,
+    settings: RowSettings,
+    *,
+    max_length: int,
+    equal_shapes: bool,
+    heartbeat: Callable[[], None],
+) -> Splits:
+    folders = example_folders(data, model, heartbeat=heartbeat)
+    opened = open_rows(
+        folders.train,
+        replace(settings, splits_documents=folders.splits_documents),
+        weights=data.weights or None,
+        equal_shapes=equal_shapes,
+        heartbeat=heartbeat,
+        evaluation=folders.evaluation,
+        evaluation_splits=folders.evaluation_splits,
+    )
+    vocab_size = folders.tokenizer.vocab_size
+    return Splits(
+        train=opened.train,
+        held_out=opened.held_out,
+        tokenizer=folders.tokenizer,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        baselines={"uniform": uniform_loss(vocab_size)},
+        summary=opened.summary,
+        order=opened.order,
     )
 
 

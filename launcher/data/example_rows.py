@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from launcher.config.data.mixture import exact_weights
 from launcher.data.example_store import ExampleStore, held_out_examples
 from launcher.data.order import ByLength, Mixture, SampleOrder, Shuffled, sample_index
 from launcher.data.packing import PackedRows, one_a_row, pack
-from launcher.data.rows import ExampleRows
+from launcher.data.rows import ExampleRows, piece_tokens
 from launcher.errors import ConfigError
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import sha256_of, write_json
@@ -33,6 +33,8 @@ class RowSettings:
     """Share of the examples of each source that are kept for evaluation; 0 keeps none."""
     seed: int
     """Which examples come together."""
+    splits_documents: tuple[bool, ...] = ()
+    """For each source whether it is text, which is cut into pieces that fit; by default none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def open_rows(
     equal_shapes: bool,
     heartbeat: Callable[[], None],
     evaluation: Path | None = None,
+    evaluation_splits: tuple[bool, ...] = (),
 ) -> OpenedRows:
     """Open the rows of a folder of examples; the first process on a machine lays them out.
 
@@ -64,6 +67,7 @@ def open_rows(
         equal_shapes: whether all batches have ``sequence_length`` tokens a row.
         heartbeat: called meanwhile.
         evaluation: folder of the examples to evaluate on; by default a share of the others.
+        evaluation_splits: ``splits_documents`` of those.
 
     Raises:
         ConfigError: an example is too long, or a part of the data has no examples.
@@ -74,16 +78,15 @@ def open_rows(
     def rows_of(store: ExampleStore, laid_out: PackedRows) -> ExampleRows:
         return ExampleRows(store, laid_out, packed=settings.packed, max_tokens=length + 1, row_length=row_length)
 
-    def laid_out(of: Path, held_out: float) -> Path:
-        return _lay_out(of, settings, held_out=held_out, heartbeat=heartbeat)
-
     store = ExampleStore(folder)
-    made = laid_out(folder, 0 if evaluation else settings.held_out)
+    made = _lay_out(folder, replace(settings, held_out=0 if evaluation else settings.held_out), heartbeat=heartbeat)
     train, counted = rows_of(store, _load(made, "train")), json.loads((made / _COUNTS).read_text())
     if evaluation is None:
         held_out = rows_of(store, _load(made, "held_out"))
     else:
-        held_out = rows_of(ExampleStore(evaluation), _load(laid_out(evaluation, 0), "train"))
+        apart = replace(settings, held_out=0, splits_documents=evaluation_splits)
+        own = _lay_out(evaluation, apart, heartbeat=heartbeat, mixes=True)
+        held_out = rows_of(ExampleStore(evaluation), _load(own, "train"))
     for rows, option in ((train, "data.path"), (held_out, "data.eval_path" if evaluation else "data.held_out")):
         if not rows.num_sequences:
             raise ConfigError(option, why="leaves no example to use", fix="give more examples")
@@ -119,24 +122,31 @@ _FORMAT = 1
 _COUNTS = "counts.json"
 
 
-def _lay_out(folder: Path, settings: RowSettings, *, held_out: float, heartbeat: Callable[[], None]) -> Path:
-    """Return the folder with the rows of a store, beside it."""
+def _lay_out(folder: Path, settings: RowSettings, *, heartbeat: Callable[[], None], mixes: bool = False) -> Path:
+    """Return the folder with the rows of a store, beside it.
+
+    Args:
+        folder: of the store.
+        settings: of the rows.
+        heartbeat: called meanwhile.
+        mixes: whether an evaluation takes the first of all rows, not only of those held out.
+    """
 
     def build(made: Path) -> None:
         store = ExampleStore(folder)
-        kept, is_held_out = _fitting(store, settings), held_out_examples(store.sources, held_out)
+        kept, is_held_out = _fitting(store, settings), held_out_examples(store.sources, settings.held_out)
         for name, chosen in (("train", kept & ~is_held_out), ("held_out", kept & is_held_out)):
             rows, sizes = _rows(store, chosen, settings)
             heartbeat()
-            if name == "held_out":
+            if mixes or name == "held_out":
                 rows = _mixed(rows)
-            else:
-                lengths = np.minimum(store.lengths[rows.examples], settings.sequence_length + 1) - 1
-                write_json(made / _COUNTS, {"rows": sizes, "tokens": int(lengths.sum(dtype=np.int64))})
+            if name == "train":
+                tokens = piece_tokens(store, rows.examples, max_tokens=settings.sequence_length + 1)
+                write_json(made / _COUNTS, {"rows": sizes, "tokens": int(tokens.sum())})
             np.save(made / f"{name}_examples.npy", rows.examples)
             np.save(made / f"{name}_starts.npy", rows.starts)
 
-    key = json.dumps([_FORMAT, folder.name, repr(settings), held_out])
+    key = json.dumps([_FORMAT, folder.name, repr(settings), mixes])
     return build_once(
         folder.with_name(f"{folder.name}-{sha256_of(key.encode())[:12]}"),
         build,
@@ -159,7 +169,8 @@ def _fitting(store: ExampleStore, settings: RowSettings) -> np.ndarray:
         ConfigError: one is too long, and that is to be refused.
     """
     most = settings.sequence_length + 1
-    is_long: np.ndarray = store.lengths > most
+    is_split: np.ndarray = np.repeat(settings.splits_documents or (False,) * len(store.sources), store.sources)
+    is_long: np.ndarray = (store.lengths > most) & ~is_split
     if settings.on_long == "refuse" and is_long.any():
         longest = int(store.lengths.max())
         why = f"{int(is_long.sum()):,} of {len(store):,} examples are longer (the longest needs {longest - 1:,})"
@@ -178,9 +189,11 @@ def _rows(store: ExampleStore, chosen: np.ndarray, settings: RowSettings) -> tup
     for source, size in enumerate(store.sources):
         numbers: np.ndarray = first + np.flatnonzero(chosen[first : first + size])
         first += size
+        if settings.splits_documents and settings.splits_documents[source]:
+            numbers = _pieces(store, numbers, settings.sequence_length)
         rows = one_a_row(numbers)
         if settings.packed and len(numbers):
-            lengths = np.minimum(store.lengths[numbers], settings.sequence_length + 1) - 1
+            lengths = piece_tokens(store, numbers, max_tokens=settings.sequence_length + 1)
             rows = pack(lengths, capacity=settings.sequence_length, seed=(settings.seed << 20) + source)
             rows = PackedRows(examples=numbers[rows.examples], starts=rows.starts)
         examples.append(rows.examples)
@@ -188,6 +201,15 @@ def _rows(store: ExampleStore, chosen: np.ndarray, settings: RowSettings) -> tup
         num_examples += len(rows.examples)
         sizes.append(len(rows))
     return PackedRows(examples=np.concatenate(examples), starts=np.concatenate(starts)), sizes
+
+
+def _pieces(store: ExampleStore, numbers: np.ndarray, length: int) -> np.ndarray:
+    """Return the pieces of documents, each document's together."""
+    counts = -(-(store.lengths[numbers].astype(np.int64) - 1) // length)
+    documents: np.ndarray = np.repeat(numbers, counts)
+    firsts: np.ndarray = np.repeat(np.cumsum(counts) - counts, counts)
+    found: np.ndarray = documents + (np.arange(len(documents)) - firsts) * len(store)
+    return found
 
 
 def _mixed(rows: PackedRows) -> PackedRows:

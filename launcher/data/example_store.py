@@ -27,11 +27,15 @@ _CHECKED_BYTES = 4 << 30
 _BLOCK_BYTES = 16 << 20
 
 
+BlockKey = tuple[int, int, int]
+"""Source, file of it, and block of that: blocks in this order are the data set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedBlock:
     """Some examples of one source, one after the other."""
 
-    source: int
+    key: BlockKey
     ids: np.ndarray
     """uint32, of all examples."""
     is_trained: np.ndarray
@@ -114,7 +118,7 @@ def write_examples(
             write(_ENDS, ends)
             write(_LENGTHS, block.lengths[kept].astype(np.int32))
             write(_FIRST, first[kept].astype(np.int32))
-            counts[block.source] += int(kept.sum())
+            counts[block.key[0]] += int(kept.sum())
             heartbeat()
     finally:
         for file in files.values():

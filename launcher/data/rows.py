@@ -51,16 +51,25 @@ class Sequences(Protocol):
         """Return how many labels of sequence ``index`` count."""
 
 
+def piece_tokens(store: ExampleStore, numbers: np.ndarray, *, max_tokens: int) -> np.ndarray:
+    """Return how many places examples or pieces take, as :class:`ExampleRows` numbers them."""
+    pieces, examples = np.divmod(numbers, len(store))
+    left = store.lengths[examples].astype(np.int64) - pieces * (max_tokens - 1)
+    found: np.ndarray = np.minimum(left, max_tokens) - 1
+    return found
+
+
 class ExampleRows:
     """Rows of whole examples.
 
-    An example of n tokens takes n - 1 places: its last token is a label alone.
+    An example of n tokens takes n - 1 places: its last token is a label alone. Of N examples, number k * N + n is the
+    k-th piece of example n: documents are cut so that the last token of a piece is the first of the next.
 
     Args:
         store: of the examples.
-        rows: which examples stand in which row.
+        rows: which examples, or pieces, stand in which row.
         packed: whether rows hold several examples, so that positions tell them apart.
-        max_tokens: of an example; more are cut off its end.
+        max_tokens: of an example or piece; more are cut off its end.
         row_length: of every row, with padding; ``None`` if batches are as long as their longest row.
     """
 
@@ -87,8 +96,7 @@ class ExampleRows:
 
     def num_tokens(self, index: int) -> int:
         """Return the tokens of sequence ``index``, without reading them."""
-        lengths = np.minimum(self._store.lengths[self.examples(index)], self._max_tokens)
-        return int(lengths.sum()) - len(lengths)
+        return int(piece_tokens(self._store, self.examples(index), max_tokens=self._max_tokens).sum())
 
     def num_labels(self, index: int) -> int:
         """Return how many labels of sequence ``index`` count."""
@@ -98,7 +106,9 @@ class ExampleRows:
         """Return sequence ``index``."""
         inputs, labels, positions = [], [], []
         for number in self.examples(index).tolist():
-            ids, is_trained = (part[: self._max_tokens] for part in self._store.read(number))
+            piece, example = divmod(number, len(self._store))
+            start = piece * (self._max_tokens - 1)
+            ids, is_trained = (part[start : start + self._max_tokens] for part in self._store.read(example))
             inputs.append(ids[:-1])
             labels.append(np.where(is_trained[1:], ids[1:], IGNORE_INDEX))
             positions.append(np.arange(len(ids) - 1))

@@ -10,7 +10,7 @@ from launcher.checkpoint.manifest import TrainingProgress
 from launcher.checkpoint.store import CheckpointStore
 from launcher.config.precision import Fp16Precision
 from launcher.data.dataloader import Loader
-from launcher.data.dataset import Splits, open_splits
+from launcher.data.dataset import Splits, open_run_splits
 from launcher.engines.base import Engine, StepResult, make_engine
 from launcher.engines.preemption import Preemption
 from launcher.errors import EXIT_PREEMPTED
@@ -44,11 +44,9 @@ def train(job: Train, context: Context) -> None:
 
     clock = StepClock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
     with clock.phase("load"):
-        splits = open_splits(
+        splits = open_run_splits(
+            context.run,
             resolve_tokenizer(context, context.run.data),
-            context.run.model,
-            sequence_length=job.sequence_length,
-            seed=job.seed,
             heartbeat=lambda: context.heartbeat.update("load"),
         )
     with make_engine(context, clock) as engine:

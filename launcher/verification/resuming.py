@@ -164,12 +164,12 @@ def take_case(
     import torch
 
     from launcher.data.dataloader import Loader
-    from launcher.data.dataset import open_splits
+    from launcher.data.dataset import open_run_splits
     from launcher.engines.base import make_engine
     from launcher.engines.distributed import barrier
     from launcher.profiling.performance import StepClock
 
-    splits = open_splits(context.run.data, context.run.model, sequence_length=job.sequence_length, seed=job.seed)
+    splits = open_run_splits(context.run)
     loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
     before, after = range(job.steps), range(job.steps, 2 * job.steps)
     with make_engine(context, StepClock(context.heartbeat, cuda=torch.cuda.is_available())) as engine:

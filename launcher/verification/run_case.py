@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from launcher.data.dataloader import Loader
-from launcher.data.dataset import open_splits
+from launcher.data.dataset import open_run_splits
 from launcher.engines.base import make_engine
 from launcher.profiling.performance import StepClock
 
@@ -37,7 +37,7 @@ def run_case(job: Verify, context: Context, reference: Path, *, writes: bool) ->
     """
     run = context.run
     lr = run.optimizer.lr * (1.0 if writes else 1.0 + job.perturb)
-    splits = open_splits(run.data, run.model, sequence_length=job.sequence_length, seed=job.seed)
+    splits = open_run_splits(run)
     loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
     with make_engine(context, StepClock(context.heartbeat, cuda=torch.cuda.is_available())) as engine:
         results = [

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"sequence_length": LENGTH, "packed": True, "on_long"
 
 def block(source: int, *examples: tuple[Sequence[int], Sequence[int]]) -> EncodedBlock:
     return EncodedBlock(
-        source=source,
+        key=(source, 0, 0),
         ids=np.array([token for ids, _ in examples for token in ids], np.uint32),
         is_trained=np.array([flag for _, flags in examples for flag in flags], np.uint8),
         lengths=np.array([len(ids) for ids, _ in examples], np.int32),

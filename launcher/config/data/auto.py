@@ -123,6 +123,20 @@ class DataSource:
             return hashlib.sha256("\0".join(python_docs()).encode()).hexdigest()
         return files.fingerprint(file.path for file in self.files)
 
+    def examples_of(
+        self, file_number: int, template: ChatTemplate | None, *, wanted: Every = every_row
+    ) -> Iterator[Example]:
+        """Yield the examples of one of ``files``; of a source without files, file 0 is all of it.
+
+        Raises:
+            ConfigError: a row gives no example, and ``data.on_bad_row`` is ``refuse``.
+        """
+        if self.files:
+            placed = self.data.examples_of_file(self.files[file_number], template, wanted=wanted)
+        else:
+            placed = self.placed_examples(template, wanted=wanted)
+        yield from (example for _, example in placed)
+
     def examples(self, template: ChatTemplate | None = None, *, wanted: Every = every_row) -> Iterator[Example]:
         """Yield the examples in a fixed order: file by file, row by row.
 
@@ -226,6 +240,11 @@ class AutoData(Corpus):
     on_long: OnLong = "refuse"
     """Examples longer than the sequence: ``refuse``, ``truncate`` their end, or ``drop`` them.
     Text is cut into sequences, and so is never too long."""
+
+    packing: bool | None = None
+    """Whether rows hold several examples, which do not see each other; ``null`` packs where that works.
+    It does not with ``attention=flash`` or recurrent layers. Without packing, batches hold examples of about one
+    length. Text in one entry of ``path`` is a stream of tokens, unless this is ``true``."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject empty paths, wrong weights, and options that contradict each other."""
@@ -543,14 +562,17 @@ class AutoData(Corpus):
     @property
     def is_stream(self) -> bool:
         """Whether training cuts sequences from one stream of text, the end of which is held out."""
-        return self.is_documents and not self.weights and not self.eval_path
+        return self.is_documents and not self.packing and not self.weights and not self.eval_path
 
     def fingerprint(self) -> str:
         """Return a string that changes with the data and the text that is made of it."""
+        return json.dumps([self.chat_template, self.examples_fingerprint(self._cached_sources, None)])
+
+    def examples_fingerprint(self, sources: Sequence[DataSource], template: ChatTemplate | None) -> str:
+        """Return a string that changes with the examples of ``sources``, rendered by ``template``."""
         decides = [self.format, self.shape, sorted(self.named_columns.items()), self.on_bad_row, self.split, self.name]
-        how = [self.chat_template, self.train_on, self.on_long]
-        held = [(source.weight, source.fingerprint()) for source in self._cached_sources]
-        return json.dumps([decides, how, held])
+        how = None if template is None else [template.source, sorted(template.special_tokens.items())]
+        return json.dumps([decides, self.train_on, how, [source.fingerprint() for source in sources]])
 
     @functools.cached_property
     def _cached_sources(self) -> list[DataSource]:

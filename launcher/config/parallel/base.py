@@ -104,6 +104,11 @@ class Parallel(Component):
         return True
 
     @property
+    def needs_equal_shapes(self) -> bool:
+        """Whether all batches must have the same number of tokens a row."""
+        return False
+
+    @property
     def keeps_state_on_nvme(self) -> bool:
         """Whether weights or moments lie on NVMe, so that host memory has no room for copies."""
         return False

@@ -122,6 +122,11 @@ class Fsdp(Parallel):
             why = f"parallel.tensor={self.tensor} already splits the heads"
             yield self.error("sequence_parallel", why, "set parallel.sequence_parallel=1 or parallel.tensor=1")
 
+    @property
+    def needs_equal_shapes(self) -> bool:
+        """Whether ranks share sequences, of which each takes an equal part."""
+        return self.sequence_parallel > 1
+
     def dims(self, world_size: int) -> ParallelDims:
         """Return the degrees; ``shard`` takes the rest."""
         fixed = self.replicate * self.tensor * self.sequence_parallel

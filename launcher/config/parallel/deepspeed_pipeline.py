@@ -74,6 +74,11 @@ class DeepSpeedPipeline(Parallel):
         )
 
     @property
+    def needs_equal_shapes(self) -> bool:
+        """True: stages send each other hidden states of one shape."""
+        return True
+
+    @property
     def gradient_accumulation_steps(self) -> int | None:
         """Return the micro-batches of a step, where they are set here."""
         return self.micro_batches

@@ -121,6 +121,11 @@ class Pipeline(Parallel):
         return self.schedule in ("interleaved_zero_bubble", "zbv")
 
     @property
+    def needs_equal_shapes(self) -> bool:
+        """True: stages send each other hidden states of one shape."""
+        return True
+
+    @property
     def gradient_accumulation_steps(self) -> int | None:
         """Return the micro-batches of a step, where they are set here."""
         return self.micro_batches

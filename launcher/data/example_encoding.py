@@ -1,4 +1,4 @@
-"""The examples of a data set, rendered and tokenised once per machine, by as many processes as there are cores."""
+"""Render and tokenise a data set's examples once per machine, on all cores."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ExampleFolders:
 def example_folders(
     data: AutoData, model: Model, *, heartbeat: Callable[[], None], processes: int | None = None
 ) -> ExampleFolders:
-    """Return the folders of the tokenised examples of ``data``, built if missing, and the tokenizer.
+    """Return the folders of the tokenised examples of ``data``, built if missing.
 
     Any number of processes may call this at once: one builds, the others wait.
 

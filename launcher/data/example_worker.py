@@ -1,4 +1,4 @@
-"""A process that renders and tokenises some of the blocks of a data set, for ``example_encoding``.
+"""A process that renders and tokenises some blocks of a data set.
 
     python -m launcher.data.example_worker        with a pickled EncodingTask on standard input
 
@@ -40,7 +40,8 @@ class EncodingTask:
     """As ``tokenizers`` writes it."""
     end_id: int | None
     worker: int
-    """Number of this worker; it takes each block whose number in its file and that file's number add up to this."""
+    """Number of this worker.
+    It takes the blocks whose number, plus that of their file, is this modulo ``num_workers``."""
     num_workers: int
 
 

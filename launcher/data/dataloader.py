@@ -101,11 +101,6 @@ class Loader:
             needed = [places for part, places in parts if first + part * segment < available]
             yield [_labelled_below(available, sequences, [first + at for at in places]) for places in needed]
 
-    def held_out_labels(self, num_sequences: int) -> int:
-        """Return the tokens that count in the first ``num_sequences`` held-out sequences."""
-        held_out = self._splits.held_out
-        return sum(held_out.num_labels(at) for at in range(min(num_sequences, held_out.num_sequences)))
-
 
 def _labelled_below(end: int, sequences: Sequences, wanted: Sequence[int]) -> MicroBatch:
     """Return the ``wanted`` sequences; those from ``end`` on only fill up, without labels."""

@@ -235,4 +235,4 @@ class _Worker:
                 try:
                     pipe.close()
                 except OSError:
-                    continue  # what was not written is for nobody
+                    continue  # the task was not written whole

@@ -13,7 +13,7 @@ import torch
 
 from launcher.checkpoint.store import CheckpointStore
 from launcher.data.dataloader import Loader
-from launcher.data.dataset import Splits, open_splits
+from launcher.data.dataset import Splits, open_run_splits
 from launcher.data.evaluation import TextWindows
 from launcher.engines.base import make_engine, never_preempted
 from launcher.errors import ConfigError
@@ -34,12 +34,8 @@ if TYPE_CHECKING:
 def run_evaluation(job: Evaluate, context: Context) -> None:
     """Evaluate the run's data and the sets ``job.repeats`` times; rank 0 records each result."""
     heartbeat = context.heartbeat.update
-    splits = open_splits(
-        resolve_tokenizer(context, context.run.data),
-        context.run.model,
-        sequence_length=job.sequence_length,
-        seed=job.seed,
-        heartbeat=lambda: heartbeat("load"),
+    splits = open_run_splits(
+        context.run, resolve_tokenizer(context, context.run.data), heartbeat=lambda: heartbeat("load")
     )
     texts = EvalTexts(job.eval_sets, context, splits, stride=job.window_stride)
     loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)

@@ -54,7 +54,7 @@ def data(tmp_path: Path) -> AutoData:
 
 
 def quiet() -> None:
-    """Beat for nobody."""
+    """Take a heartbeat."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:

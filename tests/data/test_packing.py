@@ -314,4 +314,5 @@ def test_evaluation_of_packed_rows_counts_each_example_once(folder: Path) -> Non
     expected = 0
     for number in np.flatnonzero(held_out_examples([150, 60], 0.1)).tolist():
         expected += sum(example(number, 2 + number * 7 % 32)[1][1:])
-    assert counted == expected == load.held_out_labels(1000)
+    held_out = rows.held_out
+    assert counted == expected == sum(held_out.num_labels(row) for row in range(held_out.num_sequences))

@@ -47,6 +47,14 @@ SLOW = {
     "launch export 20260101-120000-abcd@best mymodel dtype=bf16": (
         "jobs/test_export.py::test_transformers_loads_it_with_equal_logits"
     ),
+    **dict.fromkeys(
+        (
+            "launch export 20260101-120000-abcd myadapter",
+            "launch export 20260101-120000-abcd mymodel merge=true",
+            "launch job=evaluate model=smollm2_135m model.adapter=myadapter",
+        ),
+        "jobs/test_adapters.py::test_a_run_is_resumed_used_exported_and_merged",
+    ),
     "launch job=serve model.weights=20260101-120000-abcd": (
         "execution/test_saved_weights.py::test_every_job_takes_the_model_and_the_tokenizer_of_the_run"
     ),

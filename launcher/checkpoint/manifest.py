@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from launcher.checkpoint.adapter_base import BaseWeights, adapter_tree, base_weights
 from launcher.config.checkpoint import LOWEST_LOSS
 from launcher.config.run import Run
 from launcher.errors import ConfigError
@@ -90,6 +91,10 @@ class CheckpointManifest:
     optimizer: str = ""
     """Kind of the optimizer, whose state is stored; empty for what does not train."""
     world_size: int
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """The adapter that the checkpoint holds, with every option; empty for a whole model."""
+    base: BaseWeights | None = None
+    """The weights that the adapter was trained on."""
     data: DataCursor | None = None
     """``null`` for what does not train."""
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -170,6 +175,8 @@ def describe_checkpoint(
         precision=run.precision.kind,
         optimizer=run.optimizer.kind if steps is not None else "",
         world_size=world_size,
+        adapter=adapter_tree(run.lora),
+        base=None if run.lora is None else base_weights(run.model, seed=run.job.seed),
         data=data,
         schedule=to_tree(run.schedule) | {"steps": steps},
         lr=run.optimizer.lr * run.schedule.factor(step - 1, steps) if steps and step else None,
@@ -309,6 +316,17 @@ def checksums(folder: Path, names: Iterable[str], *, heartbeat: Callable[[], Non
     with ThreadPoolExecutor(_THREADS) as threads:
         digests = zip(names, threads.map(digest, names), strict=True)
         return {name: found for name, found in digests if found is not None}
+
+
+def adapter_manifest(folder: Path) -> CheckpointManifest | None:
+    """Return the manifest of the checkpoint around an adapter; ``None`` for other folders."""
+    folder = folder.resolve()
+    if not (folder.parent / MANIFEST).exists():
+        return None
+    try:
+        return read_manifest(folder.parent)
+    except ValueError:
+        return None  # the check of the folder reports it
 
 
 def files_of_part(sizes: Mapping[str, int], *, part: int, parts: int) -> list[str]:

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint.adapter_base import (
+    BaseWeights,
+    adapter_differences,
+    adapter_tree,
+    base_weights,
+    is_same_base,
+)
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.store import SavedCheckpoint, Say, complete_checkpoints, open_checkpoint
+from launcher.config.adapter import Lora
 from launcher.config.model.base import Model
 from launcher.config.model.hf import last_part
 from launcher.config.optimizer import Optimizer
@@ -142,7 +150,12 @@ def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoin
 
 
 def validate_resume(
-    saved: SavedCheckpoint, *, model: Model, optimizer: Optimizer | None = None
+    saved: SavedCheckpoint,
+    *,
+    model: Model,
+    optimizer: Optimizer | None = None,
+    adapter: Lora | None = None,
+    seed: int = 0,
 ) -> Iterator[ConfigError]:
     """Yield each reason why a run cannot continue from ``saved``.
 
@@ -152,8 +165,13 @@ def validate_resume(
         saved: the checkpoint.
         model: of the run.
         optimizer: of the run; ``None`` if it does not train.
+        adapter: of the run; ``None`` if it trains all weights.
+        seed: of the run, with which random weights are drawn.
     """
-    yield from _other_model(saved, model)
+    others = list(_other_model(saved, model))
+    yield from others
+    if not others:
+        yield from _other_adapter(saved, adapter, base_weights(model, seed=seed))
     written = saved.manifest.optimizer
     if optimizer is not None and written and written != optimizer.kind:
         why = f"has the state of optimizer={written}, this run has optimizer={optimizer.kind}"
@@ -235,6 +253,27 @@ def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
     else:
         fix = f"choose the model it was trained with, as {saved.folder / 'model/config.json'} describes it"
     yield _error(saved, f"is of another model: {differences}", fix)
+
+
+def _other_adapter(saved: SavedCheckpoint, adapter: Lora | None, base: BaseWeights) -> Iterator[ConfigError]:
+    """Yield why a checkpoint's adapter, or the weights below it, are not those of the run."""
+    written, ours, manifest = saved.manifest.adapter, adapter_tree(adapter), saved.manifest
+    over = f"model.weights={saved.folder} checkpoint.resume=none"
+    export = f"launch export {shell_word(str(saved.folder))} DIR merge=true"
+    if not written and not ours:
+        return
+    if not written:
+        why = f"holds all weights of a model, this run trains adapter={adapter.kind if adapter else 'none'}"
+        yield _error(saved, why, f"set adapter=none, or {over} to train an adapter on its weights")
+    elif not ours:
+        why = f"holds an adapter of {manifest.base}, this run trains all weights"
+        yield _error(saved, why, f"leave adapter out to continue it; {export} writes the whole model")
+    elif names := adapter_differences(written, ours):
+        listed = ", ".join(f"its {name} is {written.get(name)}, this run's is {ours.get(name)}" for name in names)
+        yield _error(saved, f"holds another adapter: {listed}", "leave the options of adapter out to continue it")
+    elif manifest.base is not None and not is_same_base(manifest.base, base):
+        why = f"holds an adapter of {manifest.base}, this run's weights are {base}"
+        yield _error(saved, why, "choose the weights that it was trained on")
 
 
 def _error(saved: SavedCheckpoint, why: str, fix: str) -> ConfigError:

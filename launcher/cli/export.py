@@ -6,10 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.checkpoint.adapter_base import base_weights, is_same_base
 from launcher.checkpoint.locks import ReadLock
 from launcher.checkpoint.store import SavedCheckpoint
 from launcher.cli.arguments import Arguments, path_value
 from launcher.config.export import ExportOptions
+from launcher.config.snapshot import load_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.saved_models import (
     files_of_model,
@@ -18,12 +20,14 @@ from launcher.execution.saved_models import (
     quantized_model,
     select_checkpoints,
 )
+from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import MODEL_FOLDER
 from launcher.utils.progress import byte_progress
 from launcher.utils.schema import build
 from launcher.utils.system import run_in_foreground
 from launcher.utils.text import printable, shell_command, short_path
 
+_BOOLEANS: dict[str, object] = {"true": True, "false": False}
 _BLOCK_BYTES = 1 << 20
 """Read between two calls of a heartbeat."""
 
@@ -35,15 +39,52 @@ def run(arguments: Arguments) -> int:
     _check_target(target)
     saved = _checkpoint(arguments.source, arguments.root)
     source = saved.folder / MODEL_FOLDER
+    merged = _snapshot_to_merge(saved) if options.merge else []
     command = [sys.executable, "-m", "launcher.jobs.export", str(source), str(target), options.dtype]
     with ReadLock(saved.folder):
-        code = run_in_foreground([*command, str(options.max_shard_bytes)])
+        code = run_in_foreground([*command, str(options.max_shard_bytes), *merged])
     if code == 0:
         folder = short_path(target)
+        if saved.manifest.adapter and not options.merge:
+            _print_adapter(saved, folder)
+            return code
         print(printable(f"exported step {saved.manifest.step} of {short_path(saved.folder.parent.parent)} to {folder}"))
         print(printable(f"use it: AutoModelForCausalLM.from_pretrained({folder!r}), or "), end="")
         print(printable(shell_command(["launch", "chat", folder])))
     return code
+
+
+def _print_adapter(saved: SavedCheckpoint, folder: str) -> None:
+    """Say what a folder of an adapter is for."""
+    run = short_path(saved.folder.parent.parent)
+    print(printable(f"exported the adapter of step {saved.manifest.step} of {run} to {folder}"))
+    print(printable(f"use it on {saved.manifest.base}: PeftModel.from_pretrained(model, {folder!r}), or "), end="")
+    print(printable(f"model.adapter={folder}; merge=true writes a whole model"))
+
+
+def _snapshot_to_merge(saved: SavedCheckpoint) -> list[str]:
+    """Return the run.yaml that says which weights a checkpoint's adapter belongs to.
+
+    Raises:
+        ConfigError: the checkpoint holds no adapter, or its run is gone or has other weights by now.
+    """
+    if not saved.manifest.adapter:
+        why = f"{saved.folder} holds all weights of a model, and no adapter to merge"
+        raise ConfigError("merge", "true", why=why, fix="leave it out")
+    snapshot = RunDir(saved.folder.parent.parent).snapshot
+    if not snapshot.is_file():
+        why = f"{saved.folder} is not in its run, whose run.yaml names the weights to merge into"
+        fix = "export without merge, and merge with PEFT: PeftModel.from_pretrained(…).merge_and_unload()"
+        raise ConfigError("merge", "true", why=why, fix=fix)
+    run = load_run(snapshot)
+    errors = list(run.model.validate_machine())
+    if errors:
+        raise ConfigErrors(errors)
+    base = base_weights(run.model, seed=run.job.seed)
+    if saved.manifest.base is not None and not is_same_base(saved.manifest.base, base):
+        why = f"{saved.folder} holds an adapter of {saved.manifest.base}, and these weights are now {base}"
+        raise ConfigError("merge", "true", why=why, fix="put back the weights that it was trained on")
+    return [str(snapshot)]
 
 
 def _options(words: Sequence[str]) -> ExportOptions:
@@ -52,13 +93,13 @@ def _options(words: Sequence[str]) -> ExportOptions:
     Raises:
         ConfigErrors: one is unknown or has a wrong value.
     """
-    tree = {}
+    tree: dict[str, object] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
             why = "is neither RUN, DIR nor option=value"
             raise ConfigError(word, why=why, fix="write launch export RUN DIR dtype=bf16")
-        tree[name] = value
+        tree[name] = _BOOLEANS.get(value, value)
     errors: list[ConfigError] = []
     options = build(ExportOptions, tree, path="", report=errors.append)
     if options is not None:

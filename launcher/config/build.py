@@ -9,7 +9,9 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from launcher.config.adapter import QLORA_QUANTIZATION, Qlora
 from launcher.config.component import Component
+from launcher.config.model.base import Model
 from launcher.config.paths import expand_home, expand_homes, homeless_paths
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import Run, RunOptions, default_run_name
@@ -98,7 +100,17 @@ def build_run(
     if expand_home(options.name) == expand_home(model.name):  # hub names stay as they are
         # the default; a path would put the run into the model's folder
         parts["run"] = replace(options, name=default_run_name(model.name))
+    if parts["adapter"].kind == Qlora.kind and model.quantization == "none" and not _is_quantized(model):
+        parts["model"] = replace(model, quantization=QLORA_QUANTIZATION)
     return Run(**parts, plugins=tuple(tree.get("plugins", ())))
+
+
+def _is_quantized(model: Model) -> bool:
+    """Return whether a model's weights are a folder of quantized ones."""
+    try:
+        return model.quantization_manifest() is not None
+    except ConfigError:
+        return True  # validate_quantization reports it
 
 
 def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str] = MappingProxyType({})) -> str:

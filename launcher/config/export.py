@@ -26,6 +26,10 @@ class ExportOptions:
     max_shard_size: str = "5GB"
     """Bytes of one file at most, as ``500MB`` or ``5GB``; a tensor is never split."""
 
+    merge: bool = False
+    """Of a run with an adapter: add it to the model's weights, and write the whole model.
+    Otherwise the folder holds the adapter alone, as PEFT writes it."""
+
     @property
     def max_shard_bytes(self) -> int:
         """``max_shard_size`` in bytes."""

@@ -27,6 +27,12 @@ class Quantization(Component):
     package: ClassVar[str | None] = None
     """The package that it needs."""
 
+    bytes_per_weight: ClassVar[float]
+    """Bytes of one weight with its share of the scales."""
+
+    is_differentiable: ClassVar[bool] = True
+    """Whether gradients pass through the layers, so that adapters can be trained on them."""
+
     skip: tuple[str, ...] = ()
     """Layers not to quantize, as name patterns: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
 
@@ -63,6 +69,8 @@ class Int8Dynamic(Quantization):
     """8-bit matrices, a scale per output, times 8-bit activations, a scale per token (torchao)."""
 
     kind: ClassVar[str] = "int8_dynamic"
+    bytes_per_weight: ClassVar[float] = 1.0
+    is_differentiable: ClassVar[bool] = False
     package: ClassVar[str | None] = "torchao"
 
 
@@ -71,6 +79,7 @@ class Int8Weight(Quantization):
     """8-bit matrices, a scale per output; products in the format of ``precision`` (torchao)."""
 
     kind: ClassVar[str] = "int8_weight"
+    bytes_per_weight: ClassVar[float] = 1.0
     package: ClassVar[str | None] = "torchao"
 
 
@@ -79,6 +88,7 @@ class Int4Weight(Quantization):
     """4-bit matrices, a scale and zero point per group; products in the format of ``precision``."""
 
     kind: ClassVar[str] = "int4_weight"
+    bytes_per_weight: ClassVar[float] = 0.6
     summary_fields: ClassVar[tuple[str, ...]] = ("group_size",)
 
     group_size: int = 32
@@ -99,6 +109,7 @@ class Fp8Weight(Quantization):
     """
 
     kind: ClassVar[str] = "fp8"
+    bytes_per_weight: ClassVar[float] = 1.0
     package: ClassVar[str | None] = "torchao"
 
 
@@ -107,6 +118,7 @@ class Nf4(Quantization):
     """4-bit NormalFloat, a scale per 64 weights (arXiv:2305.14314; bitsandbytes)."""
 
     kind: ClassVar[str] = "nf4"
+    bytes_per_weight: ClassVar[float] = 0.5625
     package: ClassVar[str | None] = "bitsandbytes"
 
 

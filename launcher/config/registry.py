@@ -55,6 +55,13 @@ KINDS: dict[str, dict[str, str]] = {
         "none": "launcher.config.quantization:NoQuantization",
         **{method.kind: f"launcher.config.quantization:{method.__name__}" for method in METHODS.values()},
     },
+    "adapter": {
+        "none": "launcher.config.adapter:NoAdapter",
+        "lora": "launcher.config.adapter:Lora",
+        "rslora": "launcher.config.adapter:RsLora",
+        "dora": "launcher.config.adapter:Dora",
+        "qlora": "launcher.config.adapter:Qlora",
+    },
     "precision": {
         "fp32": "launcher.config.precision:Fp32Precision",
         "tf32": "launcher.config.precision:Tf32Precision",
@@ -102,7 +109,11 @@ KINDS: dict[str, dict[str, str]] = {
 }
 """Every component, by group and kind: a new one is its file, its YAML and a line here."""
 
-GROUPS_ADDED_LATER: dict[str, dict[str, Any]] = {"quantization": {"kind": "none"}, "profile": {"kind": "false"}}
+GROUPS_ADDED_LATER: dict[str, dict[str, Any]] = {
+    "quantization": {"kind": "none"},
+    "profile": {"kind": "false"},
+    "adapter": {"kind": "none"},
+}
 """Groups that runs on disk may lack because they were not there yet, and what such runs did."""
 
 

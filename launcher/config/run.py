@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from launcher.config.activation import ActivationCheckpointing
+from launcher.config.adapter import Adapter, Lora
 from launcher.config.attention import Attention
 from launcher.config.backend.base import Backend
 from launcher.config.batch import solve_batch
@@ -35,7 +36,7 @@ from launcher.protocol.plan import Batch
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
 
-LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation"})
+LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation", "adapter"})
 """Groups that only optimizer steps use."""
 
 COMPUTING_GROUPS = LEARNING_GROUPS | {"precision", "attention", "compile"}
@@ -69,6 +70,7 @@ class Run:
     schedule: Schedule
     precision: Precision
     quantization: Quantization | NoQuantization
+    adapter: Adapter
     activation: ActivationCheckpointing
     attention: Attention
     compile: Compile
@@ -80,6 +82,11 @@ class Run:
     run: RunOptions
     plugins: tuple[str, ...] = ()
     """Modules of the plugins that this run uses; ranks import them before they read its options."""
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter that is trained, or continued; ``None`` where all weights are."""
+        return self.adapter if isinstance(self.adapter, Lora) else None
 
     @property
     def batched_job(self) -> BatchedJob:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from launcher.config.activation import OffloadCheckpointing
+from launcher.config.adapter import Lora
 from launcher.config.attention import FlashAttention, FlexAttention
 from launcher.config.backend import base
 from launcher.config.compile import RegionalCompile
@@ -13,11 +14,13 @@ from launcher.config.data.base import Corpus, Synthetic
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.linear_layers import ModuleSizes, module_sizes
 from launcher.config.model.transformers_support import attention_support
 from launcher.config.optimizer import AdamW
 from launcher.config.option_text import flatten_options
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
+from launcher.config.quantization import METHODS
 from launcher.config.run import BatchedJob, Benchmark, Run, run_to_tree
 from launcher.config.supported_models import packing_error, unsupported_attention, validate_family
 from launcher.errors import ConfigError
@@ -57,6 +60,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _validate_shown_ranks(run, hosts)
     yield from run.backend.validate_hosts(hosts)
     yield from _validate_quantization(run)
+    yield from _validate_adapter(run, world_size)
     yield from _validate_checkpoint(run)
     yield from run.job.validate_run(run, world_size=world_size)
     yield from _validate_profile(run, world_size)
@@ -184,15 +188,74 @@ def validate_quantized_weights(run: Run, option: str, value: object, *, instead:
         value: of that option.
         instead: what would work with any run.
     """
-    if isinstance(run.job, BatchedJob) and run.job.trains:
+    if isinstance(run.job, BatchedJob) and run.job.trains and run.lora is None:
         why = f"job={run.job.kind} takes optimizer steps, and quantized layers cannot be trained"
-        yield ConfigError(option, value, why=why, fix=instead)
+        yield ConfigError(option, value, why=why, fix=f"{instead}, or adapter=qlora to train an adapter on them")
     elif isinstance(run.benchmark, Benchmark) and not run.benchmark.supports_quantized:
         why = f"benchmark={run.benchmark.kind} trains the model, quantizes it itself, or has none"
         yield ConfigError(option, value, why=why, fix=instead)
     elif run.parallel.kind not in ("single", "ddp", "pipeline"):
         why = f"parallel={run.parallel.kind} splits matrices, and quantized ones cannot be split"
         yield ConfigError(option, value, why=why, fix="set parallel=single")
+
+
+def _validate_adapter(run: Run, world_size: int) -> Iterator[ConfigError]:
+    """Reject layers that the model lacks, and what cannot be trained beside frozen weights."""
+    lora, modules = run.lora, module_sizes(run.model)
+    if run.model.adapter is not None and getattr(run.job, "engine", "") == "vllm":
+        why = "vLLM loads the weights from their folder, without the adapter"
+        fix = "merge them (launch export RUN DIR merge=true) and set model=hf model.name=DIR"
+        yield ConfigError("model.adapter", run.model.adapter, why=why, fix=fix)
+    if lora is None or "adapter" in run.job.unused_groups(run):
+        return
+    errors = list(lora.validate_modules(modules)) if modules is not None else []
+    yield from errors
+    dims = run.parallel.dims(world_size)
+    if isinstance(run.precision, Fp8Precision):
+        why = "the matrices of an adapter are too narrow for fp8, whose sizes are multiples of 16"
+        yield ConfigError("precision", Fp8Precision.kind, why=why, fix="set precision=bf16")
+    if dims.tensor > 1:
+        why = "tensor parallelism slices the layers that the adapter wraps"
+        yield ConfigError("parallel.tensor", dims.tensor, why=why, fix="set parallel=fsdp parallel.tensor=1")
+    if run.parallel.keeps_state_on_nvme:
+        why = "the weights are frozen, so nothing is left that would need a disk besides them"
+        yield ConfigError("parallel", "zero_infinity", why=why, fix="set parallel=zero3_offload")
+    if dims.pipeline > 1 and modules is not None and not errors:
+        yield from _validate_staged_adapter(run, lora, modules)
+    if run.model.quantization != "none":
+        yield from validate_adapter_on_quantized(lora, run.model.quantization, option="model.quantization")
+
+
+def _validate_staged_adapter(run: Run, lora: Lora, modules: ModuleSizes) -> Iterator[ConfigError]:
+    """Reject stages of a pipeline on which nothing would be trained."""
+    blocks = {block for name in modules.linear if (block := _block_of(name))}
+    trained = {block for name in lora.target_names(modules.linear) if (block := _block_of(name))}
+    if left := sorted(blocks - trained):
+        why = f"parallel={run.parallel.kind} trains on every stage, and {left[0]} has none of these layers"
+        yield lora.error("targets", why, "choose layers of every block, or set parallel=fsdp")
+
+
+def _block_of(name: str) -> str:
+    """Return the name of the block that a layer is in: up to the number."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+
+
+def validate_adapter_on_quantized(lora: Lora, kind: str, *, option: str) -> Iterator[ConfigError]:
+    """Yield why an adapter cannot be trained on weights that are quantized in this way.
+
+    Args:
+        lora: the adapter.
+        kind: of the quantization.
+        option: by which the weights are quantized.
+    """
+    if not METHODS[kind].is_differentiable:
+        why = "it rounds the inputs of layers, so no gradient passes through them"
+        yield ConfigError(option, kind, why=why, fix="set model.quantization=nf4 or int8_weight")
+    if lora.is_dora:
+        why = "DoRA divides by the lengths of the weights at every step, and quantized weights have none to read"
+        yield ConfigError("adapter", lora.kind, why=why, fix="set adapter=qlora, or model.quantization=none")
 
 
 def _validate_parallel_dims(run: Run, world_size: int) -> Iterator[ConfigError]:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from launcher.config.adapter_folder import ADAPTER_ATTRIBUTE
 from launcher.errors import EXIT_BAD_INPUT, JobError
 
 if TYPE_CHECKING:
@@ -101,6 +102,12 @@ class Engine(ABC):
         """Configuration of the whole model, whatever part of it this rank has."""
         config: PreTrainedConfig = self.module.config
         return config
+
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        """PEFT's config of the adapter that is trained; ``None`` if all weights are."""
+        found: Mapping[str, Any] | None = getattr(self.module, ADAPTER_ATTRIBUTE, None)
+        return found
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's name and whole fp32 value on the CPU, one at a time.

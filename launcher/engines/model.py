@@ -53,6 +53,7 @@ def build_run_model(
         attention=run.attention,
         activation=run.activation,
         transforms=getattr(run.job, "transforms", ()),
+        adapter=run.lora,
         after=after,
         laid_out=prepare,
         heartbeat=lambda: context.heartbeat.update("load"),

@@ -117,6 +117,21 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def saved_tensors(module: nn.Module, *, adapter_only: bool) -> dict[str, Tensor]:
+    """Return the weights and buffers that checkpoints hold, by name, sharing storage.
+
+    Args:
+        module: the model.
+        adapter_only: leave out all that is not trained.
+    """
+    parameters = {
+        name: parameter.detach()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or not adapter_only
+    }
+    return parameters if adapter_only else parameters | persistent_buffers(module)
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str]
 ) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ from launcher.engines.parallelize import ModelLayout, ReplicatedModel, ShardedMo
 from launcher.engines.state import (
     fill_tensors,
     optimizer_tensors,
-    persistent_buffers,
     restore_rng,
     rng_tensors,
+    saved_tensors,
     shards_of,
 )
 
@@ -51,6 +51,7 @@ class TorchEngine(Engine):
         self._dtype = DTYPES[run.precision.compute]
         self._update = OptimizerStep([self.module], run, device=self.device)
         self._loss = loss_function(run.batched_job)
+        self._adapter_only = run.lora is not None
         self._state_names, self._trains = run.optimizer.saved_names, run.batched_job.trains
 
     def step(
@@ -133,14 +134,16 @@ class TorchEngine(Engine):
         self._update.scale.restore(scalars)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return weights, buffers and moments by name, sharing storage: this rank's shards."""
+        """Return weights, buffers and moments by name, sharing storage: this rank's shards.
+
+        With an adapter, only what is trained.
+        """
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         moments = optimizer_tensors(self._update.optimizer, names, state_names=self._state_names)
         return {**self._weights(), **moments}
 
     def _weights(self) -> dict[str, Tensor]:
-        parameters = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
-        return parameters | persistent_buffers(self.module)
+        return saved_tensors(self.module, adapter_only=self._adapter_only)
 
     def close(self) -> None:
         """Leave the process group.

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+from launcher.checkpoint.adapter_base import adapter_from_tree, base_weights, is_same_base
 from launcher.checkpoint.foreign.plan import foreign_to_resume
+from launcher.checkpoint.manifest import adapter_manifest
 from launcher.checkpoint.resume import find_checkpoint, parse_reference
 from launcher.checkpoint.store import SavedCheckpoint, silent
+from launcher.config.adapter import ALL_LINEAR, Qlora, shortest_targets
+from launcher.config.adapter_folder import (
+    AdapterFolder,
+    is_adapter_folder,
+    read_adapter_folder,
+    validate_adapter_fits,
+)
 from launcher.config.compose import Composition, compose, unused_vocab_size
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
 from launcher.config.model.base import Model, has_tokenizer
 from launcher.config.model.hf import Hf
+from launcher.config.model.linear_layers import module_sizes
+from launcher.config.option_text import component_text
 from launcher.config.plugins import used_plugins
-from launcher.config.run import Run, default_run_name
+from launcher.config.run import BatchedJob, Run, default_run_name
 from launcher.config.snapshot import load_run, read_snapshot
 from launcher.errors import ConfigError
 from launcher.execution.saved_models import find_model_folder, find_run_or_checkpoint, select_checkpoints
@@ -29,8 +40,8 @@ from launcher.protocol.state_files import MODEL_FOLDER
 from launcher.utils.hub import cached_folder
 from launcher.utils.schema import to_tree
 
-WEIGHTS, RESUME = "model.weights", "checkpoint.resume"
-_KEPT = ("weights", "quantization")
+WEIGHTS, ADAPTER, RESUME = "model.weights", "model.adapter", "checkpoint.resume"
+_KEPT = ("weights", "quantization", "adapter")
 """Options of the group model that do not choose the model."""
 
 
@@ -51,16 +62,27 @@ def _with_folders(composed: Composition) -> Run:
     run = composed.run
     if run.checkpoint.resume not in ("none", "auto") and run.job.resumes:
         run = replace(run, checkpoint=replace(run.checkpoint, resume=str(_resumed(run))))
+        run = _with_resumed_adapter(run, composed)
+    run = _with_weights(run, composed)
+    return _with_adapter(run, composed)
+
+
+def _with_weights(run: Run, composed: Composition) -> Run:
+    """Return ``run`` with ``model.weights`` as a folder, and the model of those weights."""
     if run.model.weights in ("random", "pretrained"):
         return run
     folder = _run_or_checkpoint(run.model.weights, run, option=WEIGHTS)
     if folder is None:
         return run
     weights = find_model_folder(folder, run.model.weights, option=WEIGHTS)
-    run = replace(run, model=_model_of(weights, composed))
+    if is_adapter_folder(weights):
+        run = replace(run, model=_base_of(weights, composed))
+    else:
+        run = replace(run, model=_model_of(weights, composed))
     if run.run.name == default_run_name(composed.run.model.name):  # the default
         run = replace(run, run=replace(run.run, name=default_run_name(run.model.name)))
-    run = replace(run, model=_self_contained(run.model, weights))
+    if run.model.adapter is None:
+        run = replace(run, model=_self_contained(run.model, weights))
     if isinstance(run.data, Corpus) and (weights / "tokenizer.json").is_file() and _uses_default_tokenizer(composed):
         run = replace(run, data=_given_tokenizer(run.data, "model", composed))
     return run
@@ -189,6 +211,101 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
     return find_run_or_checkpoint(word, Path(run.run.root), option=option)
 
 
+def _with_adapter(run: Run, composed: Composition) -> Run:
+    """Return ``run`` with ``model.adapter`` as a folder, and as the adapter to train.
+
+    Raises:
+        ConfigError: it is of other weights, or options of the group adapter contradict it.
+    """
+    if run.model.adapter is None:
+        return run
+    word = run.model.adapter
+    folder = _run_or_checkpoint(word, run, option=ADAPTER)
+    if folder is not None:
+        folder = find_model_folder(folder, word, option=ADAPTER)
+        if not is_adapter_folder(folder):
+            why = "is of a run that trained all weights of a model"
+            raise ConfigError(ADAPTER, word, why=why, fix=f"set model.weights={word} instead of model.adapter")
+        run = replace(run, model=replace(run.model, adapter=str(folder)))
+    trains = isinstance(run.job, BatchedJob) and run.job.trains
+    if not run.backend.shares_paths:
+        if trains:
+            why = f"backend={run.backend.kind} runs on machines whose files this one cannot read"
+            raise ConfigError(ADAPTER, word, why=why, fix="continue it there by checkpoint.resume")
+        return run
+    found = read_adapter_folder(ADAPTER, str(run.model.adapter))
+    _check_base(found, run)
+    if not trains:
+        return run
+    modules = module_sizes(run.model)
+    linear = found.layers if modules is None else list(modules.linear)
+    lora = replace(found.lora, targets=shortest_targets(found.layers, linear) if modules else found.lora.targets)
+    if modules is not None and sorted(found.layers) == sorted(linear):
+        lora = replace(lora, targets=ALL_LINEAR)
+    if typed := sorted(key for key in _keys(composed.overrides) if key.startswith("adapter.")):
+        why = f"model.adapter={word} is continued as it is: {component_text(lora)}"
+        raise ConfigError(typed[0], why=why, fix=f"leave {typed[0]} out")
+    if run.lora is not None and (run.lora.is_dora, run.lora.is_rslora) != (lora.is_dora, lora.is_rslora):
+        fix = f"set adapter={lora.kind}, or leave it out"
+        raise ConfigError("adapter", run.lora.kind, why=f"model.adapter={word} is {lora.kind}", fix=fix)
+    if run.lora is not None and run.lora.kind == Qlora.kind:
+        lora = Qlora(**{field.name: getattr(lora, field.name) for field in fields(lora)})
+    return replace(run, adapter=lora)
+
+
+def _check_base(found: AdapterFolder, run: Run) -> None:
+    """Raise if an adapter is of other weights than those of the run.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    model = run.model
+    if model.weights == "random":
+        why = "belongs to the weights that it was trained on, and the run has random ones"
+        raise ConfigError(ADAPTER, found.folder, why=why, fix="set model.weights to them")
+    manifest = adapter_manifest(found.folder)
+    base = base_weights(model, seed=run.job.seed)
+    if manifest is not None and manifest.base is not None and not is_same_base(manifest.base, base):
+        why = f"is an adapter of {manifest.base}, this run's weights are {base}"
+        raise ConfigError(ADAPTER, found.folder, why=why, fix="choose the model and weights that it was trained on")
+    modules = module_sizes(model)
+    if modules is not None:
+        for error in validate_adapter_fits(ADAPTER, found, modules, model=model.name):
+            raise error
+
+
+def _base_of(folder: Path, composed: Composition) -> Model:
+    """Return the model of the run that trained an adapter, with the adapter on it.
+
+    Raises:
+        ConfigError: the run is gone, or another model is chosen.
+    """
+    given, saved = composed.run.model, _model_of_run(folder)
+    if saved is None:
+        why = f"{folder} holds an adapter, and its run's run.yaml, which names the model, is gone"
+        fix = f"set model to the one that it was trained on, and model.adapter={folder}"
+        raise ConfigError(WEIGHTS, given.weights, why=why, fix=fix)
+    if _is_chosen(composed) and saved.architecture() != given.architecture():
+        why = f"is an adapter of another model: {_differences(saved, given)}"
+        fix = f"leave the model out to use that of the run ({default_run_name(saved.name)})"
+        raise ConfigError(WEIGHTS, given.weights, why=why, fix=fix)
+    quantization = given.quantization if "model.quantization" in _keys(composed.overrides) else saved.quantization
+    return replace(saved, adapter=str(folder), quantization=quantization)
+
+
+def _with_resumed_adapter(run: Run, composed: Composition) -> Run:
+    """Return ``run`` with the adapter of the checkpoint it resumes from, unless one is chosen."""
+    chosen = {key.partition(".")[0] for key in _keys(composed.overrides)}
+    if not run.backend.shares_paths or "adapter" in chosen or run.lora is not None:
+        return run
+    try:
+        saved = find_checkpoint(run.checkpoint.resume, RunDir(Path(run.run.dir or ".")), say=silent)
+    except ConfigError:
+        return run  # validate_machine reports it
+    lora = None if saved is None else adapter_from_tree(saved.manifest.adapter)
+    return run if lora is None else replace(run, adapter=lora)
+
+
 def _model_of(weights: Path, composed: Composition) -> Model:
     """Return the model to load ``weights`` into.
 
@@ -208,7 +325,7 @@ def _model_of(weights: Path, composed: Composition) -> Model:
         raise ConfigError(WEIGHTS, composed.run.model.weights, why=why, fix=fix)
     if is_equal and (_is_chosen(composed) or isinstance(saved, Hf)):
         return configured
-    return replace(saved, weights=str(weights), quantization=configured.quantization)
+    return replace(saved, weights=str(weights), **{name: getattr(configured, name) for name in _KEPT[1:]})
 
 
 def _self_contained(model: Model, weights: Path) -> Model:
@@ -248,7 +365,7 @@ def _is_chosen(composed: Composition) -> bool:
     if "exp" not in keys:
         return False
     usual = compose(()).run.model
-    return replace(composed.run.model, weights=usual.weights, quantization=usual.quantization) != usual
+    return replace(composed.run.model, **{name: getattr(usual, name) for name in _KEPT}) != usual
 
 
 def _uses_default_tokenizer(composed: Composition) -> bool:

@@ -26,7 +26,7 @@ from launcher.config.job.train import Train
 from launcher.config.parallel.zero import Zero
 from launcher.config.run import BatchedJob, Run
 from launcher.config.snapshot import read_snapshot
-from launcher.config.validate import validate_quantized_weights
+from launcher.config.validate import validate_adapter_on_quantized, validate_quantized_weights
 from launcher.errors import ConfigError
 from launcher.execution.validate_inputs import validate_inputs, validate_resumed_tokenizer
 from launcher.planning.planner import estimate_memory
@@ -81,12 +81,19 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
         yield from validate_quantized_weights(
             run, "model.weights", folder, instead="give weights that are not quantized"
         )
+        manifest = run.model.quantization_manifest()
+        if run.lora is not None and manifest is not None:
+            yield from validate_adapter_on_quantized(run.lora, manifest.method.kind, option="model.weights")
 
 
 def _validate_checkpoint(run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
     try:
         if (foreign := foreign_to_resume(run.checkpoint.resume)) is not None:
             yield from validate_foreign(foreign, run)
+            if run.lora is not None:
+                why = f"is a {foreign.title} of all weights, this run trains adapter={run.lora.kind}"
+                fix = f"set model.weights={run.checkpoint.resume} checkpoint.resume=none to train it on those weights"
+                yield ConfigError("checkpoint.resume", run.checkpoint.resume, why=why, fix=fix)
             return
         saved = find_checkpoint(run.checkpoint.resume, run_dir, say=_warn)
     except ConfigError as error:
@@ -95,7 +102,7 @@ def _validate_checkpoint(run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
     if saved is None:
         return
     optimizer = run.optimizer if run.batched_job.trains else None
-    yield from validate_resume(saved, model=run.model, optimizer=optimizer)
+    yield from validate_resume(saved, model=run.model, optimizer=optimizer, adapter=run.lora, seed=run.job.seed)
     yield from validate_resumed_tokenizer(run, saved)
     if not isinstance(run.job, Train):
         return
@@ -166,6 +173,8 @@ def path_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
         return
     if (folder := run.model.local_weights) is not None:
         yield f"model.weights={folder} is a folder of this machine: every host needs it at the same path"
+    if run.model.adapter is not None:
+        yield f"model.adapter={run.model.adapter} is a folder of this machine: every host needs it at the same path"
     if run.job.resumes and run.checkpoint.resume not in ("none", "auto"):
         folder = Path(run.checkpoint.resume)
         yield f"checkpoint.resume={folder} is a folder of this machine: every host needs it at the same path"

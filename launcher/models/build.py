@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from launcher.config.adapter_folder import read_adapter_folder
 from launcher.config.model.folder import tensor_files, validate_model_folder, weight_files
 from launcher.config.quantization import method_named, read_manifest
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.models.adapters import InjectedAdapter, MergedWeights
 from launcher.models.attention import attention_implementation
 from launcher.models.deferred_init import (
     ModelBuilder,
@@ -30,11 +33,14 @@ from launcher.models.weights import differences, find_tensors, listed, untie_dif
 from launcher.plugins.base import TRANSFORM
 from launcher.plugins.loading import origin_of, plugin_kinds
 from launcher.quantization.convert import Converter, Restorer, metadata_of
+from launcher.quantization.layers import matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from launcher.config.activation import ActivationCheckpointing
+    from launcher.config.adapter import Lora
+    from launcher.config.adapter_folder import AdapterFolder
     from launcher.config.attention import Attention
     from launcher.config.model.base import Model
     from launcher.config.quantization import Quantization
@@ -52,6 +58,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
     transforms: Sequence[str] = (),
+    adapter: Lora | None = None,
     after: PartCallback = leave_part,
     laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
     heartbeat: Callable[[], None] = lambda: None,
@@ -67,6 +74,8 @@ def build_model(
         dtype: of the parameters.
         quantization: how weights are quantized as they come; ``None`` leaves that to ``model.quantization``.
         transforms: of plugins, applied when none of it has storage yet.
+        adapter: to inject, so that it can be trained; its values are those of ``model.adapter``, or new. With ``None``
+            the adapter of ``model.adapter``, if there is one, is merged into the weights, or applied to quantized ones.
         after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
         laid_out: called with the model when none of it has storage yet.
         heartbeat: called while weights are fetched, converted or drawn.
@@ -83,6 +92,7 @@ def build_model(
         dtype=dtype,
         quantization=quantization,
         transforms=transforms,
+        adapter=adapter,
         heartbeat=heartbeat,
     )
     apply_activation_checkpointing(built, activation)
@@ -106,15 +116,22 @@ def build_deferred(
     seed: int,
     attention: Attention,
     dtype: torch.dtype = torch.float32,
+    adapter: Lora | None = None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[PreTrainedModel, ModelBuilder]:
     """Return the model without storage, and what fills it part by part.
 
     Arguments and errors are those of ``build_model``.
     """
-    return _build_deferred(model, seed=seed, attention=attention, dtype=dtype, quantization=None, heartbeat=heartbeat)[
-        :2
-    ]
+    return _build_deferred(
+        model,
+        seed=seed,
+        attention=attention,
+        dtype=dtype,
+        quantization=None,
+        adapter=adapter,
+        heartbeat=heartbeat,
+    )[:2]
 
 
 def skeleton(model: Model, *, attention: Attention, transforms: Sequence[str] = ()) -> PreTrainedModel:
@@ -136,6 +153,7 @@ def _build_deferred(
     quantization: Quantization | None,
     heartbeat: Callable[[], None],
     transforms: Sequence[str] = (),
+    adapter: Lora | None = None,
 ) -> tuple[PreTrainedModel, ModelBuilder, Converter | Restorer | None]:
     transformers_logging.disable_progress_bar()
     folder = weights_folder(model, heartbeat=heartbeat)
@@ -147,17 +165,28 @@ def _build_deferred(
             raise ConfigErrors(errors)
     laid_out = _skeleton(model, config, attention=attention, dtype=dtype)
     added = apply_transforms(laid_out, transforms)
-    manifest = read_manifest(folder) if folder is not None else None
-    method, option = quantization or method_named(model.quantization), "model.quantization"
-    if quantization is not None:
-        option = "quantization"
-    if manifest is not None and method is not None and method.kind != manifest.method.kind:
-        why = f"the weights in {folder} are {manifest.method.kind} already"
-        raise ConfigError(option, method.kind, why=why, fix="give the original weights")
-    if manifest is not None and folder is not None:
-        restorer = Restorer(laid_out, manifest, folder)
+    layers = _quantized_layers(model, laid_out, folder, quantization)
+    source: TensorSource | None = None
+    if folder is not None:
+        skip = layers.owns if isinstance(layers, Restorer) else lambda name: False
+        source = _source(model, laid_out, folder, skip=skip)
+    finish: Callable[[str], None] = lambda part: None  # noqa: E731  (replaced below)
+    stored = read_adapter_folder("model.adapter", model.adapter) if model.adapter is not None else None
+    if stored is not None and adapter is None and layers is not None and quantization is None:
+        adapter = stored.lora  # quantized weights cannot take it up
+    if adapter is not None:
+        if isinstance(layers, Restorer):
+            layers.take_back()
+        injected = InjectedAdapter(laid_out, adapter, seed=seed, folder=stored, base=_name_of_base(model, folder))
+        if layers is not None:
+            layers.move(injected.path)
+        source, finish = injected.source(source), injected.finish_part
+    elif stored is not None:
+        source = _merged(laid_out, stored, source)
+    then: Callable[[str], None] = finish
+    if isinstance(layers, Restorer) and folder is not None:
         files, metadata = tensor_files(folder), metadata_of(weight_files(folder))
-        source = _source(model, laid_out, folder, skip=restorer.owns)
+        restorer = layers
 
         def tensor(name: str) -> torch.Tensor:
             with safe_open(files[name], framework="pt") as opened:
@@ -166,13 +195,60 @@ def _build_deferred(
 
         def restore(part: str) -> None:
             restorer.restore(part, tensor, metadata)
+            finish(part)
 
-        return laid_out, ModelBuilder(laid_out, seed=seed, source=source, then=restore, added=added), restorer
-    known = _source(model, laid_out, folder) if folder is not None else None
-    if method is not None:
-        converter = Converter(laid_out, method, option=option)
-        return laid_out, ModelBuilder(laid_out, seed=seed, source=known, then=converter.convert, added=added), converter
-    return laid_out, ModelBuilder(laid_out, seed=seed, source=known, added=added), None
+        then = restore
+    elif isinstance(layers, Converter):
+        converter = layers
+
+        def convert(part: str) -> None:
+            converter.convert(part)
+            finish(part)
+
+        then = convert
+    return laid_out, ModelBuilder(laid_out, seed=seed, source=source, then=then, added=added), layers
+
+
+def _name_of_base(model: Model, folder: Path | None) -> str:
+    """Return what PEFT's config calls the model of an adapter: a hub name, or a folder."""
+    source = model.pretrained_source() if model.weights == "pretrained" else None
+    return source if isinstance(source, str) else str(folder or model.name)
+
+
+def _quantized_layers(
+    model: Model, laid_out: PreTrainedModel, folder: Path | None, quantization: Quantization | None
+) -> Converter | Restorer | None:
+    """Return what quantizes the model's layers, or restores quantized ones from the folder.
+
+    Raises:
+        ConfigError: the weights are quantized already, in another way.
+    """
+    manifest = read_manifest(folder) if folder is not None else None
+    method, option = quantization or method_named(model.quantization), "model.quantization"
+    if quantization is not None:
+        option = "quantization"
+    if manifest is not None and method is not None and method.kind != manifest.method.kind:
+        why = f"the weights in {folder} are {manifest.method.kind} already"
+        raise ConfigError(option, method.kind, why=why, fix="give the original weights")
+    if manifest is not None and folder is not None:
+        return Restorer(laid_out, manifest, folder)
+    return None if method is None else Converter(laid_out, method, option=option)
+
+
+def _merged(laid_out: PreTrainedModel, found: AdapterFolder, source: TensorSource | None) -> TensorSource:
+    """Return the source of weights with an adapter added.
+
+    Raises:
+        ConfigError: the adapter is of another model, or the model has no weights to add it to.
+    """
+    if source is None:
+        why = "an adapter belongs to the weights that it was trained on, and this model has random ones"
+        raise ConfigError("model.adapter", str(found.folder), why=why, fix="set model.weights to them")
+    layers = matrices(laid_out)
+    if strange := [name for name in found.layers if name not in layers]:
+        why = f"is of another model ({found.base}): it has matrices for {strange[0]}, and this model has no such layer"
+        raise ConfigError("model.adapter", str(found.folder), why=why, fix="choose the model that it was trained on")
+    return MergedWeights(found, source, transposed=lambda name: isinstance(layers[name], Conv1D)).read
 
 
 def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, dtype: torch.dtype) -> PreTrainedModel:

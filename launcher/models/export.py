@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,8 +28,10 @@ from transformers.core_model_loading import (
 )
 
 from launcher.checkpoint.tensors import DTYPE_NAMES
+from launcher.config.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_key, read_adapter_folder
 from launcher.config.model.folder import INDEX_FILE, SINGLE_FILE
 from launcher.errors import EXIT_BAD_INPUT, JobError
+from launcher.models.adapters import AdapterTensors
 from launcher.models.deferred_init import meta_model
 from launcher.models.tokenizer import copy_tokenizer
 from launcher.models.weights import differences, find_tensors, untie_differing_weights
@@ -49,15 +53,18 @@ class ModelExport:
         source: ``model/`` of a checkpoint.
         dtype: of the weights, but for those that the family keeps in fp32.
         max_shard_bytes: of one file; a larger tensor has a file of its own.
+        stored: the tensors, if they are others than the checkpoint's.
 
     Raises:
         JobError: the checkpoint does not hold the model that its config describes.
     """
 
-    def __init__(self, source: Path, *, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    def __init__(
+        self, source: Path, *, dtype: torch.dtype, max_shard_bytes: int, stored: ModelTensors | None = None
+    ) -> None:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model = meta_model(config, attention="eager", dtype=dtype)
-        stored = find_tensors(model, source, skip=lambda name: False)
+        stored = stored or find_tensors(model, source, skip=lambda name: False)
         if wrong := differences(stored):
             why = f"{source} does not hold the model that its config.json describes: {wrong}"
             raise JobError(why, exit_code=EXIT_BAD_INPUT)
@@ -83,18 +90,7 @@ class ModelExport:
         Raises:
             OSError: the disk is full, or ``target`` exists.
         """
-        making = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.incomplete")
-        making.mkdir()
-        try:
-            self.fill(making, written=written)
-            _sync(making)
-            if target.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-            making.rename(target)
-        except BaseException:
-            shutil.rmtree(making, ignore_errors=True)
-            raise
-        fsync_folder(target.parent)
+        write_folder(target, lambda making: self.fill(making, written=written))
 
     def fill(self, folder: Path, *, written: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Write all files into an empty folder; arguments and errors are those of :meth:`write`."""
@@ -103,6 +99,64 @@ class ModelExport:
         copy_tokenizer(self._source, folder)
         if not (folder / _GENERATION_FILE).exists() and self._model.can_generate():
             self._model.generation_config.save_pretrained(folder)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder, which appears once it is complete and on the disk.
+
+    Args:
+        target: does not exist.
+        fill: writes the files into an empty folder.
+
+    Raises:
+        OSError: the disk is full, or ``target`` exists.
+    """
+    making = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.incomplete")
+    making.mkdir()
+    try:
+        fill(making)
+        _sync(making)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        making.rename(target)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    fsync_folder(target.parent)
+
+
+class AdapterExport:
+    """A PEFT folder of an adapter: its tensors, its config and the tokenizer.
+
+    Args:
+        source: ``model/`` of a checkpoint that holds an adapter.
+        dtype: of the tensors.
+    """
+
+    def __init__(self, source: Path, *, dtype: torch.dtype) -> None:
+        self._source, found = source, read_adapter_folder("run", str(source))
+        self._tensors = AdapterTensors(found)
+        size = torch.empty((), dtype=dtype).element_size()
+        self.num_params = sum(math.prod(shape) for shape in found.shapes.values())
+        self.num_bytes, self._dtype = size * self.num_params, dtype
+
+    def write(self, target: Path) -> None:
+        """Write a folder, which appears once it is complete and on the disk.
+
+        Raises:
+            OSError: the disk is full, or ``target`` exists.
+        """
+        write_folder(target, self._fill)
+
+    def _fill(self, folder: Path) -> None:
+        tensors = {}
+        for name in sorted(self._tensors.names):
+            values = self._tensors.read(name)
+            assert values is not None, "a name that the adapter has"
+            tensors[peft_key(name)] = values.to(self._dtype).contiguous()
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        shutil.copyfile(self._source / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+        copy_tokenizer(self._source, folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,8 @@ def transformers_folder(model: Model, *, dtype: str, heartbeat: Heartbeat) -> Pa
 
 def tokenizer_folder(model: Model, *, heartbeat: Heartbeat) -> Path:
     """Return the folder of the model's own tokenizer: that of its weights, else pretrained."""
+    if model.adapter_tokenizer is not None:
+        return model.adapter_tokenizer
     own = Path(model.weights).expanduser()
     if model.weights not in ("random", "pretrained") and has_tokenizer(own):
         return own

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.config.job.generating import GeneratingJob
+from launcher.config.model.linear_layers import module_sizes
 from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
+from launcher.config.quantization import method_named
 from launcher.config.run import Run
 from launcher.config.tracker import LocalTracker
 from launcher.config.validate import validate_run
@@ -91,6 +93,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         details={
             **dict(run.job.describe(run, world_size=world_size)),
             **dict(run.profile.describe(run.job.profile_unit)),
+            **_describe_adapter(run),
             **_describe_plugins(run),
         },
         port=identity.port,
@@ -221,6 +224,14 @@ def _sidecars(host: Host, identity: RunIdentity, tracker: TrackerPlan) -> Iterat
         yield Command(argv=(host.python, "-m", "launcher.trackers.sidecar", identity.run_dir))
 
 
+def _describe_adapter(run: Run) -> dict[str, str]:
+    """Return the line that says how many parameters are trained, and of which layers."""
+    lora, shape = run.lora, run.model.shape()
+    if lora is None or "adapter" in run.job.unused_groups(run):
+        return {"adapter": run.model.adapter} if run.model.adapter is not None else {}
+    return {"adapter": lora.describe(module_sizes(run.model), num_params=None if shape is None else shape.num_params)}
+
+
 def _describe_plugins(run: Run) -> dict[str, str]:
     """Return the line of the plugins that a run uses; none without them."""
     used = [plugin for plugin in loaded_plugins() if plugin.module in run.plugins]
@@ -254,11 +265,15 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
     moments = run.optimizer.moments(shape)
     state = run.parallel.state_bytes(shape, world_size, run.precision, moments=moments)
     formula = run.parallel.state_formula(world_size, run.precision, moments=moments)
+    num_trained = _num_trained(run, shape)
+    if num_trained != shape.num_params:
+        state = _adapter_state(run, shape, num_trained, world_size)
+        formula = f"frozen weights, and of the {num_trained:,} trained parameters: {formula}"
     if not run.batched_job.trains and run.parallel.engine == "torch":
         host = min(state.host, state.parameters)
         state = replace(state, gradients=0, optimizer=0, host=host)
         formula = f"only the weights, because nothing is trained: {formula}"
-    copies = _checkpoint_copies(run, shape, world_size)
+    copies = _checkpoint_copies(run, shape, num_trained, world_size)
     return MemoryEstimate(
         num_params=shape.num_params,
         per_rank=state,
@@ -269,9 +284,48 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
     )
 
 
-def _checkpoint_copies(run: Run, shape: Shape, world_size: int) -> int:
+def _num_trained(run: Run, shape: Shape) -> int:
+    """Return the number of parameters that are trained."""
+    modules = module_sizes(run.model)
+    return shape.num_params if run.lora is None or modules is None else run.lora.num_trained(modules)
+
+
+def _adapter_state(run: Run, shape: Shape, num_trained: int, world_size: int) -> StateBytes:
+    """Return the state of frozen weights, and of an adapter with its gradients and moments."""
+    moments = run.optimizer.moments(shape)
+    # as if its parameters were spread over the blocks like the model's own
+    share = num_trained / shape.num_params
+    of_adapter = replace(
+        shape,
+        num_params=num_trained,
+        block_params=int(shape.block_params * share),
+        vocab_size=max(1, int(shape.vocab_size * share)),
+    )
+    trained = run.parallel.state_bytes(of_adapter, world_size, run.precision, moments=moments)
+    frozen = run.parallel.state_bytes(shape, world_size, run.precision, moments=moments)
+    weights = int(frozen.parameters * _frozen_share(run, shape))
+    parallel = run.parallel
+    offload = getattr(parallel, "offload_parameters", "none"), getattr(parallel, "offload", "none")
+    return replace(
+        trained,
+        parameters=weights + trained.parameters,
+        host=trained.host + (weights if "cpu" in offload else 0),
+        nvme=trained.nvme + (weights if "nvme" in offload else 0),
+    )
+
+
+def _frozen_share(run: Run, shape: Shape) -> float:
+    """Return the bytes of the frozen weights, as a share of what they take without quantization."""
+    method, modules = method_named(run.model.quantization), module_sizes(run.model)
+    if method is None or modules is None:
+        return 1.0
+    quantized = sum(size.inputs * size.outputs for size in modules.linear.values())
+    return 1 - quantized / shape.num_params * (1 - method.bytes_per_weight / 4)
+
+
+def _checkpoint_copies(run: Run, shape: Shape, num_params: int, world_size: int) -> int:
     """Return the bytes of a rank's share of checkpoints that are written beside the steps."""
-    num_bytes = round(4 * shape.num_params * (1 + run.optimizer.moments(shape))) // world_size
+    num_bytes = round(4 * num_params * (1 + run.optimizer.moments(shape))) // world_size
     asynchronous = run.checkpoint.is_async(num_bytes, on_nvme=run.parallel.keeps_state_on_nvme)
     return num_bytes if run.job.saves and run.checkpoint.every and asynchronous else 0
 

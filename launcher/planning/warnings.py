@@ -136,11 +136,13 @@ def _content(file: Path) -> bytes | None:
 
 def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
     """Yield warnings about data and a learning rate that suit random weights only."""
+    if run.job.saves and run.lora is not None and run.model.weights == "random":
+        yield f"adapter={run.lora.kind} trains beside random weights, which stay as they are: set model.weights"
     if run.model.weights == "random":
         return
     if isinstance(run.data, Synthetic) and run.model.has_own_tokenizer:
         yield f"data=synthetic: its tokens mean nothing to the weights of {run.model.name}: set model.weights=random"
-    if isinstance(run.job, LearningJob) and run.optimizer.lr > _FINE_TUNING_LR:
+    if isinstance(run.job, LearningJob) and run.lora is None and run.optimizer.lr > _FINE_TUNING_LR:
         yield (
             f"optimizer.lr={run.optimizer.lr:g} is a learning rate for random weights, "
             f"and the run has those of {run.model.name}: set optimizer.lr=2e-5 to fine-tune"

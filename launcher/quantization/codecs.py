@@ -152,6 +152,8 @@ def _nf4_layer(weight: Tensor, bias: nn.Parameter | None, size: tuple[int, int])
     layer = Linear4bit(
         size[1], size[0], bias=bias is not None, compress_statistics=False, quant_type="nf4", device="meta"
     )
+    if size[1] % _NF4_BLOCK:
+        keep_differentiable(layer)  # its kernel for CPUs takes whole blocks of inputs
     weight.module = layer
     layer.weight, layer.bias, layer.quant_state = weight, bias, weight.quant_state
     return layer
@@ -197,6 +199,15 @@ class Int4Codec(LayerCodec):
         """Return the layer of a file."""
         qdata, scale, zero = (stored.read(f"{stored.name}.{key}") for key in _INT4_TENSORS)
         return Int4Linear(qdata, scale, zero, stored.bias)
+
+
+def keep_differentiable(layer: nn.Module) -> None:
+    """Let a quantized layer keep its weights as they are in evaluations.
+
+    bitsandbytes repacks NF4 weights at the first evaluation on a CPU, for a kernel without a backward pass.
+    """
+    if hasattr(layer, "support_avx512bf16_for_cpu"):
+        layer.support_avx512bf16_for_cpu = False
 
 
 def codec_of(method: Quantization) -> LayerCodec:

@@ -37,15 +37,21 @@ class Converter:
         self.names = sorted(quantized_targets(model, method.skip, option=option))
         for name in self.names:
             self._codec.check(name, matrix_size(model.get_submodule(name))[1], option=option)
+        self._paths = {name: name for name in self.names}
+
+    def move(self, path: Callable[[str], str]) -> None:
+        """Take each layer from where it is now, below an adapter."""
+        self._paths = {name: path(name) for name in self.names}
 
     def convert(self, part: str) -> None:
         """Quantize the layers of one part of the model, which is filled."""
         for name in _within(self.names, part):
-            replace_layer(self._model, name, self._codec.quantize(as_linear(self._model.get_submodule(name))))
+            path = self._paths[name]
+            replace_layer(self._model, path, self._codec.quantize(as_linear(self._model.get_submodule(path))))
 
     def check(self) -> None:
         """Raise if a layer was left out; call it after the last part."""
-        check_all_quantized(self._model, self.names)
+        check_all_quantized(self._model, list(self._paths.values()))
 
 
 class Restorer:
@@ -61,9 +67,24 @@ class Restorer:
         self._model, self._codec = model, codec_of(manifest.method)
         self.names = sorted(manifest.layers)
         self._folder = folder
-        self._sizes = {name: matrix_size(model.get_submodule(name)) for name in self.names}
-        for name in self.names:
-            replace_layer(model, name, _Placeholder(model.get_submodule(name)))
+        self._layers = {name: model.get_submodule(name) for name in self.names}
+        self._sizes = {name: matrix_size(layer) for name, layer in self._layers.items()}
+        self._paths = {name: name for name in self.names}
+        self._mask()
+
+    def _mask(self) -> None:
+        for name, path in self._paths.items():
+            replace_layer(self._model, path, _Placeholder(self._layers[name]))
+
+    def take_back(self) -> None:
+        """Give the model its layers without storage back, to put adapters around them."""
+        for name, layer in self._layers.items():
+            replace_layer(self._model, name, layer)
+
+    def move(self, path: Callable[[str], str]) -> None:
+        """Restore each layer to where it is now, below an adapter."""
+        self._paths = {name: path(name) for name in self.names}
+        self._mask()
 
     def owns(self, stored: str) -> bool:
         """Return whether the stored tensor of this name is part of a quantized layer."""
@@ -78,18 +99,18 @@ class Restorer:
         """
         for name in _within(self.names, part):
             try:
-                bias = self._model.get_submodule(name).bias
+                bias = self._model.get_submodule(self._paths[name]).bias
                 stored = StoredLayer(name=name, size=self._sizes[name], bias=bias, read=read, metadata=metadata)
                 layer = self._codec.restore(stored)
             except KeyError as missing:
                 why = f"{self._folder} does not hold {missing.args[0]} of the quantized layer {name}"
                 fix = "quantize the model again: job=quantize"
                 raise ConfigError("model.weights", str(self._folder), why=why, fix=fix) from missing
-            replace_layer(self._model, name, layer)
+            replace_layer(self._model, self._paths[name], layer)
 
     def check(self) -> None:
         """Raise if a layer was left out; call it after the last part."""
-        check_all_quantized(self._model, self.names)
+        check_all_quantized(self._model, list(self._paths.values()))
 
 
 class _Placeholder(nn.Module):  # type: ignore[misc]

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from launcher.checkpoint.manifest import CheckpointManifest, TrainingProgress, WrittenFile, describe_checkpoint
 from launcher.checkpoint.tensors import Shard, shard_file_name, write_shards
+from launcher.config.adapter_folder import ADAPTER_CONFIG
 from launcher.engines.checkpoint_io import SCALARS
 from launcher.engines.distributed import barrier, group_timeout, ranks_where
 from launcher.engines.state import divide_copies
@@ -221,6 +222,8 @@ class CheckpointSaver:
             if self._context.is_main:
                 write_json(pending / SCALARS, dict(scalars))
                 save_model_config(self._engine.model_config, pending / MODEL_FOLDER)
+                if (adapter := self._engine.adapter_config) is not None:
+                    write_json(pending / MODEL_FOLDER / ADAPTER_CONFIG, dict(adapter))
                 if self._tokenizer is not None:
                     save_tokenizer(self._context, self._tokenizer, pending / MODEL_FOLDER, heartbeat=heartbeat)
                 saved = self._store.commit(manifest, written, heartbeat=heartbeat)

@@ -97,6 +97,7 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
         "compile": {"kind": "false"},
         "benchmark": {"kind": "none"},
         "quantization": {"kind": "none"},
+        "adapter": {"kind": "none"},
         "profile": {"kind": "false"},
         "checkpoint": {"kind": "policy"},
         "tracker": {"kind": "local"},

@@ -16,6 +16,7 @@ from launcher.config.paths import PathText
 from launcher.config.quantization import METHODS, QuantizationManifest, QuantizationName, read_manifest
 from launcher.errors import ConfigError
 from launcher.utils.files import exists
+from launcher.utils.hub import cached_folder
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -112,6 +113,10 @@ class Model(Component):
     """Quantize the weights as they are loaded.
     A folder that ``job=quantize`` wrote records its own method."""
 
+    adapter: PathText | None = None
+    """A trained adapter for the weights: a PEFT folder, a run or a checkpoint.
+    ``job=train`` continues its training; every other job uses it."""
+
     @abstractmethod
     def shape(self) -> Shape | None:
         """Return the sizes, or ``None`` when they are only known once files are downloaded."""
@@ -166,6 +171,13 @@ class Model(Component):
         """The folder of weights that the user named."""
         return None if self.weights in ("random", "pretrained") else Path(self.weights).expanduser()
 
+    def weights_folder(self) -> Path | None:
+        """Return the folder of the weights; ``None`` for random or not yet downloaded ones."""
+        if self.weights == "random":
+            return None
+        source = self.local_weights or self.pretrained_source()
+        return cached_folder(source) if isinstance(source, str) else source
+
     def quantization_manifest(self) -> QuantizationManifest | None:
         """Return how the weights in the folder that the user named are quantized, if they are.
 
@@ -190,7 +202,15 @@ class Model(Component):
     @property
     def has_own_tokenizer(self) -> bool:
         """Whether the weights have a tokenizer: published with them, or in their folder."""
+        if self.adapter_tokenizer is not None:
+            return True
         return self.weights == "pretrained" if self.local_weights is None else has_tokenizer(self.local_weights)
+
+    @property
+    def adapter_tokenizer(self) -> Path | None:
+        """Return the folder of the adapter, if it holds the tokenizer of the text it was trained on."""
+        folder = None if self.adapter is None else Path(self.adapter).expanduser()
+        return folder if folder is not None and has_tokenizer(folder) else None
 
     def tokenizer_source(self) -> Path | str | None:
         """Return the folder or hub name of the tokenizer; ``None`` if a rank makes the folder.
@@ -199,6 +219,8 @@ class Model(Component):
             ConfigError: the model has no tokenizer.
         """
         weights = self.local_weights
+        if self.adapter_tokenizer is not None:
+            return self.adapter_tokenizer
         if weights is not None and has_tokenizer(weights):
             return weights
         if weights is not None and exists(weights.parent / "manifest.json"):  # no published one knows its tokens

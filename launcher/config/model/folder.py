@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -125,6 +126,29 @@ def weight_bytes(folder: Path) -> int:
     if not files and (foreign := find_foreign(folder)) is not None:
         files = foreign.weight_files()
     return sum(file.stat().st_size for file in files)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return a checksum of the sizes, the headers and samples of a folder's weights.
+
+    It differs where weights were trained apart, and takes no longer for large models.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: the index of the files is malformed.
+    """
+    files = weight_files(folder)
+    if not files and (foreign := find_foreign(folder)) is not None:
+        files = foreign.weight_files()
+    found = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        found.update(str(size).encode())
+        with file.open("rb") as stream:
+            for part in range(_SAMPLES * _SAMPLES):
+                stream.seek(size * part // (_SAMPLES * _SAMPLES))
+                found.update(stream.read(_SAMPLE_BYTES))
+    return found.hexdigest() if files else ""
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -131,7 +131,9 @@ class DeepSpeedEngineBase(Engine):
         set_loss_scale(self._engine.optimizer, scalars)
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Return the persistent buffers that this rank has."""
+        """Return the persistent buffers that this rank has, and that checkpoints hold."""
+        if self._context.run.lora is not None:
+            return {}
         return {name: buffer for name, buffer in persistent_buffers(self._named_model()).items() if not buffer.is_meta}
 
     def _named_model(self) -> nn.Module:

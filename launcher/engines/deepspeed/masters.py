@@ -329,12 +329,18 @@ class MasterState:
         optimizer: DeepSpeed's, or torch's.
         names: of parameters in the whole model; a tied one has its first name.
         saved_elsewhere: parameters of which another rank saves a copy.
+        adapter_only: whether checkpoints hold trained parameters alone.
     """
 
     def __init__(
-        self, optimizer: Any, names: Mapping[nn.Parameter, str], *, saved_elsewhere: Sequence[nn.Parameter] = ()
+        self,
+        optimizer: Any,
+        names: Mapping[nn.Parameter, str],
+        *,
+        saved_elsewhere: Sequence[nn.Parameter] = (),
+        adapter_only: bool = False,
     ) -> None:
-        self._optimizer, self._names = optimizer, names
+        self._optimizer, self._names, self._adapter_only = optimizer, names, adapter_only
         self._saved_elsewhere = set(saved_elsewhere)
 
     def shards(self) -> list[Shard]:
@@ -349,7 +355,9 @@ class MasterState:
         return shards
 
     def _frozen(self, buffers: Sequence[MasterBuffer]) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer does not update."""
+        """Return the parameters of checkpoints that the optimizer does not update."""
+        if self._adapter_only:
+            return []
         updated = {parameter for buffer in buffers for parameter in buffer.parameters}
         return [parameter for parameter in self._names if parameter not in updated]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy
 
+from launcher.config.adapter_folder import ADAPTER_ATTRIBUTE
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
 from launcher.data.rows import IGNORE_INDEX
 from launcher.engines.base import Observer, StepResult, never_preempted
@@ -144,6 +145,12 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         """Configuration of the whole model."""
         return self._laid_out.config
 
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        """PEFT's config of the adapter that is trained."""
+        found: Mapping[str, Any] | None = getattr(self._laid_out, ADAPTER_ATTRIBUTE, None)
+        return found
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters of this stage under the names that the whole model has."""
         for name, parameter in self._laid_out.named_parameters():
@@ -162,7 +169,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         names = self._names()
         counted = set(parameters_counted_here(self.module))
         elsewhere = [parameter for parameter in names if parameter not in counted]
-        return MasterState(self._engine.optimizer, names, saved_elsewhere=elsewhere)
+        adapter_only = self._context.run.lora is not None
+        return MasterState(self._engine.optimizer, names, saved_elsewhere=elsewhere, adapter_only=adapter_only)
 
 
 def _pairs(micro_batches: Sequence[MicroBatch]) -> Any:

@@ -94,7 +94,9 @@ def build_pipeline_module(
     run, parallel = context.run, context.run.parallel
     assert isinstance(parallel, DeepSpeedPipeline), "the run asks for this pipeline"
     heartbeat = partial(context.heartbeat.update, "load")
-    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention, heartbeat=heartbeat)
+    model, builder = build_deferred(
+        run.model, seed=run.job.seed, attention=run.attention, adapter=run.lora, heartbeat=heartbeat
+    )
     apply_activation_checkpointing(model, run.activation)
     prepare_model(model, run, device=device)
     parts = dict(units(model))

@@ -172,7 +172,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         from launcher.engines.deepspeed.masters import MasterState
 
         names = {parameter: name for name, parameter in self.module.named_parameters()}
-        return MasterState(self._engine.optimizer, names)
+        return MasterState(self._engine.optimizer, names, adapter_only=self._context.run.lora is not None)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield whole parameters; under ZeRO-3 each is gathered in its turn."""

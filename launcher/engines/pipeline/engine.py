@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class PipelineEngine(Engine):
         run, parallel, dims = context.run, context.run.parallel, context.dims
         assert isinstance(parallel, Pipeline), "the strategy chose this engine"
         self._clock, self._rank, self._copies = clock, context.rank, dims.copies
+        self._adapter_only = run.lora is not None
         self._shards = dims.shard
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
@@ -111,7 +112,7 @@ class PipelineEngine(Engine):
             own_sum = self._schedule.train(micro_batches, factor=factor)
         with self._clock.phase("reduce"):
             if self._replicas is not None:
-                sum_gradients(list(self.module.parameters()), self._replicas)
+                sum_gradients([p for p in self.module.parameters() if p.requires_grad], self._replicas)
             self._tied.sum_gradients()
         with self._clock.phase("optimizer"):
             return self._update.apply(own_sum, count.total(), lr=lr, max_loss=max_loss, preempted=preempted())
@@ -144,6 +145,11 @@ class PipelineEngine(Engine):
         """Configuration of the whole model."""
         return self._partition.config
 
+    @property
+    def adapter_config(self) -> Mapping[str, Any] | None:
+        """PEFT's config of the adapter that is trained."""
+        return self._partition.adapter_config
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters of this rank's chunks; a tied one at both ends, with both names."""
         for chunk in self._chunks.values():
@@ -166,8 +172,6 @@ class PipelineEngine(Engine):
     def shards(self) -> list[Shard]:
         """Return weights and moments of this rank's chunks, and its generators."""
         tensors, _ = self._tensors()
-        for chunk in self._chunks.values():
-            tensors |= persistent_buffers(chunk.model)
         return shards_of(tensors | rng_tensors(self.device))
 
     def load_shards(self, source: StoredState) -> None:
@@ -175,8 +179,6 @@ class PipelineEngine(Engine):
         tensors, twins = self._tensors()
         fill_tensors(tensors, source)
         copy_to_twins(tensors, twins)
-        for chunk in self._chunks.values():
-            fill_tensors(persistent_buffers(chunk.model), source)
         restore_rng(source, device=self.device)
 
     def scalars(self) -> dict[str, float]:
@@ -188,8 +190,15 @@ class PipelineEngine(Engine):
         self._update.scale.restore(scalars)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what checkpoints hold by name, sharing storage, and the copies of tied weights."""
         chunks, tied = list(self._chunks.values()), self._partition.tied
-        return named_state(chunks, self._update.optimizer, tied, state_names=self._state_names)
+        tensors, twins = named_state(
+            chunks, self._update.optimizer, tied, state_names=self._state_names, adapter_only=self._adapter_only
+        )
+        if not self._adapter_only:
+            for chunk in chunks:
+                tensors |= persistent_buffers(chunk.model)
+        return tensors, twins
 
     def close(self) -> None:
         """Leave the process group, after what refers to it."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from launcher.config.adapter_folder import ADAPTER_ATTRIBUTE
 from launcher.config.model.config_json import stateful_layers
 from launcher.config.model.transformers_support import stage_names
 from launcher.config.parallel.pipeline import Pipeline, partition_layers
@@ -45,6 +46,8 @@ class ModelPartition:
     """Further names of tied parameters, each with the first name."""
     config: PreTrainedConfig
     """Of the whole model."""
+    adapter_config: Mapping[str, Any] | None = None
+    """PEFT's config of the adapter that is trained."""
 
 
 def choose_partition(context: Context, *, count: int, by_time: bool, device: torch.device) -> ModelPartition:
@@ -54,12 +57,15 @@ def choose_partition(context: Context, *, count: int, by_time: bool, device: tor
         ConfigError: the model cannot be cut, or has fewer blocks than chunks.
     """
     run = context.run
-    model, _ = build_deferred(run.model, seed=run.job.seed, attention=run.attention, heartbeat=_heartbeat(context))
+    model, _ = build_deferred(
+        run.model, seed=run.job.seed, attention=run.attention, adapter=run.lora, heartbeat=_heartbeat(context)
+    )
     blocks = partition_by_parameters(model, count, stages=context.dims.pipeline)
     if by_time:
         costs = _costs_from_rank_0(context, num_blocks=blocks[-1].stop, device=device)
         blocks = partition_layers(costs.blocks, count, first=costs.first, last=costs.last)
-    return ModelPartition(blocks=blocks, tied=tied_names(model), config=model.config)
+    adapter = getattr(model, ADAPTER_ATTRIBUTE, None)
+    return ModelPartition(blocks=blocks, tied=tied_names(model), config=model.config, adapter_config=adapter)
 
 
 def partition_by_parameters(model: PreTrainedModel, count: int, *, stages: int) -> list[range]:
@@ -80,7 +86,7 @@ def build_chunk(context: Context, where: ModelPartition, number: int, *, device:
     """Return one chunk with its weights, on ``device``, in training mode."""
     run, count = context.run, len(where.blocks)
     model, builder = build_deferred(
-        run.model, seed=run.job.seed, attention=run.attention, heartbeat=_heartbeat(context)
+        run.model, seed=run.job.seed, attention=run.attention, adapter=run.lora, heartbeat=_heartbeat(context)
     )
     keep_chunk(model, where.blocks[number], first=number == 0, last=number == count - 1)
     apply_activation_checkpointing(model, run.activation)
@@ -306,7 +312,7 @@ def measure_costs(context: Context, *, device: torch.device) -> tuple[float, flo
 def _chunk_seconds(context: Context, keep: range, *, number: int, device: torch.device) -> float:
     """Return the median seconds of a chunk with blocks ``keep``: first 0, middle 1 or last 2."""
     run = context.run
-    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention)
+    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention, adapter=run.lora)
     keep_chunk(model, keep, first=number == 0, last=number == 2)
     builder.build_all()
     set_chunk_config(model, keep)

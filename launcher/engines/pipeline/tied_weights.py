@@ -71,6 +71,8 @@ class TiedWeights:
 
     def sum_gradients(self) -> None:
         """Give each copy the sum of the gradients of all; every rank of the pipeline calls it."""
+        if not all(parameter.requires_grad for parameter in (*self._first, *self._last)):
+            return  # frozen at both ends
         if self._first and self._last:
             for one, other in self.pairs:
                 local_shard(one.grad).add_(local_shard(other.grad))
@@ -109,6 +111,7 @@ def named_state(
     tied: Mapping[str, str],
     *,
     state_names: Sequence[str],
+    adapter_only: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return weights and moments by name, sharing storage, and the copies of tied ones.
 
@@ -117,11 +120,12 @@ def named_state(
         optimizer: of all their parameters.
         tied: further names of tied parameters, each with the first name.
         state_names: of the optimizer's state of each parameter, as :func:`optimizer_tensors` takes them.
+        adapter_only: leave out all that is not trained.
     """
     names: dict[nn.Parameter, str] = {}
     for chunk in own:
         for name, parameter in chunk.model.named_parameters():
-            if parameter in names:
+            if parameter in names or (adapter_only and not parameter.requires_grad):
                 continue
             known = tied.get(name, name)
             names[parameter] = known + _TWIN if known in names.values() else known

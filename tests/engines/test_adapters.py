@@ -30,6 +30,8 @@ QLORA: dict[str, dict[str, Any]] = {
 
 
 def case(name: str, world: int, **run: Any) -> dict[str, Any]:
+    if run.get("parallel", {}).get("kind") == "deepspeed_pipeline":  # both ranks work through the whole batch
+        run["job"] = {"micro_batch": 8, "gradient_accumulation_steps": 2}
     return {"name": name, "world": world, "steps": STEPS, "run": {"adapter": LORA, **run}}
 
 
@@ -50,7 +52,6 @@ def answers(run_cases: Any, folder: Path) -> dict[str, Any]:
         for name, of in STRATEGIES.items()
     ]
     cases.append(case("reader", 1, **one) | {"steps": 0, "load": [saved[name] for name in STRATEGIES]})
-    cases.append(case("compiled", 2, parallel=STRATEGIES["ddp"], compile={"kind": "true"}))
     cases.append(case("qlora", 1, **one) | {"run": {**one, "adapter": QLORA["qlora_ddp"]["adapter"]}})
     cases += [case(name, 2) | {"run": of} for name, of in QLORA.items()]
     cases.append(case("other_seed", 1, parallel=one["parallel"], job={"micro_batch": 16, "seed": 1}))
@@ -67,7 +68,7 @@ def test_one_process_learns_with_the_adapter_of_its_seed(answers: dict[str, Any]
     assert not same(answers["other_seed"], answers["single"])
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES, "compiled"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_equals_one_process(answers: dict[str, Any], name: str) -> None:
     assert same(answers[name], answers["single"])
     for ours, expected in zip(answers[name]["steps"], answers["single"]["steps"], strict=True):

@@ -53,7 +53,9 @@ def base(launch: Any, tmp_path: Path) -> str:
     return "weights"
 
 
-def test_a_run_is_resumed_used_exported_and_merged(launch: Any, tmp_path: Path, base: str) -> None:
+def test_a_run_is_resumed_used_exported_and_merged(
+    launch: Any, launch_in_process: Any, tmp_path: Path, base: str
+) -> None:
     lora = (
         "model=hf",
         f"model.name=./{base}",
@@ -91,21 +93,20 @@ def test_a_run_is_resumed_used_exported_and_merged(launch: Any, tmp_path: Path, 
     assert losses["run"] == losses["folder"] == pytest.approx(losses["merged"], abs=1e-4)
     assert losses["base"] != pytest.approx(losses["run"], abs=1e-3)
 
+    refuse_what_is_of_something_else(launch_in_process)
 
-def test_other_weights_and_other_adapters_are_refused_naming_both(
-    launch: Any, launch_in_process: Any, base: str
-) -> None:
-    own = ("model=hf", f"model.name=./{base}", "data.tokenizer=model")
-    launch(*TRAIN, *own, "adapter=lora", "adapter.r=4", "job.steps=1", "run.dir=lo").expect(0)
-    launch("export", "lo", "adapter").expect(0)
+
+def refuse_what_is_of_something_else(launch_in_process: Any) -> None:
+    """Plan runs with other weights and other adapters than those of ``whole``: each error names both."""
+    own = ("model=hf", "model.name=./weights", "data.tokenizer=model")
     other = ("model=llama_tiny", "model.vocab_size=300", "model.max_position_embeddings=64", "model.weights=random")
-    plan = ("plan", *TRAIN, "job.steps=3")
+    plan = ("plan", *TRAIN, "job.steps=5")
     for words, said in {
-        (*other, "data.vocab_size=300", "checkpoint.resume=lo"): "holds an adapter of ./weights",
-        (*own, "checkpoint.resume=lo", "adapter=none"): "this run trains all weights",
+        (*other, "checkpoint.resume=whole"): "holds an adapter of ./weights",
+        (*own, "checkpoint.resume=whole", "adapter=none"): "this run trains all weights",
         (
             *own,
-            "checkpoint.resume=lo",
+            "checkpoint.resume=whole",
             "adapter=lora",
             "adapter.r=8",
         ): "holds another adapter: its r is 4, this run's is 8",

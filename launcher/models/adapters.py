@@ -241,7 +241,10 @@ class MergedModel:
         from peft.tuners.lora import LoraLayer
 
         self._lora = lora
-        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+        self._layers: dict[str, Any] = {
+            name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
+        }
+        self._is_conv1d = any(layer.is_target_conv_1d_layer for layer in self._layers.values())  # then all blocks are
         quantized = {name: layer for name, layer in quantized_layers(model) if name not in self._layers}
         self._quantized = {name.removesuffix(".base_layer"): layer for name, layer in quantized.items()}
         self.num_dequantized = len(self._quantized)
@@ -271,8 +274,7 @@ class MergedModel:
 
     def _is_transposed(self, name: str) -> bool:
         """Return whether the files of the model have this matrix as (inputs, outputs)."""
-        layer = self._layers.get(name)
-        return layer is not None and bool(layer.is_target_conv_1d_layer)
+        return self._is_conv1d and (name in self._layers or name in self._quantized)
 
     def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return nothing: the tensors are those of a model that was built."""
@@ -309,5 +311,6 @@ class MergedModel:
 def dequantized(layer: Any) -> Tensor:
     """Return the fp32 matrix (outputs, inputs) of a quantized layer, from unit vectors."""
     with torch.no_grad():
-        outputs: Tensor = layer(torch.eye(layer.in_features))
-        return (outputs if layer.bias is None else outputs - layer(torch.zeros(1, layer.in_features))).T.contiguous()
+        rows: Tensor = layer(torch.eye(layer.in_features))
+        weight: Tensor = rows if layer.bias is None else rows - layer(torch.zeros(1, layer.in_features))
+        return weight.T.contiguous()

@@ -164,7 +164,13 @@ def test_an_adapter_of_peft_gives_equal_logits_merged_and_trained_on(
 
 @pytest.mark.parametrize(
     ("lora", "method"),
-    [(Lora(r=4), "none"), (RsLora(r=4), "none"), (Dora(r=4), "none"), (Lora(r=4), "nf4"), (Lora(r=4), "int8_weight")],
+    [
+        (Lora(r=4), "none"),
+        (RsLora(r=4), "none"),
+        (Dora(r=4), "none"),
+        (Lora(r=4), "nf4"),
+        (Lora(r=4, targets="*.1.*"), "int8_weight"),
+    ],
     ids=["lora", "rslora", "dora", "nf4", "int8"],
 )
 def test_a_merged_model_has_the_logits_of_the_adapter(lora: Lora, method: str) -> None:

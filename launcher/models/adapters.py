@@ -305,7 +305,7 @@ class MergedModel:
         first, second = self.read([one]), self.read([other])
         assert first is not None, "a name of the model"
         assert second is not None, "a name of the model"
-        return torch.equal(first, second)
+        return bool(torch.equal(first, second))
 
 
 def dequantized(layer: Any) -> Tensor:

@@ -119,3 +119,23 @@ def test_long_examples_are_refused_with_the_numbers(tmp_path: Path) -> None:
         f"set job.sequence_length={num_tokens - 1}, or data.on_long=truncate or drop"
     )
     assert details(*words, "data.on_long=truncate")
+
+
+def test_packing_needs_a_kernel_with_a_mask(tmp_path: Path) -> None:
+    path = f"data.path={written(tmp_path, {'messages': ASKED}, {'messages': ASKED})}"
+    (said,) = refused(path, "data.packing=true", "attention=flash")
+    assert said == (
+        "data.packing=true: attention=flash takes no mask, which keeps the examples of a row apart; "
+        "set attention=sdpa, or data.packing=false"
+    )
+    assert details(path, "attention=flash")
+
+
+def test_packing_is_refused_for_recurrent_layers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    path = f"data.path={written(tmp_path, {'messages': ASKED}, {'messages': ASKED})}"
+    words = ["model=hf", f"model.name={tmp_path}", "model.weights=random", "data.tokenizer=bpe", "attention=eager"]
+    assert any(
+        "data.packing=true: mamba has layers that carry a state" in said
+        for said in refused(path, *words, "data.packing=true")
+    )

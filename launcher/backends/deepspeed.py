@@ -139,9 +139,9 @@ def _hostfile_path(plan: Plan) -> str:
 def _unsent_secrets(plan: Plan) -> str:
     """Return a warning about secrets that ranks do not get.
 
-    The W&B key is not among them: it is used here, where the tracker runs.
+    Those of W&B and MLflow are not among them: they are used here, where the tracker runs.
     """
-    secrets = [name for name in plan.forwarded_env if _is_secret(name) and not name.startswith("WANDB_")]
+    secrets = [name for name in plan.forwarded_env if _is_secret(name) and not name.startswith(("WANDB_", "MLFLOW_"))]
     if not secrets:
         return ""
     fix = "deepspeed can only send them in command lines. Log in on the hosts (hf auth login), or set backend=ssh"

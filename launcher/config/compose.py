@@ -60,6 +60,8 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
     mistakes: list[ConfigError] = []
     known = groups(config_dir)
     overrides = parse_overrides(words, known, sweeping=sweeping, report=mistakes.append)
+    if any(each.key == "tracker.report_to" for each in overrides) and all(each.key != "tracker" for each in overrides):
+        overrides.append(Override(key="tracker", word="tracker=several", is_group=True))
     fixed = [override for override in overrides if override.choices is None]
     misled = {error.option for error in mistakes}  # a group whose option is unknown says nothing about its keys
     unusable = list(validate_user_files(fixed, config_dir, known))

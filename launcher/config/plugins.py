@@ -133,6 +133,7 @@ def _remedy_on_host(tree: Mapping[str, Any]) -> str:
 def used_plugins(run: Run) -> tuple[str, ...]:
     """Return the modules of the plugins of which ``run`` uses something."""
     kinds = [(component.group, component.kind) for component in run.components()]
+    kinds += [(each.group, each.kind) for each in run.tracker.members]
     for group, field in NAMED.items():
         named = getattr(run.job, field, ())
         kinds += [(group, kind) for kind in (named if isinstance(named, tuple) else (named,))]

@@ -98,7 +98,13 @@ KINDS: dict[str, dict[str, str]] = {
         "serving": "launcher.config.benchmark.serving:ServingBenchmark",
     },
     "profile": {"false": "launcher.config.profile:Profile", "true": "launcher.config.profile:TorchProfile"},
-    "tracker": {"wandb": "launcher.config.tracker:Wandb", "local": "launcher.config.tracker:LocalTracker"},
+    "tracker": {
+        "wandb": "launcher.config.tracker:Wandb",
+        "mlflow": "launcher.config.tracker:Mlflow",
+        "tensorboard": "launcher.config.tracker:TensorBoard",
+        "several": "launcher.config.tracker:SeveralTrackers",
+        "local": "launcher.config.tracker:LocalTracker",
+    },
     "backend": {
         "deepspeed": "launcher.config.backend.deepspeed:DeepspeedBackend",
         "kubernetes": "launcher.config.backend.kubernetes:KubernetesBackend",

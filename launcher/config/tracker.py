@@ -1,21 +1,26 @@
-"""Group tracker: where a run is reported, and which W&B mode and credentials it gets."""
+"""Group tracker: where a run is reported, to one place or to several."""
 
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import netrc
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from launcher.config.component import Component
+from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError
+from launcher.errors.secrets import hide_secrets
 from launcher.protocol.plan import TrackerPlan
+from launcher.protocol.rundir import RunDir
+from launcher.utils.schema import build
 from launcher.utils.text import did_you_mean
 
 
@@ -24,6 +29,14 @@ class Tracker(Component):
     """A place that a run is reported to."""
 
     group: ClassVar[str] = "tracker"
+
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Modules that it needs besides those that every installation has; the extra of its name installs them."""
+
+    @property
+    def members(self) -> tuple[Tracker, ...]:
+        """The trackers that this one consists of: itself, unless it is several."""
+        return (self,)
 
     @abstractmethod
     def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
@@ -38,6 +51,23 @@ class Tracker(Component):
         Raises:
             ConfigError: the tracker cannot work with these options.
         """
+
+    def locate(self, planned: TrackerPlan, *, run_dir: str, root: str) -> TrackerPlan:
+        """Return ``planned`` with the place of files that it keeps on the host of rank 0.
+
+        Args:
+            planned: what ``plan`` returned.
+            run_dir: the run directory on that host.
+            root: the folder of all runs there.
+        """
+        return planned
+
+    def validate_machine(self) -> Iterator[ConfigError]:
+        """Yield the packages that are not installed here."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            why = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+            yield ConfigError(self.group, self.kind, why=why, fix=f"pip install 'launcher[{self.kind}]'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +163,195 @@ class Wandb(Tracker):
             return _WANDB_MODES[given], f"WANDB_MODE={given}"
         kept = _WANDB_MODES.get(read_wandb_settings(environ, home).get("mode", ""))
         return (kept, "the W&B settings file") if kept in ("offline", "disabled") else ("auto", "tracker.mode=auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorBoard(Tracker):
+    """Event files in the run directory; ``tensorboard --logdir runs`` shows all runs."""
+
+    kind: ClassVar[str] = "tensorboard"
+    packages: ClassVar[tuple[str, ...]] = ("tensorboard",)
+
+    def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
+        """Return a plan that writes files only."""
+        return TrackerPlan(kind=self.kind, mode="offline", reason="event files", run_id=run_id)
+
+    def locate(self, planned: TrackerPlan, *, run_dir: str, root: str) -> TrackerPlan:
+        """Put the event files in the run directory."""
+        folder = RunDir(Path(run_dir)).tracker(self.kind)
+        return replace(planned, place=str(folder), reason=f"event files; `tensorboard --logdir {root}` shows them")
+
+
+_MLFLOW_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+_MLFLOW_SERVERS = ("http", "https", "databricks")
+MLFLOW_URI = "MLFLOW_TRACKING_URI"
+"""MLflow's own variable; it may hold a password, so it reaches neither plan nor snapshot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlflow(Tracker):
+    """One MLflow run per run, written by a separate process next to rank 0."""
+
+    kind: ClassVar[str] = "mlflow"
+    packages: ClassVar[tuple[str, ...]] = ("mlflow",)
+
+    tracking_uri: str | None = None
+    """MLflow server (``https://host:5000``) or database (``sqlite:////folder/mlflow.db``), without a password.
+    By default MLFLOW_TRACKING_URI, else the database ``mlflow.db`` in ``run.root``. MLflow takes credentials from
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
+
+    experiment: str = "launcher"
+    """MLflow experiment; created if there is none."""
+
+    tags: dict[str, str] = field(default_factory=dict)
+    """MLflow tags."""
+
+    def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
+        """Return where the run is stored: the configured address, else MLFLOW_TRACKING_URI.
+
+        Raises:
+            ConfigError: the address is none of MLflow's.
+        """
+        if not self.experiment.strip():
+            raise ConfigError("tracker.experiment", "''", why="is empty", fix="name an experiment of MLflow")
+        option, uri = "tracker.tracking_uri", self.tracking_uri
+        if uri is None:
+            option, uri = MLFLOW_URI, environ.get(MLFLOW_URI) or None
+        planned = TrackerPlan(
+            kind=self.kind, mode="offline", reason="", run_id=run_id, project=self.experiment, group=run_name
+        )
+        if uri is None:
+            return planned
+        scheme = urlsplit(uri).scheme.partition("+")[0].lower()
+        if scheme not in _MLFLOW_SCHEMES and uri != "databricks":
+            fix = "give a server (http://host:5000) or a database (sqlite:////folder/mlflow.db)"
+            raise ConfigError(option, hide_secrets(uri), why="is no address that MLflow keeps runs at", fix=fix)
+        database = uri.partition("sqlite:///")[2].partition("?")[0]
+        if scheme == "sqlite" and not database.startswith("/"):
+            fix = f"give the whole path: {option}=sqlite:////folder/{database or 'mlflow.db'}"
+            raise ConfigError(option, uri, why="names a file relative to a folder that the host chooses", fix=fix)
+        is_server = scheme in _MLFLOW_SERVERS or uri == "databricks"
+        what = "server" if is_server else "database"
+        mode = "online" if is_server else "offline"
+        return replace(planned, mode=mode, place=hide_secrets(uri), reason=f"{what} of {option}")
+
+    def locate(self, planned: TrackerPlan, *, run_dir: str, root: str) -> TrackerPlan:
+        """Put the database in the folder of all runs, where no address is given."""
+        if planned.place:
+            return planned
+        uri = f"sqlite:///{root}/mlflow.db"
+        reason = f"no {MLFLOW_URI}: a database; `mlflow ui --backend-store-uri {uri}` shows it"
+        return replace(planned, place=uri, reason=reason)
+
+    def validate_machine(self) -> Iterator[ConfigError]:
+        """Yield missing packages; databases need sqlalchemy and alembic besides."""
+        yield from super().validate_machine()
+        is_database = urlsplit(self.tracking_uri or os.environ.get(MLFLOW_URI) or "sqlite:").scheme.startswith("sqlite")
+        if is_database and importlib.util.find_spec("mlflow") is not None:
+            missing = [name for name in ("sqlalchemy", "alembic") if importlib.util.find_spec(name) is None]
+            if missing:
+                why = f"a database needs {' and '.join(missing)}, which this environment lacks"
+                fix = "pip install 'launcher[mlflow]', or set tracker.tracking_uri to a server"
+                yield ConfigError(self.group, self.kind, why=why, fix=fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralTrackers(Tracker):
+    """Several trackers at once, each in a process of its own next to rank 0.
+
+    ``tracker.report_to=[wandb,mlflow]`` chooses it without ``tracker=several``.
+    """
+
+    kind: ClassVar[str] = "several"
+
+    report_to: tuple[str, ...]
+    """The trackers: ``wandb``, ``mlflow``, ``tensorboard``, and those of plugins."""
+
+    wandb: Wandb = field(default_factory=Wandb)
+    """Options of W&B, as ``tracker=wandb`` has them: ``tracker.wandb.project``."""
+
+    mlflow: Mlflow = field(default_factory=Mlflow)
+    """Options of MLflow: ``tracker.mlflow.tracking_uri``."""
+
+    plugin_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options of trackers of plugins, by tracker: ``tracker.plugin_options={csv: {path: a}}``."""
+
+    def validate(self) -> Iterator[ConfigError]:
+        """Reject names of no tracker, and options of a tracker that is not used."""
+        known = [kind for kind in KINDS["tracker"] if kind not in (self.kind, LocalTracker.kind)]
+        shown = f"[{','.join(self.report_to)}]"
+        if not self.report_to:
+            yield ConfigError("tracker.report_to", "[]", why="names no tracker", fix="set tracker=local for none")
+        for kind in dict.fromkeys(self.report_to):
+            if kind not in known:
+                fix = f"{did_you_mean(kind, known)}, or name the module that has it: plugins=[MODULE]"
+                fix = "leave it out: metrics.jsonl is always written" if kind == LocalTracker.kind else fix
+                yield ConfigError("tracker.report_to", kind, why="is no tracker to report to", fix=fix)
+            elif self.report_to.count(kind) > 1:
+                yield ConfigError("tracker.report_to", shown, why=f"names {kind} twice", fix="name it once")
+        unused = [own.kind for own in (self.wandb, self.mlflow) if own != type(own)()]
+        unused += [f"plugin_options.{kind}" for kind in self.plugin_options]
+        for name in unused:
+            kind = name.rpartition(".")[2]
+            if kind not in self.report_to:
+                why = f"has no effect: tracker.report_to={shown} does not name {kind}"
+                yield ConfigError(f"tracker.{name}", why=why, fix=f"add {kind} to tracker.report_to, or leave it out")
+            elif name != kind and kind in known:
+                yield from self._built(kind)[1]
+
+    @property
+    def members(self) -> tuple[Tracker, ...]:
+        """The trackers that ``report_to`` names, in its order."""
+        own: dict[str, Tracker] = {"wandb": self.wandb, "mlflow": self.mlflow}
+        found = [own.get(kind) or self._built(kind)[0] for kind in self.report_to]
+        return tuple(each for each in found if each is not None)
+
+    def _built(self, kind: str) -> tuple[Tracker | None, list[ConfigError]]:
+        """Return a tracker with its options, and what is wrong with these."""
+        errors: list[ConfigError] = []
+        options = self.plugin_options.get(kind, {})
+        cls = component_class(self.group, kind)
+        built = build(cls, options, path=f"tracker.plugin_options.{kind}", report=errors.append)
+        assert built is None or isinstance(built, Tracker), "the registry holds trackers in this group"
+        return built, errors
+
+    def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
+        """Return the plan of each tracker; an error names its option below the tracker's name.
+
+        Raises:
+            ConfigError: the first tracker that cannot work with its options.
+        """
+        plans = []
+        for each in self.members:
+            try:
+                planned = each.plan(run_id, environ=environ, home=home, run_name=run_name)
+            except ConfigError as error:
+                why, fix = self._below(error.why, each.kind), self._below(error.fix, each.kind)
+                option = self._below(error.option, each.kind)
+                raise ConfigError(option, error.value, why=why, fix=fix, source=error.source) from error
+            plans.append(replace(planned, reason=self._below(planned.reason, each.kind)))
+        first = next((each.run_id for each in plans if each.kind == Wandb.kind), run_id)
+        mode = "online" if any(each.mode == "online" for each in plans) else "offline"
+        kinds = ", ".join(self.report_to)
+        return TrackerPlan(kind=self.kind, mode=mode, reason=kinds, run_id=first, members=tuple(plans))
+
+    def locate(self, planned: TrackerPlan, *, run_dir: str, root: str) -> TrackerPlan:
+        """Place the files of each tracker."""
+        pairs = zip(self.members, planned.members, strict=True)
+        placed = tuple(each.locate(found, run_dir=run_dir, root=root) for each, found in pairs)
+        return replace(planned, members=placed)
+
+    def validate_machine(self) -> Iterator[ConfigError]:
+        """Yield what each tracker lacks."""
+        for each in self.members:
+            for error in each.validate_machine():
+                yield ConfigError("tracker.report_to", each.kind, why=error.why, fix=self._below(error.fix, each.kind))
+
+    @staticmethod
+    def _below(text: str, kind: str) -> str:
+        """Return ``text`` with each option of a tracker below the tracker's name."""
+        own = kind if kind in (Wandb.kind, Mlflow.kind) else f"plugin_options.{kind}"
+        return re.sub(r"\btracker\.(?=[a-z])", f"tracker.{own}.", text)
 
 
 WANDB_SERVER = "https://api.wandb.ai"

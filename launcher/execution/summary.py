@@ -38,7 +38,8 @@ def opening_lines(plan: Plan) -> Iterator[str]:
     if len(plan.hosts) > 1:
         yield from placement_lines(group_hosts(plan.hosts))
     yield f"run directory: {plan.run_dir}"
-    yield f"tracker: {plan.tracker.kind}, {plan.tracker.mode}: {plan.tracker.reason}"
+    for tracker in plan.tracker.members or (plan.tracker,):
+        yield f"tracker: {tracker.kind}, {tracker.mode}: {tracker.reason}"
     yield from (f"warning: {warning}" for warning in plan.warnings)
 
 

@@ -54,6 +54,7 @@ def validate_machine(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Itera
 
 def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from run.job.validate_machine(run, RunDir(run_dir))
+    yield from run.tracker.validate_machine()
     if isinstance(run.job, Generate | Quantize) and run.job.output is not None and not Path(run.job.output).exists():
         yield from _validate_unwritable("job.output", Path(run.job.output).absolute())
     yield from _validate_quantization(run)

@@ -14,7 +14,6 @@ from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
 from launcher.config.quantization import method_named
 from launcher.config.run import Run
-from launcher.config.tracker import LocalTracker
 from launcher.config.validate import validate_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.planning.commands import RANK_LAUNCHERS, HostPosition, rank_environment
@@ -162,7 +161,10 @@ def _engine_config(run: Run, batch: Batch | None) -> dict[str, Any] | None:
 
 
 def _tracker(run: Run, identity: RunIdentity, facts: LocalFacts) -> TrackerPlan:
-    return run.tracker.plan(identity.run_id, environ=facts.environ, home=facts.home, run_name=run.run.name)
+    planned = run.tracker.plan(identity.run_id, environ=facts.environ, home=facts.home, run_name=run.run.name)
+    there = Path(run.backend.run_dir_on_hosts(identity.run_dir))
+    root = there.parent if run.run.dir is not None else there.parent.parent
+    return run.tracker.locate(planned, run_dir=str(there), root=str(root))
 
 
 def _summary(run: Run, batch: Batch | None) -> PlanSummary:
@@ -219,9 +221,9 @@ def _build_commands(host: Host, facts: LocalFacts, env: Mapping[str, str]) -> It
 
 
 def _sidecars(host: Host, identity: RunIdentity, tracker: TrackerPlan) -> Iterator[Command]:
-    """Yield the process that sends metrics.jsonl to W&B or to the tracker of a plugin."""
-    if tracker.kind != LocalTracker.kind and tracker.mode != "disabled":
-        yield Command(argv=(host.python, "-m", "launcher.trackers.sidecar", identity.run_dir))
+    """Yield the processes that send metrics.jsonl to trackers, one for each."""
+    for each in tracker.processes:
+        yield Command(argv=(host.python, "-m", "launcher.trackers.sidecar", identity.run_dir, each.kind))
 
 
 def _describe_adapter(run: Run) -> dict[str, str]:
@@ -247,8 +249,7 @@ def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[st
         yield "profile/<process>: .trace.json.gz .operators.txt .operators.md .memory.json (.memory.pickle on a GPU)"
     if run.job.saves and (run.checkpoint.every or run.checkpoint.at_end):
         yield "checkpoints/step_<n>/"
-    if tracker.kind == "wandb" and tracker.mode != "disabled":
-        yield "wandb/"
+    yield from (f"{each.kind}/" for each in tracker.processes if each.kind in ("wandb", "mlflow", "tensorboard"))
 
 
 def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:

@@ -176,8 +176,11 @@ def _engine_config(plan: Plan) -> Iterator[str]:
 
 
 def _tracker(plan: Plan) -> Iterator[str]:
-    tracker = plan.tracker
-    yield _row(tracker.kind, f"{tracker.mode}: {tracker.reason}")
-    if tracker.project is not None:
-        yield _row("project", f"{tracker.project}, group {tracker.group}, run {tracker.run_id}")
+    for tracker in plan.tracker.members or (plan.tracker,):
+        yield _row(tracker.kind, f"{tracker.mode}: {tracker.reason}")
+        if tracker.place:
+            yield _row("", tracker.place)
+        if tracker.project is not None:
+            word = "experiment" if tracker.kind == "mlflow" else "project"
+            yield _row("", f"{word} {tracker.project}, group {tracker.group}, run {tracker.run_id}")
     yield _row("always", "metrics.jsonl in the run directory")

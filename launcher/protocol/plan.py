@@ -99,6 +99,16 @@ class TrackerPlan:
     run_id: str
     project: str | None = None
     group: str | None = None
+    place: str = ""
+    """Address, database or folder that it writes to, without a password; empty where ``reason`` says it."""
+    members: tuple[TrackerPlan, ...] = ()
+    """The trackers that it consists of, where it is several."""
+
+    @property
+    def processes(self) -> tuple[TrackerPlan, ...]:
+        """The trackers that run, each in a process of its own."""
+        each = self.members or (self,)
+        return tuple(one for one in each if one.kind != "local" and one.mode != "disabled")
 
 
 @dataclass(frozen=True, kw_only=True)

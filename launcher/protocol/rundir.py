@@ -26,8 +26,19 @@ _PRE_SNAPSHOT_ENTRIES = frozenset({".lock", ".submission", "logs"})
 _OWN_ENTRIES = frozenset(
     {
         *("run.yaml", "plan.json", "session.json", "metrics.jsonl", "result.json", "failure.json", "timeline.jsonl"),
-        *("environment.json", "sample.txt", "loss.png", "report.html", "hostfile", "job.sbatch"),
-        *("logs", "checkpoints", "generated", "profile", "wandb", "channel", "server", "saved"),
+        *("environment.json", "sample.txt", "samples.jsonl", "loss.png", "report.html", "hostfile", "job.sbatch"),
+        *(
+            "logs",
+            "checkpoints",
+            "generated",
+            "profile",
+            "wandb",
+            "mlflow",
+            "tensorboard",
+            "channel",
+            "server",
+            "saved",
+        ),
         *("quantize.json", "quantize.md", "verify.json", "verify.md", "verify.png"),
         *("benchmark.json", "benchmark.md", "benchmark.png"),
     }
@@ -126,10 +137,14 @@ class RunDir:
         """Folder of ``step_00000010/``."""
         return self.path / "checkpoints"
 
-    @property
-    def tracker(self) -> Path:
+    def tracker(self, kind: str) -> Path:
         """Folder of what a tracker keeps locally."""
-        return self.path / "wandb"
+        return self.path / kind
+
+    @property
+    def samples(self) -> Path:
+        """Texts that the model generated at evaluations; one JSON object a line."""
+        return self.path / "samples.jsonl"
 
     @property
     def is_run(self) -> bool:

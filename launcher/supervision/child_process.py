@@ -124,8 +124,9 @@ def command_name(command: Command) -> str:
         "launcher.jobs.torchrun": "torchrun",
         "deepspeed.launcher.launch": "deepspeed",
         "deepspeed.launcher.runner": "deepspeed",
-        "launcher.trackers.sidecar": "tracker",
     }
+    if module == "launcher.trackers.sidecar":
+        return f"tracker {argv[-1]}"
     script = next((word for word in argv[1:2] if word.endswith(".py")), argv[0])
     return known.get(module, module) or Path(script).name
 

@@ -23,6 +23,12 @@ LINES: tuple[dict[str, Any], ...] = (
 )
 """Lines of a metrics.jsonl: a step has several, and null is a number that was not finite."""
 
+SAMPLES: tuple[dict[str, Any], ...] = (
+    {"train/step": 1, "prompt": "The", "text": "The end", "time": 3.5},
+    {"train/step": 1, "prompt": "Ω", "text": "Ω\nand *more*", "time": 3.6},
+)
+"""Lines of a samples.jsonl."""
+
 
 class TrackerContract(PartContract):
     """Checks of one tracker."""
@@ -46,8 +52,7 @@ class TrackerContract(PartContract):
     @pytest.fixture
     def tracker(self, configured: Run, run_dir: RunDir, plan: Plan) -> Any:
         """Return the tracker, as the process beside rank 0 makes it."""
-        found, _ = open_run(run_dir, configured, plan)
-        return found
+        return open_run(run_dir, configured, plan)
 
     def test_the_plan_names_it(self, configured: Run, plan: Plan) -> None:
         """Kind, mode and reason are plain data."""
@@ -62,4 +67,11 @@ class TrackerContract(PartContract):
         """A line has numbers, null, and any names."""
         for line in LINES:
             tracker.log(line)
+        tracker.flush()
         tracker.finish(exit_code)
+
+    def test_it_takes_generated_texts(self, tracker: Any) -> None:
+        """Each has a step, a prompt and a text; trackers without a place for them pass them over."""
+        tracker.log_samples(SAMPLES, everything=SAMPLES)
+        tracker.flush()
+        tracker.finish(0)

@@ -4,29 +4,65 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
 
-import launcher
-from launcher.config.run import Run, run_to_tree
+from launcher.config.run import Run
 from launcher.config.tracker import find_wandb_credentials
 from launcher.errors.secrets import redact
 from launcher.protocol.plan import Plan
 from launcher.protocol.results import last_metrics, read_benchmark_record
 from launcher.protocol.rundir import RunDir
+from launcher.trackers.base import TrackedRun, TrackerFailed
+from launcher.trackers.records import config_of
+from launcher.utils.files import home_folder
 
 _FLUSH_S = 0.5
 _INIT_TIMEOUT_S = 10
 _CONNECT_TIMEOUT_S = 5.0
 
 
-class WandbRun:
+def open_wandb(run_dir: RunDir, run: Run, plan: Plan) -> WandbRun:
+    """Return the run at W&B; offline where the server does not answer or refuses.
+
+    Raises:
+        TrackerFailed: it cannot be kept offline either.
+    """
+    run_dir.tracker("wandb").mkdir(exist_ok=True)
+    trouble = None
+    if plan.tracker.mode == "online":
+        trouble = unreachable(os.environ, home_folder())
+        try:
+            if trouble is None:
+                tracked = WandbRun(run_dir, run, plan, online=True)
+                print(f"W&B: {tracked.place}", flush=True)
+                return tracked
+        except wandb.Error as error:
+            trouble = str(TrackerFailed(error))
+            wandb.teardown()
+    with _as_failure():
+        tracked = WandbRun(run_dir, run, plan, online=False)
+    print(f"W&B: {f'not reachable ({trouble}); ' if trouble else ''}{tracked.place}", flush=True)
+    return tracked
+
+
+@contextmanager
+def _as_failure() -> Iterator[None]:
+    """Turn errors of W&B into ``TrackerFailed``: its service is gone, or the disk full."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, wandb.Error | OSError) or type(error).__module__.startswith("wandb.")):
+            raise  # not W&B's: its errors have no one class (HandleAbandonedError of a service that died meanwhile)
+        raise TrackerFailed(error) from error
+
+
+class WandbRun(TrackedRun):
     """A W&B run that is open until ``finish``.
 
     Args:
@@ -40,7 +76,7 @@ class WandbRun:
     """
 
     def __init__(self, run_dir: RunDir, run: Run, plan: Plan, *, online: bool) -> None:
-        self._run_dir, self._online = run_dir, online
+        self._run_dir, self.keeps_lines = run_dir, online
         self._wandb = wandb.init(
             id=plan.tracker.run_id,
             name=plan.run_id,
@@ -52,7 +88,7 @@ class WandbRun:
             dir=run_dir.path,
             mode="online" if online else "offline",
             resume="allow" if online else None,
-            config=redact(_config(run, plan), os.environ),
+            config=config_of(run, plan),
             settings=_settings(),
         )
         self._wandb.define_metric("train/step")
@@ -61,17 +97,31 @@ class WandbRun:
     @property
     def place(self) -> str:
         """Where a person finds the run: a URL, or what to type to upload it."""
-        if self._online:
+        if self.keeps_lines:
             return str(self._wandb.url)
         return f"`wandb sync {Path(self._wandb.dir).parent}` uploads this run"
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send one line of metrics.jsonl, under the time at which it was written; null becomes NaN."""
         values = {name: float("nan") if value is None else value for name, value in line.items() if name != "time"}
-        self._wandb.log({**values, "_timestamp": line["time"]})
+        with _as_failure():
+            self._wandb.log({**values, "_timestamp": line["time"]})
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], *, everything: Sequence[Mapping[str, Any]]) -> None:
+        """Send all generated texts so far as a table."""
+        columns = ["step", "prompt", "text"]
+        rows = redact([[line["train/step"], line["prompt"], line["text"]] for line in everything], os.environ)
+        last = samples[-1]
+        with _as_failure():
+            table = wandb.Table(columns=columns, data=rows)
+            self._wandb.log({"samples": table, "train/step": last["train/step"], "_timestamp": last["time"]})
 
     def finish(self, exit_code: int) -> None:
         """Add what the run left behind and close with its exit code; online, wait until all is sent."""
+        with _as_failure():
+            self._finish(exit_code)
+
+    def _finish(self, exit_code: int) -> None:
         last = last_metrics(self._run_dir.metrics)
         finite = {name: value for name, value in last.items() if value is not None and name != "time"}
         self._wandb.summary.update({**finite, "exit_code": exit_code})
@@ -130,49 +180,3 @@ def _settings() -> wandb.Settings:
         x_save_requirements=False,
         x_transaction_log_flush_interval=_FLUSH_S,
     )
-
-
-def _config(run: Run, plan: Plan) -> dict[str, Any]:
-    revision = find_revision(Path(launcher.__file__).parent, Path.cwd())
-    return {
-        **run_to_tree(run),
-        "world_size": plan.world_size,
-        "run_dir": plan.run_dir,
-        "run_hash": plan.run_hash,
-        "launcher_version": launcher.__version__,
-        "git_commit": revision.commit if revision else None,
-        "git_dirty": revision.dirty if revision else None,
-    }
-
-
-_TIMEOUT_S = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Revision:
-    """A git commit."""
-
-    commit: str
-    dirty: bool
-    """Whether tracked files differ from it."""
-
-
-def find_revision(*folders: Path) -> Revision | None:
-    """Return the git revision of the first of ``folders`` in a repository, if git answers."""
-    for folder in folders:
-        commit = _git(folder, "rev-parse", "HEAD")
-        if commit:
-            changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-            return Revision(commit=commit, dirty=changes != "")
-    return None
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Return git's output, or ``None`` if it fails; it takes no locks."""
-    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=env, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return ended.stdout.strip()

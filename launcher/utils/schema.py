@@ -140,6 +140,8 @@ def convert(wanted: Any, value: Any, *, path: str, report: ReportError) -> Any:
         items_of = {k: convert(arguments[1], v, path=f"{path}.{k}", report=report) for k, v in value.items()}
         return _INVALID if any(entry is _INVALID for entry in items_of.values()) else items_of
     if dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
+        if value.get("kind", "") == getattr(wanted, "kind", None):  # to_tree writes it
+            value = {key: part for key, part in value.items() if key != "kind"}
         built = build(wanted, value, path=path, report=report)  # type: ignore[arg-type]
         return _INVALID if built is None else built
     return _convert_scalar(wanted, value, path=path, report=report)

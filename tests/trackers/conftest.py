@@ -49,7 +49,7 @@ class Sidecar:
     @property
     def offline_folders(self) -> list[Path]:
         """Folders of offline runs, oldest first."""
-        return sorted(self.run_dir.tracker.glob("offline-run-*"))
+        return sorted(self.run_dir.tracker("wandb").glob("offline-run-*"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from launcher.trackers.wandb_run import find_revision
+from launcher.trackers.records import find_revision
 
 
 def git(folder: Path, *arguments: str) -> str:

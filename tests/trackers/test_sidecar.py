@@ -91,7 +91,7 @@ def test_an_offline_run_holds_what_the_run_left_behind(
     assert len(found.config["git_commit"]) == 40
     holding = [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
     assert holding == []
-    files = [file for file in run.run_dir.tracker.rglob("*") if file.is_file()]
+    files = [file for file in run.run_dir.tracker("wandb").rglob("*") if file.is_file()]
     assert not any(SECRET.encode() in file.read_bytes() for file in files)
 
 

@@ -44,7 +44,7 @@ class TestContract(TrackerContract):
     def client(self, monkeypatch: pytest.MonkeyPatch) -> Client:
         client = Client()
         monkeypatch.setattr(wandb, "init", lambda **options: client)
-        monkeypatch.setattr("launcher.trackers.wandb_run.find_revision", lambda *folders: None)
+        monkeypatch.setattr("launcher.trackers.records.find_revision", lambda *folders: None)
         return client
 
 
@@ -53,7 +53,7 @@ def test_the_time_of_a_line_is_no_metric(
 ) -> None:
     client = Client()
     monkeypatch.setattr(wandb, "init", lambda **options: client)
-    monkeypatch.setattr("launcher.trackers.wandb_run.find_revision", lambda *folders: None)  # git is a process
+    monkeypatch.setattr("launcher.trackers.records.find_revision", lambda *folders: None)  # git is a process
     run_dir = RunDir(tmp_path)
     line = {"train/step": 3, "train/loss": 2.5, "train/grad_norm": None, "time": 7.0}
     run_dir.metrics.write_text(json.dumps(line) + "\n")

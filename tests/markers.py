@@ -45,7 +45,7 @@ _BY_PLACE = (
         (f"{name}.py*", "process")
         for name in ("jobs/test_rank", "scripts/test_scripts", "supervision/test_full_disk", "remote/test_bootstrap")
     ),
-    *((f"trackers/test_{name}.py*", "process") for name in ("orders", "revision", "sidecar", "wandb_sweep")),
+    *((f"trackers/test_{name}.py*", "process") for name in ("orders", "revision", "several", "sidecar", "wandb_sweep")),
     *((f"{name}.py*", "process") for name in ("ops/test_build", "ops/test_locks", "checkpoint/test_lock")),
     *(
         (f"{name}.py*", "process")

@@ -28,7 +28,7 @@ def test_the_default_run_learns_and_leaves_everything(launch) -> None:
     assert run_dir.curve.read_bytes().startswith(b"\x89PNG")
     assert run_dir.sample.read_text().startswith("The")
     assert len(list(run_dir.logs.glob("*.[01].log"))) == 2
-    assert list(run_dir.tracker.glob("offline-run-*/*.wandb"))
+    assert list(run_dir.tracker("wandb").glob("offline-run-*/*.wandb"))
     assert f":0 | step {steps}/{steps}" in ended.stdout
     *_, last, opened = ended.stdout.partition("held-out loss")
     assert last

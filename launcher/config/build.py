@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -151,6 +151,17 @@ def _options_with(group: str, name: str) -> list[str]:
     return [f"{group}={_OPTION_OF_KIND.get((group, kind), kind)}" for kind in kinds]
 
 
+def _parts_with(group: str, name: str, tree: Mapping[str, Any]) -> list[str]:
+    """Return the fields of the chosen component that are components with this option."""
+    chosen = _chosen(tree).get(group, ())
+    parts = {part: hint for cls in _classes({group: chosen}) for part, hint in field_types(cls).items()}
+    return [
+        part
+        for part, hint in parts.items()
+        if isinstance(hint, type) and is_dataclass(hint) and name in field_types(hint)
+    ]
+
+
 def _with_value(option: str, key: str, typed: Mapping[str, str]) -> str:
     """Return ``option=value``, with the value typed behind ``key``, quoted for a shell."""
     return shell_word(f"{option}={typed[key]}") if key in typed else option
@@ -202,6 +213,10 @@ def _report_elsewhere(
         fix = suggest_option(error.option, tree, typed=typed)
         error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
     elif error.why == NO_SUCH_OPTION and "." not in name and not error.fix.startswith("did you mean"):
+        if below := [f"{group}.{part}.{name}" for part in _parts_with(group, name, tree)]:
+            fix = f"did you mean {' or '.join(_with_value(each, error.option, typed) for each in below)}?"
+            report(ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source))
+            return
         own = _options_with(group, name)  # of another kind of the group
         found = [] if own else [option for option in options_named(name, tree) if option.endswith(f".{name}")]
         words = [_with_kind(option, error.option, tree, typed) for option in found]

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from launcher.config.component import Component
 from launcher.config.registry import KINDS, component_class
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, ConfigErrors
 from launcher.errors.secrets import hide_secrets
 from launcher.protocol.plan import TrackerPlan
 from launcher.protocol.rundir import RunDir
@@ -31,7 +31,7 @@ class Tracker(Component):
     group: ClassVar[str] = "tracker"
 
     packages: ClassVar[tuple[str, ...]] = ()
-    """Modules that it needs besides those that every installation has; the extra of its name installs them."""
+    """Optional modules that it needs; the extra of its name installs them."""
 
     @property
     def members(self) -> tuple[Tracker, ...]:
@@ -196,9 +196,10 @@ class Mlflow(Tracker):
     packages: ClassVar[tuple[str, ...]] = ("mlflow",)
 
     tracking_uri: str | None = None
-    """MLflow server (``https://host:5000``) or database (``sqlite:////folder/mlflow.db``), without a password.
-    By default MLFLOW_TRACKING_URI, else the database ``mlflow.db`` in ``run.root``. MLflow takes credentials from
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
+    """MLflow server (``https://host:5000``) or database (``sqlite:////folder/mlflow.db``).
+    By default MLFLOW_TRACKING_URI, else the database ``mlflow.db`` in ``run.root``. It may hold no
+    password: MLflow takes credentials from MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
 
     experiment: str = "launcher"
     """MLflow experiment; created if there is none."""
@@ -319,17 +320,20 @@ class SeveralTrackers(Tracker):
         """Return the plan of each tracker; an error names its option below the tracker's name.
 
         Raises:
-            ConfigError: the first tracker that cannot work with its options.
+            ConfigErrors: of every tracker that cannot work with its options.
         """
-        plans = []
+        plans: list[TrackerPlan] = []
+        errors: list[ConfigError] = []
         for each in self.members:
             try:
                 planned = each.plan(run_id, environ=environ, home=home, run_name=run_name)
             except ConfigError as error:
-                why, fix = self._below(error.why, each.kind), self._below(error.fix, each.kind)
-                option = self._below(error.option, each.kind)
-                raise ConfigError(option, error.value, why=why, fix=fix, source=error.source) from error
-            plans.append(replace(planned, reason=self._below(planned.reason, each.kind)))
+                found = error.errors if isinstance(error, ConfigErrors) else (error,)
+                errors += [self._of_member(one, each.kind) for one in found]
+            else:
+                plans.append(replace(planned, reason=self._below(planned.reason, each.kind)))
+        if errors:
+            raise ConfigErrors(errors)
         first = next((each.run_id for each in plans if each.kind == Wandb.kind), run_id)
         mode = "online" if any(each.mode == "online" for each in plans) else "offline"
         kinds = ", ".join(self.report_to)
@@ -346,6 +350,10 @@ class SeveralTrackers(Tracker):
         for each in self.members:
             for error in each.validate_machine():
                 yield ConfigError("tracker.report_to", each.kind, why=error.why, fix=self._below(error.fix, each.kind))
+
+    def _of_member(self, error: ConfigError, kind: str) -> ConfigError:
+        option, why, fix = (self._below(text, kind) for text in (error.option, error.why, error.fix))
+        return ConfigError(option, error.value, why=why, fix=fix, source=error.source)
 
     @staticmethod
     def _below(text: str, kind: str) -> str:

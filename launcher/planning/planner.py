@@ -136,9 +136,11 @@ def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
     """Return the result of ``make``; collect its errors, so that all are reported together."""
     try:
         return make()
+    except ConfigErrors as several:
+        mistakes += several.errors
     except ConfigError as error:
         mistakes.append(error)
-        return None
+    return None
 
 
 def _work(run: Run, batch: Batch | None, *, world_size: int) -> Work:

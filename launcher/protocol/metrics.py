@@ -13,8 +13,10 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from launcher.protocol.results import parse_metrics_line
 from launcher.utils.files import open_append, open_regular, write_atomic
@@ -23,27 +25,21 @@ _TICK_S = 1e-6
 """Two lines never carry the same time: a tracker uses it to find the lines that it has sent."""
 
 
-class MetricsWriter:
+class _LineWriter:
     """Appends lines that have left the process when ``record`` returns: SIGKILL loses none.
 
     Args:
         path: the file; created if need be.
         start_step: the step this run continues from. Lines of later steps come from a life of the run that ended
-            before its next checkpoint: they move to ``metrics.discarded.jsonl`` and the file reads as one run.
+            before its next checkpoint: they move to ``<name>.discarded.jsonl`` and the file reads as one run.
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
         self._last_time = rewind(path, start_step)
         self._file = open_append(path)
 
-    def record(self, step: int, **metrics: float) -> None:
-        """Append one line for ``step`` (optimizer steps done so far).
-
-        Raises:
-            OSError: the disk is full or gone.
-        """
+    def _append(self, step: int, values: Mapping[str, float | str | None]) -> None:
         self._last_time = max(time.time(), self._last_time + _TICK_S)
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"train/step": step, **values, "time": self._last_time}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
@@ -52,15 +48,39 @@ class MetricsWriter:
         """Close the file; every line is in it already."""
         self._file.close()
 
-    def __enter__(self) -> MetricsWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 
+class MetricsWriter(_LineWriter):
+    """Writes metrics.jsonl."""
+
+    def record(self, step: int, **metrics: float) -> None:
+        """Append one line for ``step`` (optimizer steps done so far).
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        self._append(step, {name: value if math.isfinite(value) else None for name, value in metrics.items()})
+
+
+class SampleWriter(_LineWriter):
+    """Writes samples.jsonl, the texts that the model generated at evaluations."""
+
+    def record(self, step: int, *, prompt: str, text: str) -> None:
+        """Append one line for a text after ``step`` optimizer steps.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        self._append(step, {"prompt": prompt, "text": text})
+
+
 def rewind(path: Path, step: int) -> float:
-    """Move the lines after ``step``, and any that is cut, to ``metrics.discarded.jsonl``.
+    """Move the lines after ``step``, and any that is cut, to ``<name>.discarded.jsonl``.
 
     The discarded lines are saved first and the file replaced in one rename, so a crash in between repeats the move
     but loses nothing.

@@ -100,7 +100,7 @@ class TrackerPlan:
     project: str | None = None
     group: str | None = None
     place: str = ""
-    """Address, database or folder that it writes to, without a password; empty where ``reason`` says it."""
+    """Address, database or folder that it writes to, without a password; may be empty."""
     members: tuple[TrackerPlan, ...] = ()
     """The trackers that it consists of, where it is several."""
 

@@ -65,7 +65,7 @@ class TrackedRun(ABC):
 
 
 class MinimalRun(TrackedRun):
-    """A plugin's tracker, which needs ``log`` and ``finish`` only; ``log_samples`` is called where it is."""
+    """A plugin's tracker, which needs ``log`` and ``finish``, and may have ``log_samples``."""
 
     def __init__(self, plugin: Any) -> None:
         self._plugin = plugin

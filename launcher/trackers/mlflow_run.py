@@ -1,4 +1,7 @@
-"""One MLflow run: find or create it, send lines in batches, end it. Imports mlflow: sidecar only."""
+"""One MLflow run: find or create it, send lines in batches, end it.
+
+Imports mlflow: sidecar only.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.trackers.base import NotSent, TrackedRun, TrackerFailed
 from launcher.trackers.records import config_of, flatten
 from launcher.utils.files import read_json, write_json
+from launcher.utils.schema import to_tree
 
 _METRICS, _PARAMS = 1000, 100
 """Most entries of one request."""
@@ -40,7 +44,7 @@ _SAMPLES = "samples.json"
 
 
 class MlflowRun(TrackedRun):
-    """An MLflow run. The server is asked at the first ``flush``; until it answers, lines are kept.
+    """An MLflow run, opened at the first ``flush``; until its server answers, lines are kept.
 
     Args:
         run_dir: of the run; its MLflow id is kept in ``mlflow/`` below it.
@@ -53,7 +57,7 @@ class MlflowRun(TrackedRun):
     def __init__(self, run_dir: RunDir, run: Run, plan: Plan) -> None:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)  # of the tables that it makes
-        os.environ.update({name: os.environ.get(name) or value for name, value in _SETTINGS.items()})
+        os.environ.update({name: os.environ.get(name) or value for name, value in SETTINGS.items()})
         self._run_dir, self._run, self._plan = run_dir, run, plan
         self._uri = getattr(run.tracker, "tracking_uri", None) or os.environ.get(MLFLOW_URI) or plan.tracker.place
         self._record = run_dir.tracker("mlflow") / "run.json"
@@ -196,7 +200,7 @@ class MlflowRun(TrackedRun):
             client.log_batch(self._id, tags=changed[first : first + _PARAMS])
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         self._artifact(client, lambda folder: (folder / "run.yaml").write_text(text, encoding="utf-8"))
-        plan = json.dumps(redact(read_json(self._run_dir.plan), os.environ), ensure_ascii=False, indent=2)
+        plan = json.dumps(redact(to_tree(self._plan), os.environ), ensure_ascii=False, indent=2)
         self._artifact(client, lambda folder: (folder / "plan.json").write_text(plan, encoding="utf-8"))
 
     @staticmethod
@@ -226,10 +230,11 @@ class MlflowRun(TrackedRun):
         return f"run {self._id} in {self._uri}"
 
 
-_SETTINGS = {
+SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """MLflow's settings unless the user sets them; what is not sent is tried again later anyway."""
 _COLUMNS = {"step": "train/step", "prompt": "prompt", "text": "text"}

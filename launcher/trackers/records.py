@@ -35,7 +35,7 @@ def config_of(run: Run, plan: Plan) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    """Yield dotted name and value of each option; lists, null and mappings without a key as JSON."""
+    """Yield name and value of each option; lists, null and empty mappings as JSON."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{name}.")

@@ -95,7 +95,7 @@ class MetricsTail:
         self.last_time = after
         """Time of the last line read."""
         self.kept_step: int | None = None
-        """Last step of the lines left out by the last ``read``, where the file is another than before.
+        """Last step that the last ``read`` left out, where the file is another than before.
         Later steps that were read from the file before are repeated."""
 
     def read(self) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""One run as TensorBoard event files. Imports tensorboard, without TensorFlow or torch: sidecar only."""
+"""One run as TensorBoard event files.
+
+Imports tensorboard, without TensorFlow or torch: sidecar only.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 
 import yaml
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
-from tensorboard.plugins.hparams import api_pb2, summary_v2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
+from tensorboard.plugins.hparams import metadata as hparams_plugin
 from tensorboard.plugins.text import metadata as text_plugin
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -19,9 +23,6 @@ from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
 from launcher.trackers.base import NotSent, TrackedRun, TrackerFailed
 from launcher.trackers.records import config_of, flatten
-
-_FILE_VERSION = "brain.Event:2"
-"""The version from which readers drop what a restart repeats."""
 
 
 class TensorBoardRun(TrackedRun):
@@ -83,7 +84,7 @@ class TensorBoardRun(TrackedRun):
     def finish(self, exit_code: int) -> None:
         """Record whether the run has succeeded, add its sample and close the file."""
         status = api_pb2.STATUS_SUCCESS if exit_code == 0 else api_pb2.STATUS_FAILURE
-        self._write(0, time.time(), summary_v2.session_end_pb(status).value)
+        self._write(0, time.time(), [_session_end(status, at=time.time())])
         if self._run_dir.sample.exists():
             text = redact(self._run_dir.sample.read_text(encoding="utf-8"), os.environ)
             self._write(0, time.time(), [_text("sample", text)])
@@ -100,6 +101,16 @@ class TensorBoardRun(TrackedRun):
             self._writer.add_event(event)
         except OSError as error:
             raise TrackerFailed(error) from error
+
+
+def _session_end(status: int, *, at: float) -> Any:
+    """Return the value that tells the HParams page how the run has ended."""
+    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=at)
+    content = plugin_data_pb2.HParamsPluginData(session_end_info=end)
+    metadata = hparams_plugin.create_summary_metadata(content)
+    return summary_pb2.Summary.Value(
+        tag=hparams_plugin.SESSION_END_INFO_TAG, metadata=metadata, tensor=hparams_plugin.NULL_TENSOR
+    )
 
 
 def _text(tag: str, text: str) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from launcher.profiling.performance import peak_flops, peak_memory_bytes
-from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.metrics import MetricsWriter, SampleWriter
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -31,6 +31,7 @@ class Recorder:
         self._context, self._job, self._device = context, job, engine.device
         self._cuda = engine.device.type == "cuda"
         self._writer: MetricsWriter | None = None
+        self._samples: SampleWriter | None = None
         shape = context.run.model.shape()
         self._flops_per_token = shape.flops_per_token(self._job.sequence_length) if shape else None
         self._peak_flops = self._peak() if self._flops_per_token else None
@@ -42,6 +43,8 @@ class Recorder:
         self.close()
         if self._context.is_main:
             self._writer = MetricsWriter(self._context.run_dir.metrics, start_step=step)
+            if self._job.sample_prompts:
+                self._samples = SampleWriter(self._context.run_dir.samples, start_step=step)
         self._tokens = tokens
         self._since_line.clear()
 
@@ -124,6 +127,14 @@ class Recorder:
         shown = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
         self.print(f"step {done}/{self._job.steps}  held-out loss {loss:.4f}{shown}")
 
+    def samples(self, done: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Record prompts with the texts that the model wrote, in samples.jsonl."""
+        if self._samples is None:
+            return
+        for prompt, text in texts:
+            self._samples.record(done, prompt=prompt, text=text)
+            self.print(f"step {done}/{self._job.steps}  sample {text!r}")
+
     def callbacks(self, done: int, metrics: Mapping[str, float]) -> None:
         """Record what callbacks returned."""
         if metrics:
@@ -146,6 +157,8 @@ class Recorder:
         self.close()
 
     def close(self) -> None:
-        """Close the file; every line is in it already."""
+        """Close the files; every line is in them already."""
         if self._writer is not None:
             self._writer.close()
+        if self._samples is not None:
+            self._samples.close()

@@ -128,6 +128,8 @@ class Trainer:
         if result.preempted and done < self.job.steps:
             self.exit_preempted(done)
         held_out = self.evaluate(done) if self._evaluates_after(done) else None
+        if held_out and not held_out.preempted:
+            self.generate_samples(done)
         if held_out and held_out.preempted and done < self.job.steps:
             self.exit_preempted(done, held_out)
         if self._saves_after(done):
@@ -203,6 +205,14 @@ class Trainer:
         self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))
         return held_out
 
+    def generate_samples(self, done: int) -> None:
+        """Continue each of ``job.sample_prompts``, on every rank; rank 0 records the texts."""
+        texts = []
+        for prompt in self.job.sample_prompts:
+            with self.clock.phase("sample"):
+                texts.append(generate_sample(prompt, self.job, self.splits, self.engine))
+        self.recorder.samples(done, list(zip(self.job.sample_prompts, texts, strict=True)))
+
     def save(self, done: int, held_out: EvaluationResult | None, *, now: bool = False) -> None:
         """Save the state after ``done`` steps, every rank its part."""
         progress = self.progress(done)
@@ -256,7 +266,7 @@ def write_sample_and_curve(trainer: Trainer) -> None:
     job, context, splits, clock = trainer.job, trainer.context, trainer.splits, trainer.clock
     if job.sample_tokens and splits.tokenizer is not None:
         with clock.phase("sample"):
-            text = generate_sample(job, splits, trainer.engine)
+            text = generate_sample(job.sample_prompt, job, splits, trainer.engine)
         if context.is_main:
             write_atomic(context.run_dir.sample, text + "\n")
             print(f"sample: {text!r}", flush=True)
@@ -266,13 +276,14 @@ def write_sample_and_curve(trainer: Trainer) -> None:
         print(f"loss curve: {context.run_dir.curve}", flush=True)
 
 
-def generate_sample(job: Train, splits: Splits, engine: Engine) -> str:
-    """Return the prompt and its greedy continuation; every rank must call it."""
+def generate_sample(prompt: str, job: Train, splits: Splits, engine: Engine) -> str:
+    """Return a prompt and its greedy continuation; every rank must call it."""
     import torch
 
     assert splits.tokenizer is not None, "no tokenizer, no text"
-    ids = splits.tokenizer.encode(job.sample_prompt) or [0]
+    ids = splits.tokenizer.encode(prompt) or [0]
     room = max(1, splits.max_length - job.sample_tokens)
-    prompt = torch.tensor([ids[-room:]], device=engine.device)
-    answer = engine.generate(prompt, max_new_tokens=min(job.sample_tokens, splits.max_length - 1))
+    answer = engine.generate(
+        torch.tensor([ids[-room:]], device=engine.device), max_new_tokens=min(job.sample_tokens, splits.max_length - 1)
+    )
     return str(splits.tokenizer.decode(answer[0].tolist()))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.metrics import MetricsWriter, SampleWriter
 from launcher.runs.report.charts import charts_of, read_curves, segments, thin_out, ticks
 from launcher.runs.report.html import render_macro, render_markdown
 from launcher.utils.files import write_json
@@ -84,6 +84,8 @@ def test_nothing_in_a_run_becomes_markup(capsys, make_run, gone, open_page) -> N
     write_json(run_dir.environment, {HOSTILE: HOSTILE})
     run_dir.snapshot.write_text(f"job: {{'{HOSTILE.replace(chr(39), '')}': 1}}\n")
     run_dir.sample.write_text(HOSTILE)
+    with SampleWriter(run_dir.samples) as samples:
+        samples.record(1, prompt=HOSTILE, text=HOSTILE)
     run_dir.benchmark("md").write_text(
         f"# {HOSTILE}\n\n- {HOSTILE}\n\n| {HOSTILE} | b |\n|---|---|\n| `{HOSTILE}` | 1 |\n"
     )
@@ -99,6 +101,7 @@ def test_nothing_in_a_run_becomes_markup(capsys, make_run, gone, open_page) -> N
     text = page.find_element("tag name", "body").text
     assert text.count("document.title='owned'") > 15
     assert "Why it failed" in text
+    assert "Samples at evaluations" in text
 
 
 class Addresses(HTMLParser):

@@ -165,8 +165,11 @@ def test_missing_ops_are_built_before_ranks_with_their_folder_and_device(plan_of
 def test_the_tracker_runs_once_beside_the_first_host(plan_of):
     hosts = [replace(BOX, name="a"), replace(BOX, name="b")]
     first, second = plan_of("tracker.mode=offline", hosts=hosts).hosts
-    assert [command.argv for command in first.sidecars] == [("python", "-m", "launcher.trackers.sidecar", "/runs/x")]
+    program = ("python", "-m", "launcher.trackers.sidecar", "/runs/x")
+    assert [command.argv for command in first.sidecars] == [(*program, "wandb")]
     assert second.sidecars == ()
+    several = plan_of("tracker.report_to=[mlflow,wandb,tensorboard]", "tracker.wandb.mode=disabled")
+    assert [command.argv for command in several.hosts[0].sidecars] == [(*program, "mlflow"), (*program, "tensorboard")]
     assert plan_of("tracker.mode=disabled").hosts[0].sidecars == ()
     assert plan_of("tracker=local").hosts[0].sidecars == ()
 

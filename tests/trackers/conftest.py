@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from launcher.config.compose import compose
+from launcher.config.run import Run
 from launcher.execution.prepare import prepare
 from launcher.protocol.metrics import MetricsWriter
 from launcher.protocol.plan import Plan
@@ -57,6 +58,7 @@ class PlannedRun:
     """A run directory, as the launcher leaves it before it starts the agents."""
 
     run_dir: RunDir
+    run: Run
     plan: Plan
 
     def record(self, first: int, last: int, *, resumed_at: int) -> None:
@@ -71,7 +73,7 @@ class PlannedRun:
         return [{**{k: v for k, v in line.items() if k != "time"}, "_timestamp": line["time"]} for line in lines]
 
 
-Start = Callable[[PlannedRun], Sidecar]
+Start = Callable[..., Sidecar]
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def planned(tmp_path: Path) -> Callable[..., PlannedRun]:
         run_dir.path.mkdir(exist_ok=True)
         run_dir.snapshot.write_text(prepared.snapshot)
         write_json(run_dir.plan, to_tree(prepared.plan))
-        return PlannedRun(run_dir=run_dir, plan=prepared.plan)
+        return PlannedRun(run_dir=run_dir, run=prepared.run, plan=prepared.plan)
 
     return make
 
@@ -95,8 +97,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start the sidecar of a planned run as its agent would; what is left of it at the end is killed."""
     started: list[Sidecar] = []
 
-    def run(planned: PlannedRun) -> Sidecar:
-        (command,) = planned.plan.hosts[0].sidecars
+    def run(planned: PlannedRun, kind: str = "wandb") -> Sidecar:
+        (command,) = (each for each in planned.plan.hosts[0].sidecars if each.argv[-1] == kind)
         process = subprocess.Popen(
             [sys.executable, *command.argv[1:]],
             env={**os.environ, **command.env},

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import wandb
 from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError
 
 from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, draw_bars
 from launcher.config.benchmark.memory import ActivationBenchmark
-from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.metrics import MetricsWriter, SampleWriter
 from launcher.protocol.results import last_metrics
 from launcher.trackers import sidecar as sidecar_program
 from launcher.trackers.sidecar import RunEndListener
@@ -69,6 +70,8 @@ def test_an_offline_run_holds_what_the_run_left_behind(
         assert list(temporary.iterdir()) == [], "nothing is left there once the agent's folder is swept"
         writer.record(2, **{"train/loss": float("nan"), "train/lr": 0.25})
         writer.record(2, **{"eval/loss": 4.0})
+    with SampleWriter(run.run_dir.samples) as texts:
+        texts.record(2, prompt="Of", text=f"Of {SECRET}")
     run.run_dir.sample.write_text("The end\n")
     sidecar.process.send_signal(signal.SIGTERM)
     sidecar.process.send_signal(signal.SIGINT)
@@ -80,7 +83,11 @@ def test_an_offline_run_holds_what_the_run_left_behind(
     expected = run.expected_history()
     assert math.isnan(found.history[1].pop("train/loss"))
     assert expected[1].pop("train/loss") is None
-    assert [shown(row) for row in found.history] == expected
+    *rows, table = [shown(row) for row in found.history]
+    assert rows == expected
+    assert table["train/step"] == 2
+    kept = json.loads((folder / "files" / table["samples.path"]).read_text())
+    assert (kept["columns"], kept["data"]) == (["step", "prompt", "text"], [[2, "Of", "Of ********"]])
     assert (found.run_id, found.name, found.project) == (run.plan.run_id, run.plan.run_id, "launcher")
     assert (found.group, found.job_type, found.tags, found.exit_code) == (run.plan.name, "train", ("a", "b"), 3)
     assert found.arguments == ()
@@ -178,7 +185,7 @@ def test_a_service_that_dies_is_one_line_and_no_hang(planned: Planned, start: St
 def test_any_error_of_wandb_is_one_line(
     planned: Planned, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(**_: object) -> None:
         raise HandleAbandonedError("no answer will come")
 
     def end(code: int) -> None:
@@ -189,11 +196,11 @@ def test_any_error_of_wandb_is_one_line(
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(RunEndListener, "start", lambda _: None)
     monkeypatch.setattr(sidecar_program, "wait_for_metrics", lambda *_, **__: None)
-    monkeypatch.setattr(sidecar_program, "follow", fail)
+    monkeypatch.setattr(wandb, "init", fail)
     for name in ("WANDB_DIR", "WANDB_SILENT", "WANDB_ERROR_REPORTING"):
         monkeypatch.setenv(name, "")
     with pytest.raises(SystemExit):
-        sidecar_program.main(planned().run_dir.path)
+        sidecar_program.main(planned().run_dir.path, "wandb")
     assert capsys.readouterr().out == "W&B gave up (no answer will come): metrics.jsonl continues\n"
 
 

@@ -14,6 +14,7 @@ from launcher.config.run import LearningJob, Run
 from launcher.errors import ConfigError
 from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, LOSS, METRIC, TRANSFORM
 from launcher.plugins.loading import origin_of, validate_callback_metrics, validate_named
+from launcher.utils.text import counted
 
 _PIPELINES = ("pipeline", "deepspeed_pipeline")
 """Strategies under which no rank has the whole model, or logits and labels together."""
@@ -87,8 +88,12 @@ class Train(LearningJob, PluggableJob):
     sample_prompt: str = "The"
     """Text that the sample at the end of the run continues."""
 
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues at every evaluation, besides ``sample_prompt`` at the end.
+    ``samples.jsonl`` and the trackers get the results."""
+
     sample_tokens: int = 48
-    """Length of that sample in tokens; 0 generates none."""
+    """Length of each sample in tokens; 0 generates none."""
 
     loss: str = CROSS_ENTROPY
     """Loss to train on: ``cross_entropy``, or one of a plugin.
@@ -122,7 +127,8 @@ class Train(LearningJob, PluggableJob):
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
         """Return the prompt of a sample that is not taken, and a limit of what never happens."""
-        unused = {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 generates no sample"}
+        why = "job.sample_tokens=0 generates no sample"
+        unused = {} if self.sample_tokens else {"sample_prompt": why, "sample_prompts": why}
         return unused | ({"max_bad_steps": "job.on_bad_step=stop ends the run"} if self.on_bad_step == "stop" else {})
 
     def validate(self) -> Iterator[ConfigError]:
@@ -143,6 +149,9 @@ class Train(LearningJob, PluggableJob):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject what the strategy cannot do, and policies without what they need."""
         yield from super().validate_run(run, world_size=world_size)
+        if self.sample_prompts and not isinstance(run.data, Corpus):
+            why = f"data={run.data.kind} has no tokenizer, so there is no text to continue"
+            yield ConfigError("job.sample_prompts", why=why, fix="leave it out, or set data=text")
         if self.on_bad_step == "rewind" and not run.checkpoint.every:
             why = "rewinds to the newest checkpoint, and checkpoint.every=0 saves none"
             yield self.error("on_bad_step", why, "set checkpoint.every=100, or job.on_bad_step=skip")
@@ -170,6 +179,16 @@ class Train(LearningJob, PluggableJob):
         yield "loss.png"
         if self.sample_tokens:
             yield "sample.txt"
+        if self.sample_prompts:
+            yield "samples.jsonl"
+
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield how often the model continues prompts."""
+        yield from super().describe(run, world_size=world_size)
+        if self.sample_prompts:
+            every = f"every {self.eval_every} steps, and" if self.eval_every else "only"
+            texts = f"{counted(len(self.sample_prompts), 'prompt')}, {self.sample_tokens} tokens each"
+            yield "samples", f"{texts}: {every} at the end (samples.jsonl)"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from launcher.runs.report.sections import (
     plan_of,
     profiles_of,
     sample_of,
+    samples_of,
 )
 from launcher.runs.state import RunState, read_run_state
 from launcher.runs.sweeps import SweepResult
@@ -48,6 +49,7 @@ def page_of_run(state: RunState, *, render_plan: Callable[[Plan], str]) -> str:
         curves=_part(lambda: list(charts_of({name: read_curves(run_dir.metrics)})) or None),
         profile=_part(lambda: profiles_of(run_dir)),
         sample=_part(lambda: sample_of(run_dir)),
+        samples=_part(lambda: samples_of(run_dir)),
         metrics=_part(lambda: metrics_of(state)),
         environment=_part(lambda: environment_of(state)),
         plan=_part(lambda: plan_of(run_dir, render_plan=render_plan)),

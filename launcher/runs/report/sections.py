@@ -79,6 +79,16 @@ def sample_of(run_dir: RunDir) -> str | None:
     return _text(run_dir.sample) if is_regular(run_dir.sample) else None
 
 
+def samples_of(run_dir: RunDir) -> dict[str, list[tuple[str, str]]] | None:
+    """Return step and text of each sample that was generated at evaluations, by prompt."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in read_metrics(run_dir.samples, limit=MOST_METRICS):
+        prompt, text = line.get("prompt"), line.get("text")
+        if isinstance(prompt, str) and isinstance(text, str):
+            found.setdefault(prompt, []).append((str(line.get("train/step", "")), text))
+    return found or None
+
+
 def metrics_of(state: RunState) -> list[tuple[str, str]] | None:
     """Return the last value of each metric."""
     last: dict[str, Any] = {}

@@ -109,6 +109,10 @@ class CheckpointManifest:
     """Which checkpoint of the run is the best: ``min:NAME`` or ``max:NAME``."""
     recent_losses: tuple[float, ...] = ()
     """Losses of the last good steps, with which ``job.spike_factor`` compares the next one."""
+    best_value: float | None = None
+    """The metric that evaluations must improve, of ``job.early_stopping_patience``; ``null`` without."""
+    stale_evaluations: int = 0
+    """Evaluations in a row that did not."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each file of the payload, by its path below the checkpoint."""
     xxh3: dict[str, str] = field(default_factory=dict)
@@ -140,6 +144,10 @@ class TrainingProgress:
     """Held-out loss at this step, where it was measured."""
     eval_metrics: Mapping[str, float] = field(default_factory=dict)
     """Metrics of plugins at this step."""
+    best_value: float | None = None
+    """The metric that evaluations must improve."""
+    stale_evaluations: int = 0
+    """Evaluations in a row that did not."""
 
 
 def describe_checkpoint(
@@ -184,6 +192,8 @@ def describe_checkpoint(
         eval_metrics=dict(progress.eval_metrics),
         best_metric=run.checkpoint.best_metric,
         recent_losses=progress.recent_losses,
+        best_value=progress.best_value,
+        stale_evaluations=progress.stale_evaluations,
     )
 
 

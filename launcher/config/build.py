@@ -22,7 +22,8 @@ from launcher.utils.text import did_you_mean, shell_word
 _ALIASES = {
     **dict.fromkeys(("learning_rate", "learningrate"), "optimizer.lr"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "micro_batch_size"), "job.micro_batch"),
-    **dict.fromkeys(("max_steps", "num_steps", "iterations", "epochs", "num_train_epochs"), "job.steps"),
+    **dict.fromkeys(("max_steps", "num_steps", "iterations"), "job.steps"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "job.epochs"),
     **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node", "world_size"), "backend.ranks"),
     **dict.fromkeys(("max_length", "max_seq_length", "seq_len", "block_size"), "job.sequence_length"),
     "dtype": "precision",

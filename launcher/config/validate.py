@@ -21,7 +21,7 @@ from launcher.config.option_text import flatten_options
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
 from launcher.config.quantization import METHODS
-from launcher.config.run import BatchedJob, Benchmark, Run, run_to_tree
+from launcher.config.run import BatchedJob, Benchmark, LearningJob, Run, run_to_tree
 from launcher.config.supported_models import packing_error, unsupported_attention, validate_family
 from launcher.errors import ConfigError
 from launcher.errors.secrets import is_secret_argument, is_secret_value, secret_variable_in
@@ -106,6 +106,8 @@ def _validate_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
         num_steps = run.job.num_steps(run, world_size=world_size)
     except ConfigError:
         return  # the batch does not come out even, which the plan refuses
+    if isinstance(run.job, LearningJob) and not num_steps:
+        return  # a rank counts the sequences of its epochs
     yield from run.profile.validate_steps(run.job.profile_unit, num_steps)
 
 

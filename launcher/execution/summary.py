@@ -10,6 +10,7 @@ from launcher.config.option_text import quoted_word
 from launcher.planning.render import placement_lines
 from launcher.planning.topology import group_hosts
 from launcher.protocol.plan import Plan
+from launcher.protocol.results import STOPPED_EARLY
 from launcher.protocol.rundir import RunDir
 from launcher.runs.checkpoints import kept_checkpoints
 from launcher.runs.state import continue_command, read_run_state
@@ -66,6 +67,8 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
     metrics = result["metrics"]
     loss = metrics.get("eval/loss")
     parts = [f"{result['status']} in {elapsed_s:.0f} s"]
+    if (step := metrics.get(STOPPED_EARLY)) is not None:
+        parts.append(f"stopped early after step {step:.0f}")
     if loss is not None:
         beaten = ", ".join(
             f"{name.removeprefix('baseline/')} {value:.4f}"

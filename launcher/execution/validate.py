@@ -62,7 +62,7 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
         yield from run.optimizer.validate_machine()
     yield from validate_inputs(run, RunDir(run_dir), hosts=hosts)
     if isinstance(run.job, BatchedJob) and run.job.resumes:
-        yield from _validate_checkpoint(run, RunDir(run_dir))
+        yield from _validate_checkpoint(run, RunDir(run_dir), world_size=sum(host.slots for host in hosts))
     if isinstance(run.job, BatchedJob | GeneratingJob):
         yield from _validate_missing_tools(run, hosts)
     yield from _validate_taken_port(run.backend)
@@ -87,7 +87,7 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
             yield from validate_adapter_on_quantized(run.lora, manifest.method.kind, option="model.weights")
 
 
-def _validate_checkpoint(run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+def _validate_checkpoint(run: Run, run_dir: RunDir, *, world_size: int) -> Iterator[ConfigError]:
     try:
         if (foreign := foreign_to_resume(run.checkpoint.resume)) is not None:
             yield from validate_foreign(foreign, run)
@@ -107,11 +107,18 @@ def _validate_checkpoint(run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
     yield from validate_resumed_tokenizer(run, saved)
     if not isinstance(run.job, Train):
         return
-    done = saved.manifest.step
-    is_ending = done == run.job.steps and saved.folder.parent == run_dir.checkpoints and not _has_completed(run_dir)
-    if done >= run.job.steps and not is_ending:
+    done, steps = saved.manifest.step, run.job.num_steps(run, world_size=world_size)
+    is_ending = done == steps and saved.folder.parent == run_dir.checkpoints and not _has_completed(run_dir)
+    if steps and done >= steps and not is_ending:
         why = f"{saved.folder} is already at step {done}"
-        yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
+        if run.job.epochs is not None:
+            yield run.job.error("epochs", f"{why} of {steps}", "set job.epochs to more")
+        else:
+            yield ConfigError("job.steps", steps, why=why, fix=f"set job.steps to more than {done}")
+    patience, stale = run.job.early_stopping_patience, saved.manifest.stale_evaluations
+    if patience is not None and stale >= patience and _has_completed(run_dir):
+        why = f"{saved.folder} has stopped early after {stale} evaluations without improvement"
+        yield run.job.error("early_stopping_patience", why, f"set it to more than {stale}, or to null")
 
 
 def _has_completed(run_dir: RunDir) -> bool:
@@ -159,10 +166,11 @@ def resume_warnings(run: Run, run_dir: Path, *, world_size: int) -> Iterator[str
         return
     steps = run.job.optimizer_steps
     if steps is not None:
+        steps = run.job.num_steps(run, world_size=world_size)
         job = run.batched_job
         batch = job.batch(run, world_size=world_size).global_batch
         yield from data_warnings(saved, seed=job.seed, global_batch=batch, sequence_length=job.sequence_length)
-    if steps is not None and (line := lr_jump_warning(saved, run.optimizer, run.schedule, steps)):
+    if steps and (line := lr_jump_warning(saved, run.optimizer, run.schedule, steps)):
         yield line
     if run.checkpoint.resume != "auto" and run.model.weights not in ("random", "pretrained"):
         yield f"checkpoint.resume={run.checkpoint.resume} replaces the weights of model.weights={run.model.weights}"

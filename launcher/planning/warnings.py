@@ -25,7 +25,7 @@ def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | No
         )
         yield from numerics_warnings(run, hosts)
         yield from _processor_warnings(run, hosts)
-        yield from _schedule_warnings(run)
+        yield from _schedule_warnings(run, world_size=sum(host.slots for host in hosts))
         yield from _pretrained_weights_warnings(run)
     if isinstance(run.job, GeneratingJob):
         yield from _memory_warnings(hosts, memory)
@@ -149,18 +149,21 @@ def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
         )
 
 
-def _schedule_warnings(run: Run) -> Iterator[str]:
+def _schedule_warnings(run: Run, *, world_size: int) -> Iterator[str]:
     job, schedule = run.job, run.schedule
     if not isinstance(job, LearningJob):
         return
-    if schedule.num_warmup_steps(job.steps) >= job.steps:
+    steps = job.num_steps(run, world_size=world_size)
+    if not steps:
+        return  # a rank counts the sequences of its epochs
+    if schedule.num_warmup_steps(steps) >= steps:
         yield (
-            f"schedule.warmup_steps={schedule.warmup_steps} is not below job.steps={job.steps}: "
+            f"schedule.warmup_steps={schedule.warmup_steps} is not below job.steps={steps}: "
             "the learning rate never reaches optimizer.lr"
         )
     checkpoint = run.checkpoint
-    if job.saves and checkpoint.every > job.steps and not checkpoint.at_end:
-        yield f"checkpoint.every={checkpoint.every} is above job.steps={job.steps}: no checkpoint will be written"
+    if job.saves and checkpoint.every > steps and not checkpoint.at_end:
+        yield f"checkpoint.every={checkpoint.every} is above job.steps={steps}: no checkpoint will be written"
 
 
 def numerics_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:

@@ -15,6 +15,10 @@ from launcher.utils.files import UnreadableFile, open_regular, read_object, writ
 
 RunStatus = Literal["completed", "failed", "preempted", "cancelled"]
 """How a run ended: completed, failed, preempted (resumable) or cancelled by the user."""
+NUM_STEPS = "train/num_steps"
+"""Metric: steps of a run that counts epochs, which its plan may not know."""
+STOPPED_EARLY = "train/stopped_early"
+"""Metric: the step after which a run stopped because its evaluations no longer improved."""
 _MAX_LINE_BYTES = 1 << 20
 
 

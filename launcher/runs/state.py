@@ -12,7 +12,7 @@ from typing import Any, get_args
 from launcher.config.model.base import has_tokenizer
 from launcher.config.model.folder import checkpoint_files
 from launcher.config.option_text import quoted_word
-from launcher.protocol.results import RunStatus, parse_metrics_line
+from launcher.protocol.results import NUM_STEPS, RunStatus, parse_metrics_line
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import SessionRecord, read_session_file
 from launcher.protocol.state_files import MODEL_FOLDER
@@ -127,7 +127,8 @@ class RunState:
         if self.plan.get("job") == "evaluate":
             return None
         steps: int | None = self.plan.get("work", {}).get("num_steps")
-        return steps
+        counted = self.metrics.get(NUM_STEPS)  # of epochs, once a rank has counted the data
+        return int(counted) if counted else steps
 
 
 def read_run_state(run_dir: RunDir) -> RunState:
@@ -172,7 +173,7 @@ def continue_command(state: RunState) -> str | None:
     if checkpoint is None:
         is_resumed = state.status in (LOST, "preempted") or state.has_kept_answers
         return shell_command(["launch", "resume", folder]) if is_resumed else None
-    is_at_end = state.num_steps is not None and _step_of(checkpoint / "manifest.json") >= state.num_steps
+    is_at_end = bool(state.num_steps and _step_of(checkpoint / "manifest.json") >= state.num_steps)
     weights = checkpoint / MODEL_FOLDER
     if (is_at_end or state.status == "completed") and checkpoint_files(weights) and has_tokenizer(weights):
         return f"launch job=generate {quoted_word('model.weights', folder)}"

@@ -11,6 +11,8 @@ from launcher.supervision.stack_dump import StackTrace, read_dump, read_tracebac
 from launcher.supervision.stall import RankPosition, Stall, is_stalled
 
 NOT_STARTED = "not started"
+DONE = "done"
+"""Phase of a rank whose work is done, perhaps before the last step that was planned."""
 
 
 class RankTracker:
@@ -18,7 +20,8 @@ class RankTracker:
 
     Args:
         host_of: the host of every rank.
-        num_steps: optimizer steps of the whole run; a rank that exits with 0 before the last one has left early.
+        num_steps: optimizer steps of the whole run; a rank that exits with 0 before the last one, and has not reported
+            that its work is done, has left early.
     """
 
     def __init__(self, host_of: Mapping[int, str], *, num_steps: int) -> None:
@@ -86,7 +89,11 @@ class RankTracker:
     def first_early_exit(self) -> RankExited | None:
         """Return the first rank that exited with code 0 before the last step."""
         early = [
-            exit for exit in self.exited.values() if exit.code == 0 and self._steps.get(exit.rank, 0) < self._num_steps
+            exit
+            for exit in self.exited.values()
+            if exit.code == 0
+            and self._steps.get(exit.rank, 0) < self._num_steps
+            and not (exit.rank in self._positions and self._positions[exit.rank].phase == DONE)
         ]
         return min(early, key=lambda exit: exit.time, default=None)
 

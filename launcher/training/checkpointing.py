@@ -13,6 +13,7 @@ from launcher.checkpoint.manifest import damaged_files, files_of_part
 from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
 from launcher.checkpoint.store import complete_checkpoints, silent
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
+from launcher.config.job.train import Train
 from launcher.errors import ConfigError, JobError
 from launcher.training.foreign import restore_foreign
 
@@ -75,9 +76,9 @@ def restore_checkpoint(
     if context.is_main:
         print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
         run = context.run
-        if run.job.optimizer_steps is not None and (
-            line := lr_jump_warning(saved, run.optimizer, run.schedule, run.job.optimizer_steps)
-        ):
+        # of a run that counts steps the plan has said so
+        epochs = run.job if isinstance(run.job, Train) and run.job.epochs is not None else None
+        if epochs and (line := lr_jump_warning(saved, run.optimizer, run.schedule, epochs.steps)):
             print(line, flush=True)
     return saved.manifest
 

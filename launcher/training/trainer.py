@@ -16,9 +16,12 @@ from launcher.engines.preemption import Preemption
 from launcher.errors import EXIT_PREEMPTED
 from launcher.profiling.performance import StepClock
 from launcher.protocol.loss_curve import draw_curve
+from launcher.protocol.results import NUM_STEPS, STOPPED_EARLY
 from launcher.training.bad_steps import BadSteps, fatal
 from launcher.training.callbacks import Callbacks
 from launcher.training.checkpointing import reload_checkpoint, resolve_tokenizer, restore_checkpoint
+from launcher.training.early_stopping import EarlyStopping
+from launcher.training.epochs import with_epoch_steps
 from launcher.training.eval_texts import EvalTexts, set_metrics
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.evaluation_metrics import load_metrics
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def train(job: Train, context: Context) -> None:
-    """Train on this rank up to ``job.steps``, from the newest checkpoint if the run has one.
+    """Train on this rank up to ``job.steps`` or ``job.epochs``, from the newest checkpoint if the run has one.
 
     Raises:
         SystemExit: with code 75, when the run was preempted before that.
@@ -49,6 +52,7 @@ def train(job: Train, context: Context) -> None:
             resolve_tokenizer(context, context.run.data),
             heartbeat=lambda: context.heartbeat.update("load"),
         )
+    job, context = with_epoch_steps(job, context, num_sequences=splits.train.num_sequences)
     with make_engine(context, clock) as engine:
         Trainer(job, context, splits, engine, clock, context.preemption).run()
 
@@ -68,6 +72,7 @@ class Trainer:
         self.metrics = load_metrics(job.metrics)
         self.texts = EvalTexts(job.eval_sets, context, splits, stride=job.sequence_length, most=job.eval_sequences)
         self.bad_steps = BadSteps(job, drops_steps=isinstance(context.run.precision, Fp16Precision))
+        self.early_stopping = EarlyStopping(job, best_metric=context.run.checkpoint.best_metric)
         self.skipped_sequences = 0
         self.recorder: Recorder
 
@@ -81,6 +86,8 @@ class Trainer:
             if self.splits.summary:
                 self.recorder.print(f"data: {self.splits.summary}")
             self.recorder.baselines(first, self.splits.baselines)
+            if self.job.epochs is not None:
+                self.recorder.write(first, {NUM_STEPS: float(self.job.steps)})
             self.preemption.defer()
             try:
                 self.callbacks.on_start(first)
@@ -90,16 +97,19 @@ class Trainer:
                     if self.job.on_bad_step == "rewind" and not (restored and self.context.run.checkpoint.is_own):
                         self.save(first, None, now=True)  # the run may have to return to where it began
                     step = first
-                    while step < self.job.steps:
+                    while step < self.job.steps and not self.early_stopping.is_over:
                         with self.context.profiler.step():
                             step = self.advance(step)
                 self._report_saved()
+                if self.early_stopping.is_over:
+                    self.recorder.write(step, {STOPPED_EARLY: float(step)})
+                    self.recorder.print(f"stopped early after step {step}: {self.early_stopping}")
                 write_sample_and_curve(self)
-                self.end(self.job.steps)
+                self.end(step)
             except Exception as error:
                 self.callbacks.on_exception(error)
                 raise
-        self.context.heartbeat.update("done", self.job.steps)
+        self.context.heartbeat.update("done", step, steps=step)
 
     def continue_from(self, manifest: CheckpointManifest | None) -> int:
         """Draw the data from where a loaded checkpoint stands; return the steps already done."""
@@ -109,6 +119,7 @@ class Trainer:
             self.loader.continue_at(manifest.step, sequences=manifest.data.sequences)
             self.skipped_sequences = manifest.data.skipped
         self.bad_steps.restore(manifest.recent_losses)
+        self.early_stopping.restore(manifest)
         return manifest.step
 
     def advance(self, step: int) -> int:
@@ -202,6 +213,7 @@ class Trainer:
                 metrics = {**held_out.metrics, **set_metrics(of_sets)}
                 held_out = replace(held_out, preempted=asked_since, metrics=metrics)
         self.recorder.evaluation(done, held_out.loss, metrics=held_out.metrics, parts=self.clock.pop_times())
+        self.early_stopping.observe(held_out)
         self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))
         return held_out
 
@@ -219,7 +231,7 @@ class Trainer:
         if held_out is not None:
             progress = replace(progress, eval_loss=held_out.loss, eval_metrics=held_out.metrics)
         with self.clock.phase("checkpoint"):
-            now = now or done == self.job.steps  # no step is left to write beside
+            now = now or self._is_last(done)  # no step is left to write beside
             self.saver.save(progress, now=now, beside=self._save_callbacks)
         self._report_saved()
 
@@ -230,6 +242,8 @@ class Trainer:
             sequences=self.loader.drawn(done),
             skipped=self.skipped_sequences,
             recent_losses=self.bad_steps.losses,
+            best_value=self.early_stopping.best,
+            stale_evaluations=self.early_stopping.num_stale,
         )
 
     def _save_callbacks(self, folder: Path) -> None:
@@ -258,7 +272,11 @@ class Trainer:
 
     def _saves_after(self, done: int) -> bool:
         policy = self.context.run.checkpoint
-        return bool(policy.every and done % policy.every == 0) or (policy.at_end and done == self.job.steps)
+        return bool(policy.every and done % policy.every == 0) or (policy.at_end and self._is_last(done))
+
+    def _is_last(self, done: int) -> bool:
+        """Return whether no step follows."""
+        return done == self.job.steps or self.early_stopping.is_over
 
 
 def write_sample_and_curve(trainer: Trainer) -> None:

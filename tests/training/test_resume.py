@@ -16,6 +16,7 @@ from launcher.checkpoint.store import CheckpointStore
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.data.base import TextChunk
 from launcher.config.data.text import Text
+from launcher.config.job.train import Train
 from launcher.config.optimizer import AdamW
 from launcher.config.schedule import CosineSchedule
 from launcher.data.token_cache import train_bpe
@@ -57,9 +58,13 @@ def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int
     """Restore a run of one rank; return its step and what the engine loaded."""
 
     def run(
-        resume: str = "auto", *, folder: Path = tmp_path, tokenizer: FastTokenizer | None = None
+        resume: str = "auto",
+        *,
+        folder: Path = tmp_path,
+        tokenizer: FastTokenizer | None = None,
+        epochs: float | None = None,
     ) -> tuple[int, list[Path]]:
-        job = SimpleNamespace(optimizer_steps=100)
+        job = Train(steps=100, epochs=epochs)
         checkpoint = Checkpoint(resume=resume)
         described = SimpleNamespace(checkpoint=checkpoint, job=job, optimizer=AdamW(lr=1e-3), schedule=CosineSchedule())
         context: Any = SimpleNamespace(
@@ -119,11 +124,13 @@ def test_the_tokenizer_of_a_checkpoint_is_the_newest_intact_one(tmp_path):
     assert resolve_tokenizer(context, data).tokenizer == f"{tmp_path}/own/checkpoints/step_00000020/model"
 
 
-def test_the_newest_is_loaded_and_a_rate_that_jumps_is_said(continued, tmp_path, capsys):
-    assert continued() == (30, [folder_of(tmp_path, 30)])
+@pytest.mark.parametrize(("epochs", "jump"), [(2.0, True), (None, False)], ids=["epochs", "steps"])
+def test_the_newest_is_loaded_and_a_rate_that_jumps_is_said_once(continued, tmp_path, capsys, epochs, jump):
+    """The plan says so of a run that counts steps; of epochs only ranks know the number."""
+    assert continued(epochs=epochs) == (30, [folder_of(tmp_path, 30)])
     said = capsys.readouterr().out
     assert "continuing after step 30" in said
-    assert "the learning rate jumps from 0.001 (step 30" in said
+    assert ("the learning rate jumps from 0.001 (step 30" in said) == jump
 
 
 def test_damaged_ones_are_named_set_aside_and_the_one_before_is_loaded(continued, tmp_path, capsys):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launcher.checkpoint.resume import differing_keys, is_checkpoint
+from launcher.config.job.train import Train
 from launcher.config.model.config_json import sizes_from_config
 from launcher.config.model.folder import read_config, weight_files
 from launcher.config.optimizer import AdamW
@@ -46,10 +47,12 @@ def validate_foreign(foreign: ForeignCheckpoint, run: Run) -> Iterator[ConfigErr
     if foreign.step is None and not foreign.may_hold_moments:
         why = f"is a {foreign.title} without an optimizer, and nothing in it says how many steps were done"
         yield ConfigError(option, folder, why=why, fix=weights_only)
-    if foreign.step is not None and run.job.optimizer_steps is not None and foreign.step >= run.job.optimizer_steps:
+    counts_epochs = isinstance(run.job, Train) and run.job.epochs is not None
+    steps = None if counts_epochs else run.job.optimizer_steps
+    if foreign.step is not None and steps is not None and foreign.step >= steps:
         why = f"{folder} is already at step {foreign.step}"
         fix = f"set job.steps to more than {foreign.step}"
-        yield ConfigError("job.steps", run.job.optimizer_steps, why=why, fix=fix)
+        yield ConfigError("job.steps", steps, why=why, fix=fix)
     try:
         sizes = sizes_from_config(read_config(foreign.folder))
     except (OSError, ValueError):

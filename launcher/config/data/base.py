@@ -25,6 +25,11 @@ class Data(Component):
 
     group: ClassVar[str] = "data"
 
+    @property
+    def known_train_sequences(self) -> int | None:
+        """Training sequences; ``None`` where only a rank counts them."""
+        return None
+
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield errors of the files of this data, without importing heavy packages."""
         yield from ()
@@ -242,6 +247,11 @@ class Synthetic(Data):
 
     num_sequences: int = 65536
     """Distinct training sequences before the data repeats."""
+
+    @property
+    def known_train_sequences(self) -> int:
+        """All of them."""
+        return self.num_sequences
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject a table that cannot be drawn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,6 +15,7 @@ from launcher.config.run import LearningJob, Run
 from launcher.errors import ConfigError
 from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, LOSS, METRIC, TRANSFORM
 from launcher.plugins.loading import origin_of, validate_callback_metrics, validate_named
+from launcher.protocol.plan import Batch
 from launcher.utils.text import counted
 
 _PIPELINES = ("pipeline", "deepspeed_pipeline")
@@ -72,6 +74,10 @@ class Train(LearningJob, PluggableJob):
     steps: int = 300
     """Optimizer steps in the whole run; a resumed run continues up to this number."""
 
+    epochs: float | None = None
+    """Passes over the training sequences, which then set the number of steps in place of ``job.steps``.
+    The last step may draw a few sequences of one more pass."""
+
     eval_every: int = 50
     """Optimizer steps between evaluations; 0 evaluates only at the end."""
 
@@ -115,6 +121,13 @@ class Train(LearningJob, PluggableJob):
     max_bad_steps: int = 5
     """Steps in a row that ``skip`` skips, and rewinds to one checkpoint; one more ends the run."""
 
+    early_stopping_patience: int | None = None
+    """Evaluations in a row without a better ``checkpoint.best_metric`` after which the run completes.
+    ``null`` never stops early."""
+
+    early_stopping_threshold: float = 0.0
+    """How much the metric must change to count as better."""
+
     @property
     def eval_set_words(self) -> str:
         """As many tokens of each as of the held-out split."""
@@ -126,15 +139,25 @@ class Train(LearningJob, PluggableJob):
         return "steps"
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
-        """Return the prompt of a sample that is not taken, and a limit of what never happens."""
+        """Return options of what never happens: samples that are not taken, and limits without use."""
         why = "job.sample_tokens=0 generates no sample"
         unused = {} if self.sample_tokens else {"sample_prompt": why, "sample_prompts": why}
+        if self.epochs is not None:
+            unused["steps"] = f"job.epochs={self.epochs:g} sets the number of steps"
+        if self.early_stopping_patience is None:
+            unused["early_stopping_threshold"] = "without job.early_stopping_patience no run stops early"
         return unused | ({"max_bad_steps": "job.on_bad_step=stop ends the run"} if self.on_bad_step == "stop" else {})
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject counts that make no training run."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "log_every", "eval_sequences", "max_bad_steps")
+        yield from self.validate_minimum(1, "log_every", "eval_sequences", "max_bad_steps", "early_stopping_patience")
+        yield from self.validate_minimum(0, "early_stopping_threshold")
+        if self.epochs is not None and self.epochs <= 0:
+            yield self.error("epochs", "must be above 0", "set job.epochs=1")
+        if self.early_stopping_patience is not None and self.eval_every == 0:
+            why = "job.eval_every=0 evaluates at the end only"
+            yield self.error("early_stopping_patience", why, "set job.eval_every=50, or leave it out")
         yield from self.validate_minimum(0, "eval_every", "sample_tokens")
         if self.spike_factor is not None and self.spike_factor <= 1:
             yield self.error("spike_factor", "must be above 1", "set job.spike_factor=2, or leave it out")
@@ -171,8 +194,43 @@ class Train(LearningJob, PluggableJob):
             yield self.error("loss", why, f"set job.loss={CROSS_ENTROPY}, or parallel=ddp")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return the optimizer steps."""
-        return self.steps
+        """Return the optimizer steps; 0 where they follow from data that only a rank counts."""
+        sequences = run.data.known_train_sequences
+        if self.epochs is None:
+            return self.steps
+        return 0 if sequences is None else self.steps_of_epochs(sequences, self.batch(run, world_size=world_size))
+
+    def steps_of_epochs(self, num_sequences: int, batch: Batch, *, done: int = 0, drawn: int = 0) -> int:
+        """Return the optimizer steps of ``job.epochs``.
+
+        Args:
+            num_sequences: of the training split.
+            batch: of a step.
+            done: steps taken before, perhaps with another batch.
+            drawn: sequences that they trained on.
+        """
+        assert self.epochs is not None, "the run counts epochs"
+        left = self.epochs * num_sequences - drawn
+        return max(1, done + max(0, math.ceil(left / batch.global_batch)))
+
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Add what decides the number of steps, and how often the model continues prompts."""
+        yield from super().describe(run, world_size=world_size)
+        if self.epochs is not None:
+            sequences = run.data.known_train_sequences
+            known = "the training sequences, which rank 0 counts and prints"
+            yield "epochs", f"{self.epochs:g} of {known if sequences is None else f'{sequences:,} sequences'}"
+        if self.early_stopping_patience is not None:
+            direction, _, name = run.checkpoint.best_metric.partition(":")
+            better = f"eval/{name} that is {'lower' if direction == 'min' else 'higher'}"
+            if self.early_stopping_threshold:
+                better += f" by more than {self.early_stopping_threshold:g}"
+            times = counted(self.early_stopping_patience, "evaluation")
+            yield "stops early", f"after {times} without an {better}"
+        if self.sample_prompts:
+            every = f"every {self.eval_every} steps, and" if self.eval_every else "only"
+            texts = f"{counted(len(self.sample_prompts), 'prompt')}, {self.sample_tokens} tokens each"
+            yield "samples", f"{texts}: {every} at the end (samples.jsonl)"
 
     def files(self) -> Iterator[str]:
         """Yield the picture of the losses and the sample."""
@@ -181,14 +239,6 @@ class Train(LearningJob, PluggableJob):
             yield "sample.txt"
         if self.sample_prompts:
             yield "samples.jsonl"
-
-    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
-        """Yield how often the model continues prompts."""
-        yield from super().describe(run, world_size=world_size)
-        if self.sample_prompts:
-            every = f"every {self.eval_every} steps, and" if self.eval_every else "only"
-            texts = f"{counted(len(self.sample_prompts), 'prompt')}, {self.sample_tokens} tokens each"
-            yield "samples", f"{texts}: {every} at the end (samples.jsonl)"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ class CheckpointManifest:
     recent_losses: tuple[float, ...] = ()
     """Losses of the last good steps, with which ``job.spike_factor`` compares the next one."""
     best_value: float | None = None
-    """The metric that evaluations must improve, of ``job.early_stopping_patience``; ``null`` without."""
+    """Metric that evaluations must improve, of ``job.early_stopping_patience``; else ``null``."""
     stale_evaluations: int = 0
     """Evaluations in a row that did not."""
     files: dict[str, int] = field(default_factory=dict)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def train(job: Train, context: Context) -> None:
-    """Train on this rank up to ``job.steps`` or ``job.epochs``, from the newest checkpoint if the run has one.
+    """Train on this rank to the last step, from the newest checkpoint if the run has one.
 
     Raises:
         SystemExit: with code 75, when the run was preempted before that.

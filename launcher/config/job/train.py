@@ -75,7 +75,7 @@ class Train(LearningJob, PluggableJob):
     """Optimizer steps in the whole run; a resumed run continues up to this number."""
 
     epochs: float | None = None
-    """Passes over the training sequences, which then set the number of steps in place of ``job.steps``.
+    """Passes over the training sequences; they set the number of steps in place of ``job.steps``.
     The last step may draw a few sequences of one more pass."""
 
     eval_every: int = 50
@@ -122,7 +122,7 @@ class Train(LearningJob, PluggableJob):
     """Steps in a row that ``skip`` skips, and rewinds to one checkpoint; one more ends the run."""
 
     early_stopping_patience: int | None = None
-    """Evaluations in a row without a better ``checkpoint.best_metric`` after which the run completes.
+    """Evaluations in a row without a better ``checkpoint.best_metric`` that complete the run.
     ``null`` never stops early."""
 
     early_stopping_threshold: float = 0.0

@@ -75,7 +75,7 @@ class Train(LearningJob, PluggableJob):
     """Optimizer steps in the whole run; a resumed run continues up to this number."""
 
     epochs: float | None = None
-    """Passes over the training sequences; they set the number of steps in place of ``job.steps``.
+    """Passes over the training sequences; they set the steps in place of ``job.steps``.
     The last step may draw a few sequences of one more pass."""
 
     eval_every: int = 50

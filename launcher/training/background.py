@@ -43,6 +43,10 @@ class BackgroundCall:
         """Whether it has returned or failed."""
         return not self._thread.is_alive()
 
+    def wait(self, *, timeout_s: float) -> None:
+        """Return when it is done, or after some time."""
+        self._thread.join(timeout_s)
+
     def result(self) -> None:
         """Wait, and raise what it raised."""
         self._thread.join()

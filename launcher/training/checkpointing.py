@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from launcher.checkpoint.foreign.plan import foreign_to_resume
 from launcher.checkpoint.locks import ReadLock
-from launcher.checkpoint.manifest import damaged_files, files_of_part
+from launcher.checkpoint.manifest import damaged_files
 from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
 from launcher.checkpoint.store import complete_checkpoints, silent
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
 from launcher.config.job.train import Train
 from launcher.errors import ConfigError, JobError
+from launcher.training.early_check import CheckpointCheck
 from launcher.training.foreign import restore_foreign
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def restore_checkpoint(
     callbacks: Callbacks | None = None,
     *,
     tokenizer: FastTokenizer | None = None,
+    check: CheckpointCheck | None = None,
 ) -> CheckpointManifest | None:
     """Load what the run continues from, on every rank; return its manifest, ``None`` at step 0.
 
@@ -51,6 +53,7 @@ def restore_checkpoint(
         engine: takes the state.
         callbacks: take their states.
         tokenizer: of the data; must be the one that the weights were trained with.
+        check: of the files, begun before the model was built.
 
     Raises:
         ConfigError: the folder named by ``checkpoint.resume`` is gone since the plan was made, damaged, or was trained
@@ -65,7 +68,8 @@ def restore_checkpoint(
     if (foreign := foreign_to_resume(context.run.checkpoint.resume)) is not None:
         return restore_foreign(foreign, context, engine)
     with contextlib.ExitStack() as locks:
-        saved = _find_intact(store, context, engine, locks, resume=context.run.checkpoint.resume)
+        check = locks.enter_context(check or CheckpointCheck(context))
+        saved = _find_intact(store, context, engine, locks, resume=context.run.checkpoint.resume, check=check)
         if saved is None:
             return None
         if tokenizer is not None:
@@ -92,7 +96,8 @@ def reload_checkpoint(
         ConfigError: none is intact.
     """
     with contextlib.ExitStack() as locks:
-        saved = _find_intact(store, context, engine, locks, resume="auto")
+        check = locks.enter_context(CheckpointCheck(context))
+        saved = _find_intact(store, context, engine, locks, resume="auto", check=check)
         assert saved is not None, "a run that rewinds has saved where it began"
         engine.load(saved.folder)
         callbacks.load(saved.folder)
@@ -145,7 +150,13 @@ def _check_tokenizer(saved: SavedCheckpoint, tokenizer: FastTokenizer) -> None:
 
 
 def _find_intact(
-    store: CheckpointStore, context: Context, engine: Engine, locks: contextlib.ExitStack, *, resume: str
+    store: CheckpointStore,
+    context: Context,
+    engine: Engine,
+    locks: contextlib.ExitStack,
+    *,
+    resume: str,
+    check: CheckpointCheck,
 ) -> SavedCheckpoint | None:
     """Return the newest intact checkpoint; each rank reads its share of the files.
 
@@ -166,13 +177,7 @@ def _find_intact(
             break
         locks.enter_context(ReadLock(saved.folder, say=say))
         names = sorted(saved.manifest.files)
-        sizes = saved.manifest.files
-        own = damaged_files(
-            saved.folder,
-            saved.manifest,
-            files_of_part(sizes, part=context.rank, parts=context.world_size),
-            heartbeat=lambda: context.heartbeat.update("load"),
-        )
+        own = check.damaged(saved)
         flags = sum_over_ranks([float(name in own) for name in names] or [0.0], device=engine.device)
         if not any(flags):
             break

@@ -20,6 +20,7 @@ from launcher.errors import ConfigError
 from launcher.profiling.performance import StepClock, peak_memory_bytes
 from launcher.protocol.metrics import MetricsWriter
 from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
+from launcher.training.early_check import CheckpointCheck
 from launcher.training.eval_texts import EvalTexts, set_metrics
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.evaluation_metrics import load_metrics
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
 def run_evaluation(job: Evaluate, context: Context) -> None:
     """Evaluate the run's data and the sets ``job.repeats`` times; rank 0 records each result."""
+    with CheckpointCheck(context) as check:
+        _evaluate_repeatedly(job, context, check)
+
+
+def _evaluate_repeatedly(job: Evaluate, context: Context, check: CheckpointCheck) -> None:
     heartbeat = context.heartbeat.update
     splits = open_run_splits(
         context.run, resolve_tokenizer(context, context.run.data), heartbeat=lambda: heartbeat("load")
@@ -56,7 +62,7 @@ def run_evaluation(job: Evaluate, context: Context) -> None:
     name = "data" if job.split == "all" else "held-out"
     with make_engine(context, clock) as engine:
         store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
-        restored = restore_checkpoint(store, context, engine, tokenizer=splits.tokenizer)
+        restored = restore_checkpoint(store, context, engine, tokenizer=splits.tokenizer, check=check)
         done = restored.step if restored else 0
         with MetricsWriter(context.run_dir.metrics, start_step=done) if context.is_main else nullcontext() as writer:
             if writer is not None:

@@ -20,6 +20,7 @@ from launcher.protocol.results import NUM_STEPS, STOPPED_EARLY
 from launcher.training.bad_steps import BadSteps, fatal
 from launcher.training.callbacks import Callbacks
 from launcher.training.checkpointing import reload_checkpoint, resolve_tokenizer, restore_checkpoint
+from launcher.training.early_check import CheckpointCheck
 from launcher.training.early_stopping import EarlyStopping
 from launcher.training.epochs import with_epoch_steps
 from launcher.training.eval_texts import EvalTexts, set_metrics
@@ -46,15 +47,16 @@ def train(job: Train, context: Context) -> None:
     import torch
 
     clock = StepClock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
-    with clock.phase("load"):
-        splits = open_run_splits(
-            context.run,
-            resolve_tokenizer(context, context.run.data),
-            heartbeat=lambda: context.heartbeat.update("load"),
-        )
-    job, context = with_epoch_steps(job, context, num_sequences=splits.train.num_sequences)
-    with make_engine(context, clock) as engine:
-        Trainer(job, context, splits, engine, clock, context.preemption).run()
+    with CheckpointCheck(context) as check:
+        with clock.phase("load"):
+            splits = open_run_splits(
+                context.run,
+                resolve_tokenizer(context, context.run.data),
+                heartbeat=lambda: context.heartbeat.update("load"),
+            )
+        job, context = with_epoch_steps(job, context, num_sequences=splits.train.num_sequences)
+        with make_engine(context, clock) as engine:
+            Trainer(job, context, splits, engine, clock, context.preemption).run(check)
 
 
 class Trainer:
@@ -76,10 +78,16 @@ class Trainer:
         self.skipped_sequences = 0
         self.recorder: Recorder
 
-    def run(self) -> None:
-        """Train, then leave a sample, a curve and the last evaluation."""
+    def run(self, check: CheckpointCheck | None = None) -> None:
+        """Train, then leave a sample, a curve and the last evaluation.
+
+        Args:
+            check: of the checkpoint to continue from, begun before the model was built.
+        """
         tokenizer = self.splits.tokenizer
-        restored = restore_checkpoint(self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer)
+        restored = restore_checkpoint(
+            self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer, check=check
+        )
         first = self.continue_from(restored)
         tokens = restored.tokens if restored else 0
         with Recorder(self.job, self.context, self.engine, start_step=first, tokens=tokens) as self.recorder:

@@ -7,14 +7,16 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.export import ExportOptions
 from launcher.config.job.verify import Placement, ResumePairs, select_pairs
 from launcher.errors import JobError
 from launcher.protocol.metrics import MetricsWriter
-from launcher.utils.files import write_atomic, write_json
+from launcher.protocol.state_files import MODEL_FOLDER
+from launcher.utils.files import sha256_of, write_atomic, write_json
 from launcher.utils.text import format_table
 from launcher.verification.comparison import error_of, largest_difference, markdown_row, plain_number
 from launcher.verification.forked_ranks import CaseAnswer, ForkedRanks, preload_modules
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from launcher.config.job.verify import Verify
     from launcher.engines.base import Engine
     from launcher.engines.context import Context
+
+
+_NUM_TOKENS = 16
+"""Of the text whose logits are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,11 @@ class ResumeResult:
     """Largest relative difference of the losses after the checkpoint."""
     undisturbed_diff: float = math.inf
     """The same between undisturbed runs of the two strategies."""
+    exports_equal: bool = False
+    """Whether the model computes the same logits when the target saves it again.
+
+    Both checkpoints are exported, and compared to the bit.
+    """
     error: str = ""
     """Why there is nothing to compare."""
 
@@ -44,8 +55,10 @@ class ResumeResult:
 
     def why(self, job: Verify) -> str:
         """Return the reason why it failed; empty if it passed."""
-        if self.error or self.loss_diff <= self.allowed(job):
+        if self.error or (self.loss_diff <= self.allowed(job) and self.exports_equal):
             return self.error
+        if not self.exports_equal:
+            return "saved again and exported, the model computes other logits"
         return f"loss differs by {self.loss_diff:.1e} (allowed {self.allowed(job):.1e})"
 
 
@@ -68,6 +81,7 @@ class ResumeVerification:
     context: Context
     chosen: ResumePairs
     _undisturbed: dict[Placement, CaseAnswer] = field(default_factory=dict)
+    _logits: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._phase, self._done = "", 0
@@ -90,7 +104,9 @@ class ResumeVerification:
                     new = [self._compare(source, target, answer) for source in sources]
                     writer.record(self.job.steps, **_metrics(new))
                     rows += new
-        if self.context.is_main:
+        if self.context.is_main:  # threads may start now: nothing is forked any more
+            self._phase = "export"
+            rows = [self._with_export(row) for row in rows]
             shutil.rmtree(self._saved, ignore_errors=True)
         self._ranks.finish()
         self._phase = "done"
@@ -127,6 +143,17 @@ class ResumeVerification:
             loss_diff=largest_difference(answer["resumed"][str(source)], before["losses"]),
             undisturbed_diff=undisturbed,
         )
+
+    def _with_export(self, row: ResumeResult) -> ResumeResult:
+        """Return a result with whether both checkpoints export the same model."""
+        if row.error:
+            return row
+        self._heartbeat()
+        names = (str(row.source), _again(row.source, row.target))
+        for name in names:
+            if name not in self._logits:
+                self._logits[name] = _exported_logits(self._saved / name)
+        return replace(row, exports_equal=self._logits[names[0]] == self._logits[names[1]])
 
     def _heartbeat(self) -> None:
         self.context.heartbeat.update(self._phase, self._done)
@@ -178,13 +205,47 @@ def take_case(
             own = folder / str(place)
             own.mkdir(parents=True, exist_ok=True)
             barrier()
-            engine.save(own)
+            _save(engine, context, own)
             return {"losses": _losses(engine, context, loader, after, perturb=job.perturb)}
-        found = {}
+        losses = {}
         for source in resumed:
             engine.load(folder / str(source))
-            found[str(source)] = _losses(engine, context, loader, after)
-        return {"resumed": found}
+            again = folder / _again(source, place)
+            again.mkdir(parents=True, exist_ok=True)
+            barrier()
+            _save(engine, context, again)
+            losses[str(source)] = _losses(engine, context, loader, after)
+        return {"resumed": losses}
+
+
+def _again(source: Placement, target: Placement) -> str:
+    """Return where a checkpoint is saved again as soon as it was loaded elsewhere."""
+    return f"again/{source}/{target}"
+
+
+def _save(engine: Engine, context: Context, folder: Path) -> None:
+    from launcher.models.weights import save_model_config
+
+    engine.save(folder)
+    if context.is_main:
+        save_model_config(engine.model_config, folder / MODEL_FOLDER)
+
+
+def _exported_logits(checkpoint: Path) -> str:
+    """Export a checkpoint; return a hash of the logits that Transformers computes with it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from launcher.models.export import ModelExport
+
+    folder = checkpoint / "exported"
+    shard_bytes = ExportOptions().max_shard_bytes
+    ModelExport(checkpoint / MODEL_FOLDER, dtype=torch.float32, max_shard_bytes=shard_bytes).write(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(torch.arange(_NUM_TOKENS)[None] % model.config.vocab_size).logits
+    shutil.rmtree(folder)
+    return sha256_of(logits.numpy().tobytes())
 
 
 def _losses(engine: Engine, context: Context, loader: Any, steps: range, *, perturb: float = 0.0) -> list[float]:
@@ -193,11 +254,12 @@ def _losses(engine: Engine, context: Context, loader: Any, steps: range, *, pert
     return [engine.step(loader.step(step), lr=rate).loss for step, rate in zip(steps, rates, strict=True)]
 
 
-_HEAD = ("saved", "resumed", "loss", "undisturbed", "")
+_HEAD = ("saved", "resumed", "loss", "undisturbed", "exported", "")
 
 
 def _cells(row: ResumeResult, job: Verify) -> list[str]:
     numbers = [f"{diff:.1e}" if math.isfinite(diff) else "-" for diff in (row.loss_diff, row.undisturbed_diff)]
+    numbers.append("equal" if row.exports_equal else "differs")
     return [str(row.source), str(row.target), *numbers, f"FAIL: {row.why(job)}" if row.why(job) else "ok"]
 
 
@@ -206,7 +268,8 @@ def _markdown(rows: Sequence[ResumeResult], job: Verify, chosen: ResumePairs) ->
     yield ""
     yield f"Strategy@ranks, drawn by job.seed={job.seed}. Relative differences of the loss, the largest of all steps:"
     yield "between the resumed run and the one that went on, and between undisturbed runs of the two strategies."
-    yield f"Allowed: {job.resume_tolerance:g}, or as much as the undisturbed runs."
+    yield f"Allowed: {job.resume_tolerance:g}, or as much as the undisturbed runs. Exported: whether the model,"
+    yield "saved again under the second strategy and exported, gives the logits of the first checkpoint bit for bit."
     yield ""
     yield from (markdown_row(_HEAD), markdown_row(["---"] * len(_HEAD)))
     yield from (markdown_row(_cells(row, job)) for row in rows)

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from launcher.config.compose import compose
-from launcher.config.job.verify import STRATEGIES
+from launcher.config.job.verify import STRATEGIES, Placement
 from launcher.errors import ConfigErrors, JobError
 from launcher.protocol.plan import Host
 from launcher.utils.files import read_json, write_json
 from launcher.verification.comparison import StrategyResult, compare
 from launcher.verification.forked_ranks import ERROR_KEY, TIME_KEY, FileRendezvous, run_in_fork
+from launcher.verification.resuming import ResumeResult
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 VERIFY = (
@@ -215,7 +216,16 @@ def test_checkpoints_go_on_under_other_strategies_and_ranks(launch, tmp_path) ->
     }
     placements = {*(f"{name}@2" for name in names[1:]), "single@1", "fsdp@1", "zero1@1", "zero3@1"}
     assert {pair["source"] for pair in pairs} == {pair["target"] for pair in pairs} == placements
-    assert all(pair["passed"] for pair in pairs)
+    assert all(pair["passed"] and pair["exports_equal"] for pair in pairs)
     assert max(pair["loss_diff"] for pair in pairs) > 0, "they are different sums"
     assert f"all {len(pairs)} checkpoints go on as they did" in ended.stdout
     assert not (tmp_path / "run" / "verify").exists(), "checkpoints are left behind"
+
+
+def test_a_checkpoint_that_exports_another_model_fails_also_when_the_losses_are_equal() -> None:
+    job = compose(["job=verify"]).run.job
+    place = Placement("fsdp", 2)
+    equal = ResumeResult(source=place, target=place, loss_diff=0.0, undisturbed_diff=0.0, exports_equal=True)
+    assert equal.why(job) == ""
+    assert "other logits" in replace(equal, exports_equal=False).why(job)
+    assert "loss differs" in replace(equal, loss_diff=1e-3).why(job)

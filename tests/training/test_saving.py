@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+from launcher.checkpoint.locks import RemovalLock
 from launcher.checkpoint.manifest import TrainingProgress
 from launcher.checkpoint.regions import whole
 from launcher.checkpoint.store import CheckpointStore, silent
@@ -25,6 +26,7 @@ from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.training import saving
 from launcher.training.checkpointing import restore_checkpoint
+from launcher.training.early_check import CheckpointCheck
 from launcher.training.saving import CheckpointSaver
 from launcher.utils.files import write_json
 
@@ -154,3 +156,34 @@ def test_a_byte_that_changed_in_any_file_is_noticed(saver: Any, tmp_path: Path) 
     assert restored is not None
     assert restored.step == 1
     assert loaded == [folder]
+
+
+def test_files_are_read_while_the_model_is_built_and_kept_until_they_are_loaded(saver: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        saver.save(TrainingProgress(step=step, sequences=8), now=True)
+    newest = saver._store.latest()
+    file = newest.folder / shard_file_name(0)
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    run = replace(saver._context.run, checkpoint=Checkpoint(resume="auto"))
+    context: Any = SimpleNamespace(**{**vars(saver._context), "run": run})
+    with CheckpointCheck(context) as check:
+        while not check._reading.is_done:
+            check._reading.wait(timeout_s=1.0)
+        file.write_bytes(intact)
+        assert check.damaged(newest) == [shard_file_name(0)], "what was found then"
+        assert check.damaged(saver._store.latest()) == [shard_file_name(0)]
+        with RemovalLock(newest.folder) as lock:
+            assert not lock.acquire()
+    with RemovalLock(newest.folder) as lock:
+        assert lock.acquire()
+    with CheckpointCheck(context) as check:
+        assert check.damaged(newest) == []
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_read_early(saver: Any) -> None:
+    for resume in ("none", "auto", "/no/such/folder"):
+        run = replace(saver._context.run, checkpoint=Checkpoint(resume=resume))
+        context: Any = SimpleNamespace(**{**vars(saver._context), "run": run})
+        with CheckpointCheck(context) as check:
+            assert check._reading is None

@@ -299,7 +299,7 @@ class Verify(LearningJob):
     check: Literal["steps", "resume"] = "steps"
     """``steps`` compares each strategy with one process.
     ``resume`` saves a checkpoint under each, on numbers of ranks drawn by ``job.seed``, and resumes it under each
-    other."""
+    other. Exported from each, the model must compute the same logits to the bit."""
 
     strategies: Literal["auto"] | tuple[str, ...] = "auto"
     """Names from the plan's catalogue, ``run`` for the run's own, or ``auto`` (all that fit)."""

@@ -35,6 +35,7 @@ class Engine:
     """Stands for an engine of one tensor, which a step changes in place."""
 
     device = torch.device("cpu")
+    adapter_config = None
 
     def __init__(self) -> None:
         self.weight = torch.zeros(4, 3)

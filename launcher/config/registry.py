@@ -93,6 +93,7 @@ KINDS: dict[str, dict[str, str]] = {
         "collectives": "launcher.config.benchmark.distributed:CollectivesBenchmark",
         "data": "launcher.config.benchmark.io:DataBenchmark",
         "checkpoint": "launcher.config.benchmark.io:CheckpointBenchmark",
+        "lm_eval": "launcher.config.benchmark.lm_eval:LmEvalBenchmark",
         "memory": "launcher.config.benchmark.memory:MemoryBenchmark",
         "pipeline": "launcher.config.benchmark.distributed:PipelineBenchmark",
         "serving": "launcher.config.benchmark.serving:ServingBenchmark",

@@ -1,0 +1,191 @@
+"""Tasks of lm-evaluation-harness on the run's model: the figures of its own ``hf`` model, over two ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from launcher.benchmarks.lm_eval import make_task_manager
+from launcher.config.benchmark.lm_eval import LmEvalBenchmark
+from launcher.config.data.bpe import train_byte_level_bpe
+from launcher.errors import ConfigError, ConfigErrors
+
+CHOICE = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: colours.json}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "The colour of {{thing}} is"
+doc_to_target: "{{answer}}"
+doc_to_choice: ["red", "dark blue", "green"]
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ANSWER = """
+task: echoes
+dataset_path: json
+dataset_kwargs: {data_files: {test: colours.json}}
+test_split: test
+output_type: generate_until
+generation_kwargs: {until: ["a"], max_gen_toks: 5, do_sample: false}
+doc_to_text: "Say {{thing}}:"
+doc_to_target: "{{thing}}"
+metric_list: [{metric: exact_match}]
+"""
+PROSE = """
+task: prose
+dataset_path: json
+dataset_kwargs: {data_files: {test: colours.json}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+THINGS = ("grass", "a rose", "the sky", "blood", "the deep sea", "moss", "an apple")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    rows = [
+        {"thing": thing, "answer": number % 3, "text": f"{thing} has a colour. " * (number + 3)}
+        for number, thing in enumerate(THINGS)
+    ]
+    (tmp_path / "colours.json").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in (("colours", CHOICE), ("echoes", ANSWER), ("prose", PROSE)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    inner = train_byte_level_bpe([row["text"] for row in rows], vocab_size=300)
+    inner.add_special_tokens(["<|end|>"])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=inner.token_to_id("<|end|>"),
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>").save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+NAMES = ("colours", "echoes", "prose")
+LM_EVAL = ("job=benchmark", "benchmark=lm_eval", "model=hf", "tracker=local", "backend.threads=1")
+
+
+def reference(folder: Path) -> dict[str, Any]:
+    """Return what lm_eval's own model for Transformers finds."""
+    from lm_eval import simple_evaluate
+
+    found: dict[str, Any] = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(folder / "model"), "dtype": "float32"},
+        tasks=[str(folder / f"{name}.yaml") for name in NAMES],
+        device="cpu",
+        batch_size=3,
+        bootstrap_iters=100,
+    )
+    return found
+
+
+@pytest.mark.filterwarnings("default")
+def test_figures_on_two_ranks_are_those_of_the_harness_in_one_process(
+    launch: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tasks)
+    expected = reference(tasks)
+    files = ",".join(f"{name}.yaml" for name in NAMES)
+    words = (
+        *LM_EVAL,
+        f"model.name={tasks / 'model'}",
+        f"benchmark.tasks=[{files}]",
+        "benchmark.log_samples=true",
+        "benchmark.bootstrap_iters=100",
+    )
+    for ranks in (2,):
+        launch(*words, f"backend.ranks={ranks}", f"run.dir=ranks{ranks}").expect(0)
+        found = json.loads((tasks / f"ranks{ranks}" / "benchmark.json").read_text())
+        for task, values in expected["results"].items():
+            for name, value in values.items():
+                metric, _, of_filter = name.partition(",")
+                if of_filter == "none" and isinstance(value, float):
+                    assert found["metrics"][f"{task}/{metric}"] == pytest.approx(value, rel=1e-5), (ranks, task, metric)
+        assert found["metrics"]["colours/acc_stderr"] > 0
+        for task in NAMES:
+            lines = (tasks / f"ranks{ranks}" / f"samples_{task}.jsonl").read_text().splitlines()
+            own = {sample["doc_id"]: sample["resps"] for sample in map(json.loads, lines)}
+            assert own.keys() == set(range(len(THINGS)))
+            for sample in expected["samples"][task]:
+                assert _flat(own[sample["doc_id"]]) == _flat(sample["resps"]), (ranks, task)
+    assert "| colours | 0 | acc |" in (tasks / "ranks2" / "benchmark.md").read_text()
+
+
+def _flat(answers: Any) -> list[Any]:
+    """Return log-likelihoods as numbers to compare within 1e-5, and texts as they are."""
+    if isinstance(answers, list | tuple):
+        return [each for answer in answers for each in _flat(answer)]
+    return [pytest.approx(answers, abs=1e-5) if isinstance(answers, float) else answers]
+
+
+def test_an_unknown_task_is_named_with_the_closest(tasks: Path) -> None:
+    (tasks / "tasks").mkdir()
+    (tasks / "tasks" / "own.yaml").write_text(CHOICE)
+    words = {"include_path": (str(tasks / "tasks"),)}
+    with pytest.raises(ConfigError, match=r"benchmark\.tasks=arc_eazy: is no task .*arc_easy"):
+        make_task_manager(LmEvalBenchmark(tasks=("arc_easy", "colours", "arc_eazy"), **words))
+
+
+def test_more_ranks_than_documents_are_refused(plan_of: Any, tasks: Path) -> None:
+    words = (
+        *LM_EVAL,
+        f"model.name={tasks / 'model'}",
+        f"benchmark.tasks=[{tasks / 'colours.yaml'}]",
+        "backend.ranks=2",
+    )
+    with pytest.raises(ConfigErrors, match="leaves no document for some of the 2 ranks"):
+        plan_of(*words, "benchmark.limit=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "there is no such file"),
+        ("task: [a", "is not YAML: line 1"),
+        ("- a\n", "is no task of lm_eval"),
+        ("name: a\n", "is no task of lm_eval"),
+        ("task: a\ndataset_kwargs: {data_files: {test: gone.json}}\n", "names the data file gone.json"),
+        ("task: a\nprocess_docs: !function utils.f\n", ""),
+    ],
+)
+def test_task_files_are_checked_before_anything_starts(tmp_path: Path, text: str | None, said: str) -> None:
+    file = tmp_path / "task.yaml"
+    if text is not None:
+        file.write_text(text)
+    errors = [str(error) for error in LmEvalBenchmark(tasks=(str(file),)).validate_machine()]
+    assert len(errors) == bool(said)
+    assert all(said in error for error in errors)
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (error,) = LmEvalBenchmark(tasks=("arc_easy",)).validate_machine()
+    assert "pip install 'launcher[eval]'" in str(error)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"tasks": ("a", "a")}, {"tasks": ("a",), "repeats": 2}, {"tasks": ("a",), "limit": 0}]
+)
+def test_options_that_ask_for_nothing_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigErrors):
+        LmEvalBenchmark(**fields)

@@ -27,6 +27,7 @@ OWNERS = {
     "serve": ("launcher/inference/server/",),
     "quantize": ("launcher/quantization/codecs.py",),
     "fp8": ("launcher/models/transforms.py",),
+    "eval": ("launcher/benchmarks/lm_eval/",),
     "testing": ("launcher/testing/",),
 }
 """Where the packages of each extra may be imported: at the top of a module of a folder, within functions of a file."""

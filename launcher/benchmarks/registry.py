@@ -20,7 +20,7 @@ EXECUTORS: dict[str, str] = {
     "checkpoint": "launcher.benchmarks.checkpoint:run_checkpoint_benchmark",
     "collectives": "launcher.benchmarks.collectives:run_collectives_benchmark",
     "data": "launcher.benchmarks.data:run_data_benchmark",
-    "lm_eval": "launcher.benchmarks.lm_eval:run_lm_eval_benchmark",
+    "lm_eval": "launcher.benchmarks.lm_eval.tasks:run_lm_eval_benchmark",
     "memory": "launcher.benchmarks.memory:run_memory_benchmark",
     "pipeline": "launcher.benchmarks.pipeline:run_pipeline_benchmark",
     "quantization": "launcher.benchmarks.quantization:run_quantization_benchmark",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from launcher.benchmarks.lm_eval import make_task_manager
+from launcher.benchmarks.lm_eval.tasks import make_task_manager
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.errors import ConfigError, ConfigErrors

@@ -62,7 +62,7 @@ class RankModel(HFLM):  # type: ignore[misc]  # lm_eval is not followed
         return super()._model_generate(*args, **kwargs)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this rank's count for every rank, so that lm_eval pads none with repeated requests.
+        """Return this rank's count for every rank, so that lm_eval repeats no requests.
 
         It pads because a forward pass may need all ranks; here each rank has the whole model.
         """

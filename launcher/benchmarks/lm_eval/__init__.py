@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness; everything here needs the extra ``eval``."""

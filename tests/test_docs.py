@@ -30,6 +30,9 @@ SLOW = {
     "job.sequence_length=64 job.eval_sequences=1 job.sample_tokens=2": (
         "training/test_train.py::test_the_pages_command_for_gpt2_xl_on_a_small_model"
     ),
+    "launch data preview data.path=chat.jsonl data.chat_template=chatml rows=1": (
+        "cli/test_data.py::test_the_preview_that_the_page_shows"
+    ),
     "launch runs": "cli/test_runs.py::test_a_real_run",
     "launch status": "cli/test_status.py::test_a_real_run_that_is_over",
     "launch logs -f --rank 0": "cli/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",

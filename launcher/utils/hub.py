@@ -177,7 +177,7 @@ def fetch_model(name: str, *, with_weights: bool, option: str, instead: str) -> 
         why = "the hub has no such public model"
         fix = "check the name, give a local folder, or log in with `hf auth login`"
         raise ConfigError(option, name, why=why, fix=fix) from error
-    except Exception as error:  # a broken transfer raises what the HTTP library beneath raises
+    except Exception as error:  # a broken transfer raises what its HTTP library raises
         raise EnvironmentProblem(
             f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}); run "
             f"`hf download {name}` on a machine with network access and give {option} that folder, or {instead}"

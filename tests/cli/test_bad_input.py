@@ -109,11 +109,15 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
     """What the plan can know of local data it says, in one message that names what works."""
     rows = "".join(f'{{"body": "some words of row {row}"}}\n' for row in range(900))
     (tmp_path / "x.jsonl").write_text(rows)
+    (tmp_path / "x.html").write_text("<!doctype html><p>some words")
     (tmp_path / "short.txt").write_text("one short line\n")
     (tmp_path / "part.jsonl").write_text('{"body": "a"}\n' * 3)
     overrides = "data=hf data.path=json 'data.files=[x.jsonl]' data.column=body data.vocab_size=2048"
     for words, expected in (
-        (("data.path=x.jsonl",), f"x.jsonl: holds JSON lines, not plain text; set {overrides}, or data.format=text"),
+        (
+            ("data=text", "data.path=x.jsonl"),
+            f"x.jsonl: holds JSON lines, not plain text; set {overrides}, or data.format=text",
+        ),
         (("data.path=short.txt",), "data.path: has 5 tokens, 5 to train on and 0 to evaluate"),
         (("data=hf", "data.path=x.jsonl"), "is a file, not a folder or a data set of the hub"),
         (
@@ -121,7 +125,11 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
             "data.column=text: x.jsonl has no such column; it has body; choose from: body",
         ),
         (("job=generate", "job.input=part.jsonl"), "line 1: body: no such field; did you mean prompt? (all 3 lines"),
-        (("job=generate", "job.tokenizer=data", "data.path=x.jsonl"), "x.jsonl: holds JSON lines, not plain text"),
+        (
+            ("job=generate", "job.tokenizer=data", "data=text", "data.path=x.jsonl"),
+            "x.jsonl: holds JSON lines, not plain text",
+        ),
+        (("data.path=x.html",), "x.html: holds HTML or XML, not plain text; extract its text, or set data.format=text"),
     ):
         assert expected in refused(*words)
 
@@ -130,7 +138,7 @@ def test_the_overrides_that_a_message_names_for_a_file_of_rows_are_enough(refuse
     """The default model has room for the tokenizer that is trained on rows too."""
     rows = "".join(f'{{"text": "some words of row {row}"}}\n' for row in range(900))
     (tmp_path / "x.jsonl").write_text(rows)
-    for words in (("data=hf", "data.path=x.jsonl"), ("data.path=x.jsonl",)):
+    for words in (("data=hf", "data.path=x.jsonl"), ("data=text", "data.path=x.jsonl")):
         said = refused(*words)
         assert len(said.splitlines()) == 1
         advised = shlex.split(said.partition("; set ")[2].partition(", or ")[0])

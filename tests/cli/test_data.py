@@ -10,6 +10,7 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.cli.data import _writer
+from tests.conftest import REPOSITORY
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4"}]}
 WORDS = ["data=auto", "data.chat_template=chatml", "data.vocab_size=257"]
@@ -30,6 +31,26 @@ def test_it_shows_rows_with_the_trained_tokens_marked(chat: Path, capsys: pytest
     assert f"{chat}: 5 rows of conversations (messages), loss on assistant turns" in shown
     num_tokens = len(turn) - 2
     assert f"line 1 of {chat} · {num_tokens} tokens · {len('It is 4<|im_end|>.')} trained\n" in shown
+
+
+def test_the_preview_that_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = [
+        [
+            {"role": "user", "content": f"What is {number} + {number + 1}?"},
+            {"role": "assistant", "content": f"It is {2 * number + 1}."},
+        ]
+        for number in range(40)
+    ]
+    Path("chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in asked))
+    page = (REPOSITORY / "docs" / "fine-tune.md").read_text().partition("$ launch data preview ")[2].partition("```")[0]
+    command, *expected = page.splitlines()
+    assert main(["data", "preview", *command.split()]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    missing = [line for line in expected if line not in shown and line != "…"]
+    assert not missing, shown
 
 
 @pytest.mark.parametrize(

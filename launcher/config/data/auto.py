@@ -281,14 +281,14 @@ class AutoData(Corpus):
             yield from validate_python_docs(PYTHON_DOCS)
         errors, kinds = [], []
         for field in ENTRY_FIELDS:
-            for entry in self.entries(field):
+            for entry, weight in zip(self.entries(field), self._weights(field), strict=True):
                 source = Source(name=entry, option=f"data.{field}")
                 try:
                     kinds.append(source.kind)
                     if source.kind == "url" and (found := url_problem(entry)) is not None:
                         errors.append(ConfigError(source.option, entry, why=found[0], fix=found[1]))
                     elif source.kind != "url":
-                        self._open(source, 1.0, fetches=False)
+                        self._open(source, weight, fetches=False)
                 except ConfigError as error:
                     errors.append(error)
         yield from errors
@@ -324,6 +324,9 @@ class AutoData(Corpus):
         value = getattr(self, field)
         return (value,) if isinstance(value, str) else tuple(value)
 
+    def _weights(self, field: EntryField) -> tuple[float, ...]:
+        return self.weights if self.weights and field == "path" else (1.0,) * len(self.entries(field))
+
     @property
     def named_columns(self) -> Mapping[str, str]:
         """The columns that the user named, by the part of an example that they hold."""
@@ -342,16 +345,27 @@ class AutoData(Corpus):
             ConfigError: an entry cannot be read, or its shape is unknown.
             EnvironmentProblem: an entry cannot be downloaded.
         """
-        entries = self.entries(field)
-        weights = self.weights if self.weights and field == "path" else (1.0,) * len(entries)
         opened = (
             self._open(Source(name=entry, option=f"data.{field}"), weight, fetches=fetches)
-            for entry, weight in zip(entries, weights, strict=True)
+            for entry, weight in zip(self.entries(field), self._weights(field), strict=True)
         )
         return [source for source in opened if source is not None]
 
     def _open(self, source: Source, weight: float, *, fetches: bool) -> DataSource | None:
         """Return an opened entry; ``None`` of one that would have to be fetched."""
+        key = (source, weight)
+        if not fetches:
+            if key not in self._local and (opened := self._open_now(source, weight, fetches=False)):
+                self._local[key] = opened
+            return self._local.get(key)
+        return self._open_now(source, weight, fetches=True)
+
+    @functools.cached_property
+    def _local(self) -> dict[tuple[Source, float], DataSource]:
+        """Entries that were opened without fetching: a plan asks for them several times."""
+        return {}
+
+    def _open_now(self, source: Source, weight: float, *, fetches: bool) -> DataSource | None:
         paths = source.local_files(split=self.split, configuration=self.name, cache=self.cache_folder, fetches=fetches)
         if paths is None:
             return None

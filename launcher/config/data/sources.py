@@ -192,7 +192,7 @@ def fetch_dataset(name: str, *, option: str) -> Path:
         why = "is no path on this machine, and the hub has no such public data set"
         fix = "check the name, give local files, or log in with `hf auth login`"
         raise ConfigError(option, name, why=why, fix=fix) from error
-    except Exception as error:  # a broken transfer raises what the HTTP library beneath raises
+    except Exception as error:  # a broken transfer raises what its HTTP library raises
         lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
         said = ": ".join(lines[:2]) or type(error).__name__
         raise EnvironmentProblem(

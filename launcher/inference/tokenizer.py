@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.data.chat_template import DEFAULT_TEMPLATE
+from launcher.config.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, TemplateFailed
 from launcher.errors import ConfigError
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import decoder_of, fallback_byte, has_decoder, load_transformers_tokenizer
@@ -277,19 +277,14 @@ def load_text_tokenizer(
         raise ConfigError("job.chat_template", template, why=why, fix=did_you_mean(template, templates))
     if not templates:
         return TextTokenizer(inner)
+    special = {name: value for name, value in loaded.special_tokens_map.items() if isinstance(value, str)}
 
     def chat(messages: Sequence[Mapping[str, str]], name: str | None) -> str:
         text = select_template(templates, name or template)  # never what a client writes as a template
         try:
-            return str(
-                loaded.apply_chat_template(
-                    list(messages), chat_template=text, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except ImportError:
-            raise
-        except Exception as error:  # a template is a program, which may fail as any does on some messages
-            raise ValueError(str(error)) from error
+            return ChatTemplate(text, special_tokens=special).render(messages, add_generation_prompt=True)
+        except TemplateFailed as failed:
+            raise ValueError(str(failed.__cause__ or failed)) from failed
 
     return TextTokenizer(inner, chat=chat, template=json.dumps([template, templates], sort_keys=True))
 

@@ -242,8 +242,9 @@ class AutoData(Corpus):
     Text is cut into sequences, and so is never too long."""
 
     packing: bool | None = None
-    """Whether rows hold several examples, which do not see each other; ``null`` packs where that works.
-    It does not with ``attention=flash`` or recurrent layers. Without packing, batches hold examples of about one
+    """Whether rows hold several examples; ``null`` packs where that works.
+    They do not see each other. It does not with ``attention=flash`` or recurrent layers.
+    Without packing, batches hold examples of about one
     length. Text in one entry of ``path`` is a stream of tokens, unless this is ``true``."""
 
     def validate(self) -> Iterator[ConfigError]:

@@ -397,6 +397,10 @@ def _unquoted(text: str) -> str:
     return text.strip()[1:-1] if _is_quoted(text) else text.strip()
 
 
+_PLUGIN_GROUPS = ("job", "model", "data", "optimizer", "schedule", "benchmark", "tracker", "backend")
+"""Groups to which plugins add options."""
+
+
 def _group_choice(
     key: str, typed: str, choices: tuple[str, ...] | None, groups: Mapping[str, Sequence[str]], report: ReportError
 ) -> Override | None:
@@ -407,6 +411,8 @@ def _group_choice(
     for option in unknown:
         alias = _ALIASES.get(option.lower())
         fix = f"did you mean {alias}?" if alias in options else did_you_mean(option, options)
+        if key in _PLUGIN_GROUPS and fix.startswith("choose from"):
+            fix += "; name the module of a plugin that adds it: plugins=[MODULE]"
         report(ConfigError(key, option, why="no such option", fix=fix))
     if unknown:
         return None

@@ -110,3 +110,8 @@ def test_groups_can_be_written_on_a_command_line() -> None:
         ParameterGroup(pattern="*.bias", lr_scale=0.1),
         ParameterGroup(pattern="*wte*", weight_decay=0.0),
     )
+
+
+def test_an_unknown_optimizer_may_be_one_of_a_plugin() -> None:
+    with pytest.raises(ConfigErrors, match=r"choose from: adafactor, .*plugins=\[MODULE\]"):
+        compose(("optimizer=lion",))

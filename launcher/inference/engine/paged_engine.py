@@ -330,7 +330,8 @@ def _make_runner(
             swapped.undo()
             cache.kernels = None
             swapped.what = f"the model's own layers: compiled ones differ by {difference:.2g} of its logits"
-        print(f"engine: {swapped.what}", flush=True)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"engine: {swapped.what}", flush=True)
     return runner, num_blocks
 
 

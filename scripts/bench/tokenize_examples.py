@@ -118,6 +118,8 @@ def _tree_bytes(process: Any) -> float:
 
 def by_launcher(folder: Path, processes: int) -> None:
     """Tokenise as a run does, into an empty cache."""
+    from transformers import AutoTokenizer  # noqa: F401  (imported before the clock starts, as the other side does)
+
     from launcher.config.data.auto import AutoData
     from launcher.config.model.gpt2 import Gpt2
     from launcher.data.example_encoding import example_folders

@@ -29,7 +29,10 @@ _BY_PLACE = (
     *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
     *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),
     *((f"models/test_{name}.py*", "process") for name in ("checkpoint_weights", "export")),
-    *((f"inference/test_{name}.py*", "process") for name in ("beams", "chat", "engine", "exactness", "invariance")),
+    *(
+        (f"inference/test_{name}.py*", "process")
+        for name in ("adapters", "beams", "chat", "engine", "exactness", "invariance")
+    ),
     *(
         (f"inference/test_{name}.py*", "process")
         for name in ("distributed", "isolation", "kernels", "sampling", "step_plan")

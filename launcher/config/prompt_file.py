@@ -20,7 +20,7 @@ PromptFormat = Literal["jsonl", "json", "csv", "text"]
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is refused: a file without line breaks must not fill the memory."""
 _BLOCK = 1 << 20
-_TEXT_COLUMNS = ("prompt", "id", "chat_template")
+_TEXT_COLUMNS = ("prompt", "id", "chat_template", "model")
 """Text columns of a table; other columns are parsed as JSON if they hold some."""
 _PLAIN = "job.format=text"
 _TO_LINES = "import datasets, sys; datasets.Dataset.from_{kind}(sys.argv[1]).to_json(sys.argv[2])"
@@ -170,7 +170,7 @@ def _value(name: str, cell: str) -> Any:
 
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
-FIELDS = ("prompt", "messages", "chat_template", "id", "stop", *SAMPLING_FIELDS)
+FIELDS = ("prompt", "messages", "chat_template", "id", "model", "stop", *SAMPLING_FIELDS)
 """All that a line may say."""
 
 

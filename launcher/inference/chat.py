@@ -83,6 +83,8 @@ class Chat:
     tokenizer: TextTokenizer
     sampling: SamplingParams
     """Of each answer; one that draws tokens has a seed of its own."""
+    adapter: str = ""
+    """Name of the adapter that answers; empty is the base model."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer and are no part of it."""
     seed: int = 0
@@ -140,7 +142,8 @@ class Chat:
         seed = line_seed(self.seed, number) if self.sampling.temperature > 0 else None
         try:
             prompt = tuple(self._said.prompt())
-            self.engine.add(EngineRequest(id=f"{number}", prompt=prompt, sampling=replace(self.sampling, seed=seed)))
+            sampling = replace(self.sampling, seed=seed)
+            self.engine.add(EngineRequest(id=f"{number}", prompt=prompt, sampling=sampling, adapter=self.adapter))
         except (InvalidRequest, ValueError) as refused:
             self._said.messages[:] = before
             self._print(f"(not sent: {refused})\n")

@@ -44,7 +44,14 @@ def _talk(snapshot: Path) -> None:
         tokenizer = open_tokenizer(job.tokenizer, run, heartbeat=_nothing, template=job.chat_template)
         engine = make_engine(run, job, heartbeat=_nothing)
     try:
-        chat = Chat(engine=engine, tokenizer=tokenizer, sampling=sampling_of(job), stop=job.stop, seed=job.seed)
+        chat = Chat(
+            engine=engine,
+            tokenizer=tokenizer,
+            sampling=sampling_of(job),
+            adapter=job.adapter or "",
+            stop=job.stop,
+            seed=job.seed,
+        )
         chat.run()
     finally:
         engine.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.config.job.generating import GeneratingJob
+from launcher.config.lora_folder import LORA_BYTES
 from launcher.config.model.linear_layers import module_sizes
 from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
@@ -337,7 +338,8 @@ def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[H
     """Return the memory of weights without training state: the compute format per copy."""
     size = run.precision.compute_bytes
     ways = run.parallel.dims(1).product if job.is_model_parallel(run) else 1
-    parameters = job.num_replicas * size * shape.num_params // ways
+    adapters = sum(adapter.numel for adapter in job.lora_folders().values())
+    parameters = job.num_replicas * (size * shape.num_params // ways + LORA_BYTES * adapters)
     state = StateBytes(parameters=parameters, gradients=0, optimizer=0)
     shared, engines = f" ÷ {ways} ranks" if ways > 1 else "", counted(job.num_replicas, "engine")
     return MemoryEstimate(
@@ -346,5 +348,6 @@ def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[H
         per_host_ram=max(host_ram(host, state) for host in hosts),
         per_host_nvme=0,
         formula=f"{size} bytes of {run.precision.compute} a parameter{shared}, in {engines}; "
+        f"{f'{LORA_BYTES} bytes of fp32 a parameter of the adapters; ' if adapters else ''}"
         "keys and values by job.kv_cache_tokens",
     )

@@ -33,6 +33,7 @@ OPTIONS = {
     "run.root": ["run.root="],
     "run.dir": ["run.dir="],
     "parallel.nvme_path": ["parallel=zero_infinity", "parallel.nvme_path="],
+    "job.adapters.a": ["job=serve", "job.adapters.a="],
     "job.input": ["job=generate", "job.format=text", "job.input="],
     "job.output": ["job=generate", "job.output="],
     "job.eval_sets.a": ["job=evaluate", "data=text", "job.eval_sets={{a: {}}}"],

@@ -17,6 +17,7 @@ from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_object, write_json
 from launcher.utils.schema import to_tree
+from launcher.utils.text import did_you_mean
 
 SAMPLE_INPUT = "sample"
 _LINE_OPTIONS = (
@@ -63,6 +64,9 @@ class Generate(GeneratingJob):
     """Output file, JSON lines; ``null`` is generated.jsonl in the run directory.
     An existing file is never overwritten."""
 
+    adapter: str | None = None
+    """Name in job.adapters of the adapter for lines without ``model``; ``null`` is the base model."""
+
     max_tokens: int = 128
     """Tokens of an answer at most."""
 
@@ -95,7 +99,7 @@ class Generate(GeneratingJob):
         from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
 
         yield from super().validate()
-        sampling = {name: value for name, value in self.default_fields.items() if name != "stop"}
+        sampling = {name: value for name, value in self.default_fields.items() if name not in ("stop", "model")}
         for name, why, better in validate_sampling(SamplingParams(**sampling)):
             yield self.error(name, why, f"set job.{name}={better:g}")
         if why := validate_stop_strings(self.stop):
@@ -106,7 +110,11 @@ class Generate(GeneratingJob):
     @property
     def default_fields(self) -> dict[str, Any]:
         """Values of the fields that a line does not set."""
-        return {name: getattr(self, name) for name in _LINE_OPTIONS}
+        return {name: getattr(self, name) for name in _LINE_OPTIONS} | {"model": self.adapter}
+
+    def models(self, run: Run) -> dict[str, str]:
+        """Return the adapter of each name that a line may choose; empty is the base model."""
+        return {self.name_of(run): "", **{name: name for name in self.adapters}}
 
     @property
     def max_concurrent(self) -> int:
@@ -142,6 +150,14 @@ class Generate(GeneratingJob):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject several ranks with a vLLM each."""
         yield from super().validate_run(run, world_size=world_size)
+        if self.adapter is not None and self.adapter not in self.adapters:
+            why = "is not a name in job.adapters"
+            fix = (
+                did_you_mean(self.adapter, self.adapters)
+                if self.adapters
+                else f"add job.adapters.{self.adapter}=FOLDER"
+            )
+            yield self.error("adapter", why, fix)
         if self.engine == "vllm" and world_size > 1:
             why = "the launcher starts one vLLM server, which itself uses several GPUs"
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1")
@@ -225,6 +241,7 @@ class Generate(GeneratingJob):
         several = "of all" if self.is_model_parallel(run) else "on each of"
         yield "engines", f"engine={self.engine} {several} {world_size} ranks" if world_size > 1 else self.engine
         yield "batching", f"{self.batching}, {self.max_concurrent} sequences at once"
+        yield from self.describe_adapters()
 
     def files(self) -> Iterator[str]:
         """Yield the answers, unless they go elsewhere, and where they are until all are there."""

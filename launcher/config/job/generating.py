@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
+from launcher.config.lora_folder import (
+    LORA_BYTES,
+    BadLoraFolder,
+    LoraFolder,
+    adapter_folder,
+    linear_shapes,
+    read_lora_folder,
+    validate_lora_folder,
+)
 from launcher.config.paths import PathText
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import COMPUTING_GROUPS, LEARNING_GROUPS, Job, Run
@@ -17,7 +28,7 @@ from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import exists
 from launcher.utils.system import child_environment
-from launcher.utils.text import counted, did_you_mean
+from launcher.utils.text import bytes_text, counted, did_you_mean
 
 _VLLM_PROBE_TIMEOUT_S = 30.0
 VLLM_REMEDY = "python -m venv ENV && ENV/bin/pip install vllm, then set job.vllm_python=ENV/bin/python"
@@ -34,6 +45,8 @@ _UNUSED_BY_ENGINE: Mapping[str, tuple[str, ...]] = {
     "vllm": ("kv_cache_tokens", "prefill_chunk_size", *_OF_BATCHES),
 }
 """Options that other engines than the launcher's own have no use for."""
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,99}")
 
 _SHAPE_OF_ECHO = ("name", "max_position_embeddings", "vocab_size")
 """Options of a model on which the echo of its prompts depends."""
@@ -59,6 +72,10 @@ class GeneratingJob(Job):
 
     chat_template: str | None = None
     """Name of the chat template for chats that name none; ``null`` takes the default one."""
+
+    adapters: dict[str, PathText] = field(default_factory=dict)
+    """LoRA adapters by name: PEFT folders. The field ``model`` of a request chooses one, or the base model.
+    Requests for any of them share a batch, and get what the base model with that adapter alone would answer."""
 
     batching: BatchingMode = "continuous"
     """``continuous`` (at every step), ``dynamic``, ``static``, or ``none`` (one at a time).
@@ -122,6 +139,18 @@ class GeneratingJob(Job):
         """How many engines a rank keeps, each with the whole of the rank's weights."""
         return 1
 
+    def name_of(self, run: Run) -> str:
+        """Return the name by which requests choose the base model."""
+        return run.model.name
+
+    def lora_folders(self) -> Mapping[str, LoraFolder]:
+        """Return the adapters that can be read on this machine, by name."""
+        found = {}
+        for name, value in self.adapters.items():
+            with contextlib.suppress(BadLoraFolder):  # which validate_machine reports
+                found[name] = read_lora_folder(adapter_folder(value))
+        return found
+
     def is_model_parallel(self, run: Run) -> bool:
         """Return whether several ranks form one engine, by tensor or pipeline parallelism."""
         dims = run.parallel.dims(1)
@@ -179,12 +208,31 @@ class GeneratingJob(Job):
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
         if self.engine == "vllm":
             yield from self._validate_for_vllm(run)
+        yield from self._validate_adapters(run)
         if run.profile.kind == "true" and self.engine != "paged":
             why = f"engine={self.engine} computes nothing that torch's profiler could record"
             yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=paged")
         if self.engine in ("paged", "transformers"):
             together = most if self.is_model_parallel(run) and self.engine == "paged" else 1
             yield from validate_engine(run, world_size=together, engine=self.engine)
+
+    def _validate_adapters(self, run: Run) -> Iterator[ConfigError]:
+        if not self.adapters:
+            return
+        if self.engine != "paged":
+            why = f"job.engine={self.engine} serves the base model alone"
+            yield self.error("adapters", why, "set job.engine=paged, or leave job.adapters out")
+        if self.is_model_parallel(run):
+            why = f"parallel={run.parallel.kind} splits the model's layers over ranks, and adapters are not split"
+            yield self.error("adapters", why, "set parallel=single, or merge the adapter and serve that folder")
+        for name in self.adapters:
+            option = f"job.adapters.{name}"
+            if not _ADAPTER_NAME.fullmatch(name):
+                why = "is not a name that a request can send: letters, digits and . _ : / @ - only, at most 100"
+                yield ConfigError("job.adapters", name, why=why, fix="choose such a name: job.adapters.support=FOLDER")
+            elif name == self.name_of(run):
+                why = f"{name} is the name of the base model, so requests could not choose between them"
+                yield ConfigError(option, self.adapters[name], why=why, fix="choose another name for the adapter")
 
     def _validate_for_vllm(self, run: Run) -> Iterator[ConfigError]:
         if self.vllm_python is None:
@@ -203,6 +251,9 @@ class GeneratingJob(Job):
         yield from super().validate_machine(run, run_dir)
         yield from validate_vllm(self)
         yield from self._validate_template(run)
+        layers = linear_shapes(run.model.architecture()) if self.adapters else None
+        for name, value in self.adapters.items():
+            yield from validate_lora_folder(f"job.adapters.{name}", value, model=run.model.name, layers=layers)
 
     def _validate_template(self, run: Run) -> Iterator[ConfigError]:
         """Yield an error for a chat template that the tokenizer lacks, if its folder is here."""
@@ -217,6 +268,14 @@ class GeneratingJob(Job):
                 why = f"the tokenizer in {folder} has no such chat template"
                 yield self.error("chat_template", why, did_you_mean(self.chat_template, names))
             return
+
+    def describe_adapters(self) -> Iterator[tuple[str, str]]:
+        """Yield a line with the adapters, their largest rank and their size."""
+        found = self.lora_folders()
+        if self.adapters:
+            named = [f"{name} (rank {found[name].max_rank})" if name in found else name for name in self.adapters]
+            size = bytes_text(LORA_BYTES * sum(adapter.numel for adapter in found.values()))
+            yield "adapters", f"{', '.join(named)}; {size} in an engine"
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that nothing fits in."""

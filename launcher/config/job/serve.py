@@ -158,7 +158,7 @@ class Serve(GeneratingJob):
         return f"http://{name}:{self.port}"
 
     def name_of(self, run: Run) -> str:
-        """Return the model name in clients' requests."""
+        """Return the base model's name in clients' requests."""
         return self.served_model_name or run.model.name
 
     def max_ranks(self, run: Run) -> int:
@@ -211,6 +211,7 @@ class Serve(GeneratingJob):
         ranks = f" of {world_size} ranks" if world_size > 1 else ""
         yield "engines", f"{counted(self.replicas, 'replica')} of engine={self.engine}{ranks}"
         yield "batching", f"{self.batching}, {self.capacity} sequences at once, {self.max_queue} may wait"
+        yield from self.describe_adapters()
         shapes = " ".join(f"{sequences}×{tokens}" for sequences, tokens in self.warm_up)
         yield "warm-up", shapes or "none"
         keys = self.api_keys_file or "those in LAUNCHER_API_KEYS, else no authentication"

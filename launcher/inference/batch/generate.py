@@ -59,6 +59,8 @@ class BatchWorker:
     max_concurrent: int
     """Requests that the engine processes at the same time."""
     seed: int
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Adapter of each name that a line may choose; empty is the base model."""
     heartbeat: Callable[[int, float], None]
     """Called with the records that all ranks completed, and this rank's tokens a second."""
 
@@ -109,8 +111,10 @@ class BatchWorker:
         for record in itertools.islice(self.records, max(0, room)):
             taken += 1
             try:
-                parsed = parse_request(record, self.default_fields, self.tokenizer, seed=self.seed)
-                request = EngineRequest(id=str(record.number), prompt=parsed.prompt, sampling=parsed.sampling)
+                parsed = parse_request(record, self.default_fields, self.tokenizer, seed=self.seed, models=self.models)
+                request = EngineRequest(
+                    id=str(record.number), prompt=parsed.prompt, sampling=parsed.sampling, adapter=parsed.adapter
+                )
                 self.engine.add(request)
             except (BadLine, InvalidRequest) as bad:
                 why = f"{bad.param}: {bad}" if isinstance(bad, InvalidRequest) else str(bad)
@@ -219,6 +223,7 @@ def generate(job: Generate, context: Context) -> None:
             preemption=preemption,
             max_concurrent=job.max_concurrent,
             seed=job.seed,
+            models=job.models(context.run),
             heartbeat=lambda done, speed: context.heartbeat.update("generate", done, steps=size, tokens_per_s=speed),
         )
         try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 from launcher.config.data.rows import Record
@@ -16,8 +17,10 @@ from launcher.inference.detokenizer import TextStream
 from launcher.inference.engine.base import EngineOutput, FinishReason, GeneratedToken
 from launcher.inference.tokenizer import ChatTemplateNotFound, InvalidMessages, TextTokenizer, normalize_messages
 from launcher.utils.schema import build
+from launcher.utils.text import did_you_mean
 
 _SEED_BYTES = 6
+NO_MODELS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +31,17 @@ class GenerationRequest:
     sampling: SamplingParams
     stop: tuple[str, ...]
     """Texts that end the answer and are no part of it."""
+    adapter: str
+    """Name of the adapter; empty is the base model."""
 
 
 def parse_request(
-    record: Record, default_fields: Mapping[str, Any], tokenizer: TextTokenizer, *, seed: int
+    record: Record,
+    default_fields: Mapping[str, Any],
+    tokenizer: TextTokenizer,
+    *,
+    seed: int,
+    models: Mapping[str, str] = NO_MODELS,
 ) -> GenerationRequest:
     """Return the request of a record.
 
@@ -40,6 +50,7 @@ def parse_request(
         default_fields: values of ``stop`` and of sampling fields that hold where the line says nothing.
         tokenizer: the tokenizer.
         seed: of the run: a line that draws tokens and names no seed gets one from it and its own number.
+        models: adapter of each name that a line's ``model`` may have; empty is the base model.
 
     Raises:
         BadLine: it cannot be done.
@@ -51,7 +62,12 @@ def parse_request(
     if sampling.seed is None and sampling.temperature > 0:
         asked["seed"] = line_seed(seed, record.line)
         sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
-    return GenerationRequest(prompt=_prompt(given, tokenizer), sampling=sampling, stop=_stop(asked.get("stop", ())))
+    return GenerationRequest(
+        prompt=_prompt(given, tokenizer),
+        sampling=sampling,
+        stop=_stop(asked.get("stop", ())),
+        adapter=_adapter(asked.get("model"), models),
+    )
 
 
 def line_seed(seed: int, line: int) -> int:
@@ -101,6 +117,14 @@ def _chat(given: Mapping[str, Any], tokenizer: TextTokenizer) -> list[int]:
         raise BadLine(f"{field}: {error}{instead}") from error
     except ValueError as error:
         raise BadLine(f"messages: {error}") from error
+
+
+def _adapter(name: Any, models: Mapping[str, str]) -> str:
+    if name is None:
+        return ""
+    if not isinstance(name, str) or name not in models:
+        raise BadLine(f"model: there is no model {str(name)[:100]!r}; {did_you_mean(str(name), models)}")
+    return models[name]
 
 
 def _stop(stop: Any) -> tuple[str, ...]:

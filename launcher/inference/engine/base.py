@@ -27,6 +27,8 @@ class EngineRequest:
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     sampling: SamplingParams
+    adapter: str = ""
+    """Name of its adapter; empty is the base model."""
     priority: int = 0
     """Higher is sooner; waiting makes up for a lower one (``EngineLimits.aging_s``)."""
     queue_deadline_s: float | None = None
@@ -119,6 +121,8 @@ class InferenceEngine(ABC):
         num_blocks: of the KV cache, where requests have to fit into one of this engine.
     """
 
+    adapters: Sequence[str] = ()
+    """Names of the adapters that requests may choose."""
     profiler: Profiler = NO_PROFILER
     """Records the steps that this process computes; may be set between any two."""
 
@@ -136,7 +140,8 @@ class InferenceEngine(ABC):
 
         Raises:
             InvalidRequest: it can never be served: it is longer than the model or the KV cache takes, has ids outside
-                the vocabulary, or sampling parameters that this engine or model does not support.
+                the vocabulary, names an adapter that the engine lacks, or has sampling parameters that this engine or
+                model does not support.
         """
         check_request(
             request,
@@ -146,6 +151,8 @@ class InferenceEngine(ABC):
             num_blocks=self._num_blocks,
             max_num_seqs=self._limits.max_num_seqs,
         )
+        if request.adapter and request.adapter not in self.adapters:
+            raise InvalidRequest("model", f"the engine has no adapter {request.adapter!r}")
         self._accept(request)
 
     @abstractmethod

@@ -22,7 +22,15 @@ class PrefixHash(NamedTuple):
     content_id: int = 0
 
 
-NO_PREFIX = PrefixHash()
+def empty_prefix(adapter: int) -> PrefixHash:
+    """Return the prefix without blocks of sequences with an adapter, from 1; 0 is the base model.
+
+    Keys and values depend on the adapter, so sequences share blocks with those of the same adapter only.
+    """
+    return PrefixHash(0, -adapter)
+
+
+NO_PREFIX = empty_prefix(0)
 
 
 class BlockManager:
@@ -94,10 +102,15 @@ class BlockManager:
         """Whether writing into a block would change what other sequences read."""
         return self._ref_counts[block] > 1 or block in self._key
 
-    def match_prefix(self, tokens: Sequence[int]) -> list[int]:
-        """Return the cached blocks of the longest prefix of ``tokens``, without the last token."""
+    def match_prefix(self, tokens: Sequence[int], *, prefix: PrefixHash = NO_PREFIX) -> list[int]:
+        """Return the cached blocks of the longest prefix of ``tokens``, without the last token.
+
+        Args:
+            tokens: of the sequence.
+            prefix: the empty one of its adapter.
+        """
         found: list[int] = []
-        previous = 0
+        previous = prefix.content_id
         if not self._share:
             return found
         for start in range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE):

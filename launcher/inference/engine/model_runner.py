@@ -22,6 +22,7 @@ from launcher.inference.engine.kv_cache import (
     register_attention,
 )
 from launcher.inference.engine.step_plan import Segment, StepPlan
+from launcher.inference.kernels.low_rank import NO_ADAPTERS, AdapterSet
 from launcher.quantization.codecs import rounds_activations
 
 if TYPE_CHECKING:
@@ -67,13 +68,20 @@ class ModelRunner:
         model: in inference mode, with the attention of ``launcher.inference.engine.kv_cache``.
         cache: of this rank.
         stage: which one the model is.
+        adapters: those of its layers.
     """
 
     isolates = True
     """After a step that failed, others may be computed."""
 
-    def __init__(self, model: PreTrainedModel, cache: PagedCache, stage: ModelStage = WHOLE_MODEL) -> None:
-        self.model, self.cache, self.stage = model, cache, stage
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        stage: ModelStage = WHOLE_MODEL,
+        adapters: AdapterSet = NO_ADAPTERS,
+    ) -> None:
+        self.model, self.cache, self.stage, self._adapters = model, cache, stage, adapters
         self._cache_name = cache_argument(model)
 
     def run(self, plan: StepPlan, hidden: Tensor | None = None) -> Tensor:
@@ -89,6 +97,7 @@ class ModelRunner:
         """
         with torch.inference_mode():
             self.cache.copy(plan.copies)
+            self._adapters.begin(plan, device=self.model.device)
             step = self.cache.step = AttentionMetadata(plan, self.cache, device=self.model.device)
             given = {
                 **({"input_ids": step.input_ids} if hidden is None else {"inputs_embeds": hidden}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from launcher.config.inference import EngineLimits
 from launcher.engines.distributed import choose_device, connect, disconnect
+from launcher.inference.engine.adapter_loader import NO_FOLDERS, load_adapters
 from launcher.inference.engine.base import (
     EngineOutput,
     EngineRequest,
@@ -29,6 +30,7 @@ from launcher.inference.engine.scheduler import ScheduledStep, Scheduler, Schedu
 from launcher.inference.engine.sequence import SequenceGroup
 from launcher.inference.engine.step_plan import StepPlan
 from launcher.inference.kernels.layers import replace_layers
+from launcher.inference.kernels.low_rank import NO_ADAPTERS, AdapterSet
 from launcher.profiling.profiler import NO_PROFILER, Profiler
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class PagedEngine(InferenceEngine):
         max_model_len: longest sequence that the model takes.
         vocab_size: of the model.
         eos_token_ids: tokens that end a sequence.
+        adapters: names of the adapters of the model, in the order of their numbers.
         clock: seconds.
     """
 
@@ -77,11 +80,13 @@ class PagedEngine(InferenceEngine):
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: Sequence[int],
+        adapters: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         longest = min(max_model_len, num_blocks * BLOCK_SIZE)
         super().__init__(limits, max_model_len=longest, vocab_size=vocab_size, num_blocks=num_blocks)
         self._runner, self._clock = runner, clock
+        self.adapters = tuple(adapters)
         self._scheduler = Scheduler(limits, num_blocks=num_blocks)
         self._output_processor = OutputProcessor(self._scheduler, max_model_len=longest, eos_token_ids=eos_token_ids)
         self._steps = self._generated = 0
@@ -91,7 +96,8 @@ class PagedEngine(InferenceEngine):
         """Queue a request."""
         if not self._active:
             self._stepped_s = self._clock()
-        group = SequenceGroup(request, self._clock())
+        adapter = self.adapters.index(request.adapter) + 1 if request.adapter else 0
+        group = SequenceGroup(request, self._clock(), adapter=adapter)
         self._active[request.id] = group
         self._scheduler.waiting.add(group)
 
@@ -208,7 +214,14 @@ def _part_of_group(step: ScheduledStep, group: SequenceGroup) -> ScheduledStep:
 
 
 def make_paged_engine(
-    run: Run, *, limits: EngineLimits, rank: int, world_size: int, heartbeat: Callable[[], None], local_rank: int = 0
+    run: Run,
+    *,
+    limits: EngineLimits,
+    rank: int,
+    world_size: int,
+    heartbeat: Callable[[], None],
+    local_rank: int = 0,
+    adapters: Mapping[str, str] = NO_FOLDERS,
 ) -> InferenceEngine:
     """Return the engine of the first rank, with its model built and checked.
 
@@ -222,6 +235,7 @@ def make_paged_engine(
             process group, and are all of it.
         heartbeat: called while the model is built.
         local_rank: index of its device on this machine.
+        adapters: folders of adapters, by name; only where one process holds the model whole.
 
     Raises:
         ConfigError: the engine cannot hold this model exactly, or cannot serve it with the rest of the run.
@@ -232,8 +246,15 @@ def make_paged_engine(
         run, rank=0, world_size=world_size, device=choose_device(local_rank), heartbeat=heartbeat
     )
     eos_token_ids = load_eos_token_ids(run, model, heartbeat=heartbeat)
+    assert world_size == 1 or not adapters, "refused in the plan"
     return paged_engine_for(
-        model, limits=limits, eos_token_ids=eos_token_ids, stage=stage, world_size=world_size, heartbeat=heartbeat
+        model,
+        limits=limits,
+        eos_token_ids=eos_token_ids,
+        stage=stage,
+        world_size=world_size,
+        adapters=load_adapters(model, adapters, name=run.model.name, heartbeat=heartbeat),
+        heartbeat=heartbeat,
     )
 
 
@@ -270,6 +291,7 @@ def paged_engine_for(
     stage: ModelStage = WHOLE_MODEL,
     world_size: int = 1,
     kernels: bool = True,
+    adapters: AdapterSet = NO_ADAPTERS,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PagedEngine:
     """Return the launcher's own engine around a model.
@@ -281,13 +303,14 @@ def paged_engine_for(
         stage: which one it is.
         world_size: ranks that hold slices or stages of it.
         kernels: whether layers are replaced by compiled ones where there are any.
+        adapters: of the model's layers.
         heartbeat: called meanwhile.
 
     Raises:
         ConfigError: it cannot hold the model exactly.
     """
     runner, num_blocks = _make_runner(
-        model, stage, limits=limits, world_size=world_size, kernels=kernels, heartbeat=heartbeat
+        model, stage, limits=limits, world_size=world_size, kernels=kernels, adapters=adapters, heartbeat=heartbeat
     )
     config = model.config.get_text_config()
     runs: StepRunner = runner
@@ -301,6 +324,7 @@ def paged_engine_for(
         max_model_len=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
+        adapters=adapters.names,
     )
 
 
@@ -312,6 +336,7 @@ def _make_runner(
     world_size: int,
     kernels: bool,
     heartbeat: Callable[[], None],
+    adapters: AdapterSet = NO_ADAPTERS,
 ) -> tuple[ModelRunner, int]:
     """Return the runner of plans on this rank, and the number of KV blocks of every rank."""
     self_test = KVSelfTest(model, stage)
@@ -322,9 +347,9 @@ def _make_runner(
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         num_blocks = int(least)
     cache = PagedCache(self_test.shapes, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
-    runner = ModelRunner(model, cache, stage)
+    runner = ModelRunner(model, cache, stage, adapters)
     if kernels and world_size == stage.count:  # slices of matrices are computed by torch
-        swapped = replace_layers(model, cache, heartbeat=heartbeat)
+        swapped = replace_layers(model, cache, adapters=adapters, heartbeat=heartbeat)
         difference = self_test.difference(runner)
         if not difference <= self_test.tolerance(model):
             swapped.undo()
@@ -332,6 +357,7 @@ def _make_runner(
             swapped.what = f"the model's own layers: compiled ones differ by {difference:.2g} of its logits"
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"engine: {swapped.what}", flush=True)
+    adapters.wrap(model)
     return runner, num_blocks
 
 

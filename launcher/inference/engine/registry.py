@@ -38,7 +38,15 @@ def make_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None], 
         return make_transformers_engine(run, limits=job.limits, heartbeat=heartbeat, local_rank=local_rank)
     from launcher.inference.engine.paged_engine import make_paged_engine
 
-    return make_paged_engine(run, limits=job.limits, rank=0, world_size=1, heartbeat=heartbeat, local_rank=local_rank)
+    return make_paged_engine(
+        run,
+        limits=job.limits,
+        rank=0,
+        world_size=1,
+        heartbeat=heartbeat,
+        local_rank=local_rank,
+        adapters=job.adapters,
+    )
 
 
 def _make_vllm_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None]) -> InferenceEngine:

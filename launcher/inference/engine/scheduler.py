@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launcher.config.inference import EngineLimits
 from launcher.inference.engine.batching import BatchingPolicy, WaitingQueue
-from launcher.inference.engine.block_manager import BLOCK_SIZE, BlockManager, PrefixHash
+from launcher.inference.engine.block_manager import BLOCK_SIZE, BlockManager
 from launcher.inference.engine.sequence import Sequence, SequenceGroup
 from launcher.inference.engine.step_plan import Segment, StepPlan
 
@@ -113,7 +113,7 @@ class Scheduler:
     def free(self, sequence: Sequence) -> None:
         """Free the blocks of one sequence."""
         self.block_manager.free(sequence.block_table)
-        sequence.block_table, sequence.num_computed, sequence.prefix = [], 0, PrefixHash()
+        sequence.block_table, sequence.num_computed, sequence.prefix = [], 0, sequence.group.empty_prefix
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -140,7 +140,7 @@ class Scheduler:
         reserve = sum(len(other.sequences) for other in self.running)
         allocated: list[tuple[Sequence, list[int], int]] = []
         for sequence in group.sequences:
-            matched = self.block_manager.match_prefix(sequence.tokens)
+            matched = self.block_manager.match_prefix(sequence.tokens, prefix=group.empty_prefix)
             self.block_manager.acquire(matched)
             need = -(-len(sequence.tokens) // BLOCK_SIZE) - len(matched)
             fresh = self.block_manager.allocate(need) if need + reserve <= self.block_manager.num_free else None
@@ -153,7 +153,7 @@ class Scheduler:
         for sequence, blocks, num_matched in allocated:
             sequence.block_table, sequence.num_computed = blocks, num_matched * BLOCK_SIZE
             done = sequence.tokens[: sequence.num_computed]
-            sequence.prefix = self.block_manager.cache_full_blocks(done, blocks, prefix=PrefixHash())
+            sequence.prefix = self.block_manager.cache_full_blocks(done, blocks, prefix=group.empty_prefix)
             self.counts.prefix_hits += sequence.num_computed
             self.counts.prefix_queries += len(sequence.tokens)
         if not group.is_started:
@@ -203,4 +203,5 @@ def _segment(sequence: Sequence, count: int) -> Segment:
         tokens=tuple(sequence.tokens[sequence.num_computed : end]),
         block_table=tuple(sequence.block_table[: -(-end // BLOCK_SIZE)]),
         needs_logits=end == len(sequence.tokens),
+        adapter=sequence.group.adapter,
     )

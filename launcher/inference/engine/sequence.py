@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from launcher.inference.engine.base import EngineRequest
-from launcher.inference.engine.block_manager import NO_PREFIX, PrefixHash
+from launcher.inference.engine.block_manager import NO_PREFIX, PrefixHash, empty_prefix
 
 
 @dataclass(eq=False, slots=True)
@@ -41,9 +41,16 @@ class SequenceGroup:
     """Prompt tokens that were in the cache when it started."""
     is_reported: bool = False
     """Whether an output of it was returned."""
+    adapter: int = 0
+    """Number of its adapter in the engine, from 1; 0 is the base model."""
 
     def __post_init__(self) -> None:
-        self.sequences = [Sequence(self, list(self.request.prompt))]
+        self.sequences = [Sequence(self, list(self.request.prompt), prefix=self.empty_prefix)]
+
+    @property
+    def empty_prefix(self) -> PrefixHash:
+        """Prefix of its sequences before any of their blocks is registered for sharing."""
+        return empty_prefix(self.adapter)
 
     @property
     def priority(self) -> int:

@@ -20,6 +20,8 @@ class Segment:
     """Blocks of the sequence, up to that of the last of these tokens."""
     needs_logits: bool
     """Whether the logits of the last of these tokens are returned."""
+    adapter: int = 0
+    """Number of the sequence's adapter, from 1; 0 is the base model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class StepPlan:
             numbers += (
                 part.start,
                 int(part.needs_logits),
+                part.adapter,
                 len(part.tokens),
                 len(part.block_table),
                 *part.tokens,
@@ -58,10 +61,16 @@ class StepPlan:
         copies = tuple((target, source) for target, source in (_take(rest, 2) for _ in range(num_copies)))
         segments = []
         for _ in range(num_segments):
-            start, needs_logits, num_tokens, num_blocks = _take(rest, 4)
+            start, needs_logits, adapter, num_tokens, num_blocks = _take(rest, 5)
             tokens, block_table = _take(rest, num_tokens), _take(rest, num_blocks)
             segments.append(
-                Segment(start=start, tokens=tokens, block_table=block_table, needs_logits=bool(needs_logits))
+                Segment(
+                    start=start,
+                    tokens=tokens,
+                    block_table=block_table,
+                    needs_logits=bool(needs_logits),
+                    adapter=adapter,
+                )
             )
         return StepPlan(segments=tuple(segments), copies=copies, padding=padding, stop=bool(stop))
 
@@ -103,4 +112,5 @@ def _segments_between(segments: tuple[Segment, ...], begin: int, end: int) -> It
                 tokens=segment.tokens[low:high],
                 block_table=segment.block_table[: -(-(segment.start + high) // BLOCK_SIZE)],
                 needs_logits=segment.needs_logits and high == size,
+                adapter=segment.adapter,
             )

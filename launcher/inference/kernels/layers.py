@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from launcher.errors import EnvironmentProblem
+from launcher.inference.kernels.low_rank import NO_ADAPTERS, AdapterSet, PackedLowRank
 from launcher.inference.kernels.native import (
     MAX_GROUP_SIZE,
     VECTOR_WIDTH,
@@ -59,11 +60,23 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
         packed: the matrix.
         dtype: what goes in and comes out: bf16 or fp32, which a matrix that is not quantized is of, too.
         scratch: shared room.
+        adapters: those of the engine, which know the current step.
+        low_rank: their updates of the matrix; ``None`` where they have none.
     """
 
-    def __init__(self, packed: PackedMatrix | PackedQuantizedMatrix, dtype: torch.dtype, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        packed: PackedMatrix | PackedQuantizedMatrix,
+        dtype: torch.dtype,
+        scratch: Scratch,
+        *,
+        adapters: AdapterSet = NO_ADAPTERS,
+        low_rank: PackedLowRank | None = None,
+    ) -> None:
         super().__init__()
         self._packed, self._scratch = packed, scratch
+        self._adapters, self._low_rank = adapters, low_rank
+        self._updates = _address(low_rank)
         self._half = int(dtype == torch.bfloat16)
         self._call = native_library().native_linear
 
@@ -74,7 +87,17 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
         rows = x.numel() // packed.inner
         y = x.new_empty((*x.shape[:-1], packed.columns))
         scratch = self._scratch.of(rows * (packed.inner + packed.out))
-        self._call(byref(packed.struct), x.data_ptr(), y.data_ptr(), rows, packed.columns, scratch, self._half)
+        self._call(
+            byref(packed.struct),
+            self._updates,
+            self._adapters.rows_address,
+            x.data_ptr(),
+            y.data_ptr(),
+            rows,
+            packed.columns,
+            scratch,
+            self._half,
+        )
         return y
 
 
@@ -84,16 +107,16 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
     Args:
         block: the stock one.
         scratch: shared room.
+        adapters: those of the engine.
     """
 
-    def __init__(self, block: nn.Module, scratch: Scratch) -> None:
+    def __init__(self, block: nn.Module, scratch: Scratch, adapters: AdapterSet = NO_ADAPTERS) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self._qkv, self._o, self._gate_up, self._down = (
-            pack_layers(layers)
-            for layers in (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
-        )
+        stacks = (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+        self._qkv, self._o, self._gate_up, self._down = map(pack_layers, stacks)
+        self._adapters, self._low_rank = adapters, [adapters.packed(layers) for layers in stacks]
         self._norms = [norm.weight.detach().float() for norm in (block.input_layernorm, block.post_attention_layernorm)]
         dim, width = attention.head_dim, attention.q_proj.in_features
         heads, kv_heads = (layer.out_features // dim for layer in inputs[:2])
@@ -103,6 +126,7 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
             self._o.struct,
             self._gate_up.struct,
             self._down.struct,
+            *map(_address, self._low_rank),
             *(norm.data_ptr() for norm in self._norms),
             block.input_layernorm.variance_epsilon,
             block.post_attention_layernorm.variance_epsilon,
@@ -132,6 +156,7 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
         self._call(
             byref(self._struct),
             byref(tokens),
+            self._adapters.rows_address,
             cache.keys[self._layer].data_ptr(),
             cache.values[self._layer].data_ptr(),
             hidden_states.data_ptr(),
@@ -170,13 +195,18 @@ class ReplacedLayers:
 
 
 def replace_layers(
-    model: PreTrainedModel, cache: KVArenas, *, heartbeat: Callable[[], None] = lambda: None
+    model: PreTrainedModel,
+    cache: KVArenas,
+    *,
+    adapters: AdapterSet = NO_ADAPTERS,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> ReplacedLayers:
     """Replace what can be replaced.
 
     Args:
         model: on the CPU, in inference mode, in bf16 or fp32; other models stay as they are.
         cache: whose attention is computed by kernels too.
+        adapters: whose updates of replaced layers are computed by kernels too.
         heartbeat: called while the kernels are compiled.
     """
     swapped = ReplacedLayers()
@@ -202,12 +232,13 @@ def replace_layers(
     if is_llama:
         for block in layers:
             parent, name = _parent_of(model, block)
-            swapped.put(parent, name, NativeBlock(block, scratch))
+            swapped.put(parent, name, NativeBlock(block, scratch, adapters))
             heartbeat()
     matrices = list(_matrices(model))
     for parent, name, child in matrices:
         packed = pack_layers([child]) if is_packable(child) else PackedMatrix([_weight(child)], [child.bias])
-        swapped.put(parent, name, NativeLinear(packed, model.dtype, scratch))
+        low_rank = adapters.packed([child])
+        swapped.put(parent, name, NativeLinear(packed, model.dtype, scratch, adapters=adapters, low_rank=low_rank))
         heartbeat()
     swapped.what = f"{len(layers) if is_llama else 0} blocks and {len(matrices)} single matrices by compiled kernels"
     if others := sum(is_quantized(layer) for layer in model.modules()):
@@ -263,6 +294,10 @@ def _is_llama_block(block: nn.Module) -> bool:
         and heads // kv_heads <= MAX_GROUP_SIZE
         and not any(size % _PANEL for size in (dim, width, mlp.gate_proj.out_features))
     )
+
+
+def _address(low_rank: PackedLowRank | None) -> int | None:
+    return None if low_rank is None else low_rank.address
 
 
 def _silu() -> nn.Module:

@@ -41,8 +41,22 @@ typedef struct {
     int64_t dynamic;    /* of 8 bits: whether activations are rounded to 8 bits too, each row by its largest */
 } Linear;
 
+/* One adapter's update of a matrix, in panels of fp32: y += up (out, rank) down (rank, in) x. */
+typedef struct {
+    Linear down, up; /* without weights where the adapter leaves the matrix as it is */
+} LowRank;
+
+/* Tokens of a step that have an adapter. */
+typedef struct {
+    int64_t groups;         /* adapters in this step */
+    const int64_t *adapter; /* of each group */
+    const int64_t *first;   /* (groups + 1): where its tokens begin */
+    const int64_t *tokens;  /* by group */
+} AdapterRows;
+
 typedef struct {
     Linear qkv, o, gate_up, down;
+    const LowRank *qkv_low, *o_low, *gate_up_low, *down_low; /* by adapter, or null */
     const float *norm1, *norm2;
     float eps1, eps2, scale;
     int32_t half; /* bf16, else fp32 */
@@ -374,14 +388,37 @@ static void multiply(const Linear *l, const float *x, int64_t rows, float *y, in
     }
 }
 
+/* y (rows, out) += the update of each row's adapter, of x (rows, in). The rows of an adapter are multiplied together; what
+ * a row gets depends on itself alone, bit for bit. As in PEFT, sums are fp32 and the total is rounded. */
+static void add_low_rank(const LowRank *all, const AdapterRows *s, const float *x, int64_t in, float *y, int64_t out,
+                         int half) {
+    for (int64_t g = 0; all && s && g < s->groups; g++) {
+        const LowRank *l = all + s->adapter[g];
+        if (!l->down.weight) continue;
+        const int64_t *tokens = s->tokens + s->first[g], n = s->first[g + 1] - s->first[g];
+        float *own = __builtin_malloc(sizeof(float) * n * (in + l->down.out + out));
+        float *mid = own + n * in, *more = mid + n * l->down.out;
+        for (int64_t i = 0; i < n; i++) memcpy(own + i * in, x + tokens[i] * in, sizeof(float) * in);
+        multiply(&l->down, own, n, mid, 0);
+        multiply(&l->up, mid, n, more, 0);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t k = 0; k < out; k += VL) {
+                vf *to = (vf *)(y + tokens[i] * out + k);
+                *to = rnd(*to + *(vf *)(more + i * out + k), half);
+            }
+        __builtin_free(own);
+    }
+}
+
 /* out (rows, columns) = in (rows, in) of a packed matrix of at least as many columns, both of the model's format */
-void native_linear(const Linear *l, const void *in, void *out, int64_t rows, int64_t columns, float *scratch,
-                   int32_t half) {
+void native_linear(const Linear *l, const LowRank *low, const AdapterRows *adapters, const void *in, void *out,
+                   int64_t rows, int64_t columns, float *scratch, int32_t half) {
     float *x = scratch, *y = scratch + rows * l->in;
 #pragma omp parallel for schedule(static) if (rows * l->in > SMALL / 4)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < l->in; k++) x[i * l->in + k] = get1(in, i * l->in + k, half);
     multiply(l, x, rows, y, half);
+    add_low_rank(low, adapters, x, l->in, y, l->out, half);
 #pragma omp parallel for schedule(static) if (rows * columns > SMALL / 4)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < columns; k++) put1(out, i * columns + k, y[i * l->out + k], half);
@@ -584,13 +621,15 @@ static void rotate(float *x, const Step *s, int64_t i, int64_t dim, int half) {
 
 /* One block of Llama's make; in and out (tokens, width) of the model's format may be the same.
  * scratch: tokens * (2 width + qkv.out + heads * dim + gate_up.out) floats. */
-void native_block(const Block *b, const Step *s, void *keys, void *values, const void *in, void *out, float *scratch) {
+void native_block(const Block *b, const Step *s, const AdapterRows *adapters, void *keys, void *values, const void *in,
+                  void *out, float *scratch) {
     int64_t n = s->tokens, w = b->width, qw = b->heads * b->dim, kw = b->kv_heads * b->dim;
     int half = b->half;
     float *x = scratch, *y = x + n * w, *qkv = y + n * w, *att = qkv + n * b->qkv.out, *mid = att + n * qw;
     for (int64_t i = 0; i < n * w; i += VL) *(vf *)(x + i) = get(in, i, half);
     normalise(x, b->norm1, b->eps1, n, w, y, half);
     multiply(&b->qkv, y, n, qkv, half);
+    add_low_rank(b->qkv_low, adapters, y, w, qkv, b->qkv.out, half);
 #pragma omp parallel for schedule(static) if (n > 4)
     for (int64_t i = 0; i < n; i++) {
         float *row = qkv + i * b->qkv.out;
@@ -599,9 +638,11 @@ void native_block(const Block *b, const Step *s, void *keys, void *values, const
     }
     attention(s, qkv, b->qkv.out, b->heads, b->kv_heads, b->dim, keys, values, b->scale, half, att);
     multiply(&b->o, att, n, y, half);
+    add_low_rank(b->o_low, adapters, att, qw, y, w, half);
     for (int64_t i = 0; i < n * w; i += VL) *(vf *)(x + i) = rnd(*(vf *)(x + i) + *(vf *)(y + i), half);
     normalise(x, b->norm2, b->eps2, n, w, y, half);
     multiply(&b->gate_up, y, n, mid, half);
+    add_low_rank(b->gate_up_low, adapters, y, w, mid, b->gate_up.out, half);
 #pragma omp parallel for schedule(static) if (n > 1)
     for (int64_t i = 0; i < n; i++)
         for (int64_t k = 0; k < b->mlp; k += VL) {
@@ -613,6 +654,7 @@ void native_block(const Block *b, const Step *s, void *keys, void *values, const
     /* the products stand at the stride of both halves: close the gaps for the last matrix */
     for (int64_t i = 1; i < n; i++) memmove(mid + i * b->mlp, mid + i * b->gate_up.out, sizeof(float) * b->mlp);
     multiply(&b->down, mid, n, y, half);
+    add_low_rank(b->down_low, adapters, mid, b->mlp, y, w, half);
     for (int64_t i = 0; i < n * w; i++) put1(out, i, x[i] + y[i], half);
 }
 

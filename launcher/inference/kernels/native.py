@@ -41,11 +41,24 @@ class LinearStruct(Structure):
     ]
 
 
+class LowRankStruct(Structure):
+    """One adapter's update of a matrix."""
+
+    _fields_: ClassVar = [("down", LinearStruct), ("up", LinearStruct)]
+
+
+class AdapterRowsStruct(Structure):
+    """Tokens of a step that have an adapter, by adapter."""
+
+    _fields_: ClassVar = [("groups", c_int64), *((name, c_void_p) for name in ("adapter", "first", "tokens"))]
+
+
 class BlockStruct(Structure):
     """A decoder block of Llama's make."""
 
     _fields_: ClassVar = [
         *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("qkv_low", "o_low", "gate_up_low", "down_low")),
         *((name, c_void_p) for name in ("norm1", "norm2")),
         *((name, c_float) for name in ("eps1", "eps2", "scale")),
         ("half", c_int32),
@@ -88,8 +101,14 @@ def native_library(heartbeat: Callable[[], None] = lambda: None) -> Any:
 @cache
 def _load(file: Path) -> Any:
     library = ctypes.CDLL(str(file))
-    library.native_block.argtypes = [POINTER(BlockStruct), POINTER(TokensStruct), *[c_void_p] * 5]
-    library.native_linear.argtypes = [POINTER(LinearStruct), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]
+    library.native_block.argtypes = [POINTER(BlockStruct), POINTER(TokensStruct), *[c_void_p] * 6]
+    library.native_linear.argtypes = [
+        POINTER(LinearStruct),
+        *[c_void_p] * 4,
+        *[c_int64] * 2,
+        c_void_p,
+        c_int32,
+    ]
     library.native_attention.argtypes = [
         POINTER(TokensStruct),
         *[c_void_p] * 6,
@@ -278,6 +297,10 @@ class SegmentLayout(Protocol):
     @property
     def block_table(self) -> Sequence[int]:
         """Blocks of the sequence, up to the last of these tokens."""
+
+    @property
+    def adapter(self) -> int:
+        """Number of the sequence's adapter, from 1; 0 is the base model."""
 
 
 class StepLayout(Protocol):

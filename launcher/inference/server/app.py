@@ -46,15 +46,17 @@ def _add_generation(app: FastAPI, client: EngineClient) -> None:
     async def chat_completions(request: Request) -> Response:
         return await create_chat_completion(client, request)
 
-    @app.get("/v1/models", summary="The model that is served")
+    adapters = client.limits.adapters
+
+    @app.get("/v1/models", summary="The model that is served, and its adapters")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(client)]}
+        return {"object": "list", "data": [_model(client, name) for name in (client.limits.name, *adapters)]}
 
     @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> dict[str, Any]:
-        if name != client.limits.name:
+        if name != client.limits.name and name not in adapters:
             raise ApiError(404, f"there is no model {name[:100]!r}", param="model", code="model_not_found")
-        return _model(client)
+        return _model(client, name)
 
 
 def _add_tokenize(app: FastAPI, client: EngineClient) -> None:
@@ -126,9 +128,12 @@ def _add_error_handlers(app: FastAPI) -> None:
         return answer.response()
 
 
-def _model(client: EngineClient) -> dict[str, Any]:
-    about = {"id": client.limits.name, "object": "model", "created": client.created, "owned_by": "launcher"}
-    return {**about, "max_model_len": client.pool.max_model_len}
+def _model(client: EngineClient, name: str) -> dict[str, Any]:
+    """Return an entry of ``/v1/models``; ``root`` and ``parent`` are as in vLLM, but name no path of this machine."""
+    base, folder = client.limits.name, client.limits.adapters.get(name)
+    about = {"id": name, "object": "model", "created": client.created, "owned_by": "launcher"}
+    origin = {"root": base, "parent": None} if folder is None else {"root": Path(folder).name, "parent": base}
+    return {**about, **origin, "max_model_len": client.pool.max_model_len}
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class ReplicaBackend(ModelBackend):
         self._pool = ReplicaPool(job.replicas, start, stall_s=stall_s, build_timeout_s=build_timeout_s)
         limits = ServerLimits(
             name=job.name_of(run),
+            adapters=job.adapters,
             capacity=job.capacity,
             max_queue=job.max_queue,
             max_choices=job.max_choices,

@@ -159,7 +159,7 @@ class GenerationResponse(ABC):
         return self._object(self.part, choices)
 
     def _object(self, name: str, choices: list[EventData], **more: Any) -> EventData:
-        about = {"object": name, "model": self.client.limits.name, "system_fingerprint": self.client.fingerprint}
+        about = {"object": name, "model": self.body.model, "system_fingerprint": self.client.fingerprint}
         return {**self._head, **about, "choices": choices, **more}
 
     def _usage(self) -> EventData:
@@ -240,7 +240,13 @@ async def create_completion(client: EngineClient, request: Request) -> Response:
     caller = caller_of(request.scope)
     client.check_capacity(prompts, choices=body.n, field="prompt", caller=caller)
     choices = client.choices(
-        prompts, sampling, n=body.n, stop=body.stop_strings, priority=body.priority, echo=body.echo
+        prompts,
+        sampling,
+        model=body.model,
+        n=body.n,
+        stop=body.stop_strings,
+        priority=body.priority,
+        echo=body.echo,
     )
     response = CompletionResponse(client, body, choices=choices, prompts=prompts, tokenizer=tokenizer, caller=caller)
     return await response.respond(request)
@@ -300,6 +306,8 @@ async def create_chat_completion(client: EngineClient, request: Request) -> Resp
     assert max_model_len is not None
     most = body.max_completion_tokens or body.max_tokens or max_model_len - len(prompt)
     sampling = sampling_params(body, max_tokens=most, vocab_size=tokenizer.vocab_size)
-    choices = client.choices([prompt], sampling, n=body.n, stop=body.stop_strings, priority=body.priority)
+    choices = client.choices(
+        [prompt], sampling, model=body.model, n=body.n, stop=body.stop_strings, priority=body.priority
+    )
     response = ChatResponse(client, body, choices=choices, prompts=[prompt], tokenizer=tokenizer, caller=caller)
     return await response.respond(request)

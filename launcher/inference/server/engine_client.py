@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from launcher.config.sampling import SamplingParams
@@ -122,6 +122,7 @@ class ChoiceStream:
     Args:
         client: submits it.
         prompt: tokens to continue.
+        model: name of the base model or of an adapter.
         sampling: its parameters.
         stop: strings that end it.
         priority: higher is sooner.
@@ -132,14 +133,15 @@ class ChoiceStream:
         self,
         client: EngineClient,
         prompt: tuple[int, ...],
+        model: str,
         sampling: SamplingParams,
         stop: Sequence[str],
         priority: int,
         *,
         echo: bool = False,
     ) -> None:
-        self._echo = echo
-        self._client, self._arguments = client, (prompt, sampling, stop, priority)
+        self._echo, self._stop = echo, stop
+        self._client, self._arguments = client, (prompt, model, sampling, stop, priority)
         self._started_s = time.monotonic()
         self.request_state, self.cache_status = client.submit(*self._arguments)
         self.num_tokens = 0
@@ -151,7 +153,7 @@ class ChoiceStream:
         Raises:
             Exception: the error that ended it.
         """
-        tokenizer, stop = self._client.tokenizer, self._arguments[2]
+        tokenizer, stop = self._client.tokenizer, self._stop
         assert tokenizer is not None
         while True:
             try:
@@ -201,6 +203,8 @@ class ServerLimits:
 
     name: str
     """Model name in clients' requests."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Folders of adapters, by the name that chooses one in requests."""
     capacity: int
     """Sequences that engines work on at a time."""
     max_queue: int
@@ -220,7 +224,7 @@ class EngineClient:
 
     def __init__(self, limits: ServerLimits, *, pool: ReplicaPool, results: ResultCache) -> None:
         self.limits, self.pool, self.results = limits, pool, results
-        self.metrics = ServerMetrics(pool, results)
+        self.metrics = ServerMetrics(pool, results, model=limits.name)
         self.created = int(time.time())
         self.tokenizer: TextTokenizer | None = None
         """Set once the tokenizer is there."""
@@ -267,8 +271,9 @@ class EngineClient:
         Raises:
             ApiError: it is another model, or the server takes none now.
         """
-        if model is not None and model != self.limits.name:
-            message = f"there is no model {model[:100]!r}; this server has {self.limits.name!r}"
+        if model is not None and model != self.limits.name and model not in self.limits.adapters:
+            others = f" and its adapters {', '.join(map(repr, self.limits.adapters))}" if self.limits.adapters else ""
+            message = f"there is no model {model[:100]!r}; this server has {self.limits.name!r}{others}"
             raise ApiError(404, message, param="model", code="model_not_found")
         self.body_limits()  # it may have started to drain while a large body was parsed
         assert self.tokenizer is not None
@@ -317,6 +322,7 @@ class EngineClient:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
+        model: str,
         n: int,
         stop: Sequence[str],
         priority: int,
@@ -325,17 +331,20 @@ class EngineClient:
         """Submit every sequence of a request: ``n`` for each prompt."""
         kinds = [replace(sampling, seed=choice_seed(sampling.seed, number)) for number in range(n)]
         return [
-            ChoiceStream(self, tuple(prompt), kind, stop, priority, echo=echo) for prompt in prompts for kind in kinds
+            ChoiceStream(self, tuple(prompt), model, kind, stop, priority, echo=echo)
+            for prompt in prompts
+            for kind in kinds
         ]
 
     def submit(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, stop: Sequence[str], priority: int
+        self, prompt: tuple[int, ...], model: str, sampling: SamplingParams, stop: Sequence[str], priority: int
     ) -> tuple[RequestState, CacheStatus]:
         """Submit a sequence, join an equal one in flight, or find its cached result."""
         request = EngineRequest(
             id=f"s{next(self._ids)}",
             prompt=prompt,
             sampling=sampling,
+            adapter="" if model == self.limits.name else model,
             priority=priority,
             queue_deadline_s=self.limits.queue_timeout_s,
             deadline_s=self.limits.request_timeout_s,
@@ -343,7 +352,7 @@ class EngineClient:
         if not sampling.is_deterministic:
             state, cache_status = RequestState(request, on_end=self._on_end), "bypass"
         else:
-            key = result_key(self.fingerprint_hash, prompt, sampling, stop)
+            key = result_key(self.fingerprint_hash, prompt, sampling, stop, adapter=request.adapter)
             state, cache_status = self.results.find(key, RequestState(request, on_end=partial(self._complete, key)))
         state.num_readers += 1
         if cache_status in ("miss", "bypass"):

@@ -26,9 +26,10 @@ class ServerMetrics:
     Args:
         pool: its engines, whose state is read at every scrape.
         results: its cache of results.
+        model: name of the base model.
     """
 
-    def __init__(self, pool: ReplicaPool, results: ResultCache) -> None:
+    def __init__(self, pool: ReplicaPool, results: ResultCache, *, model: str) -> None:
         self._registry = CollectorRegistry()
         self._pool, self._results = pool, results
         self._registry.register(_StateCollector(pool, results))
@@ -38,6 +39,11 @@ class ServerMetrics:
         self.failed = self._counter("request_failure", "Sequences that failed, by reason", "reason")
         self.rejected = self._counter("requests_rejected", "Requests that were rejected, by reason", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens given to engines")
+        self._model = model
+        self.by_model = self._counter("requests_by_model", "Sequences that ended, by model or adapter", "model_name")
+        self.tokens_by_model = self._counter(
+            "generation_tokens_by_model", "Tokens of sequences that ended, by model or adapter", "model_name"
+        )
         self._times = {
             "ttft": self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SHORT_BUCKETS),
             "itl": self._histogram(
@@ -60,6 +66,7 @@ class ServerMetrics:
             self.finished.labels(state.finish_reason).inc()
         else:
             self.failed.labels(state.error_reason).inc()
+        self._count_model(state)
         if state.num_attempts:
             self.prompt_tokens.inc(len(state.request.prompt))
         times = state.times
@@ -77,6 +84,7 @@ class ServerMetrics:
         """Count a sequence that was answered by a cached or shared result."""
         if state.finish_reason is not None:
             self.finished.labels(state.finish_reason).inc()
+            self._count_model(state)
 
     def render(self) -> bytes:
         """Return everything as Prometheus reads it."""
@@ -93,6 +101,11 @@ class ServerMetrics:
                 values[names[kind]] = total / count
             self._sums[kind] = (0, 0.0)
         return {f"serve/{name}": float(value) for name, value in values.items()}
+
+    def _count_model(self, state: RequestState) -> None:
+        name = state.request.adapter or self._model
+        self.by_model.labels(name).inc()
+        self.tokens_by_model.labels(name).inc(len(state.tokens))
 
     def _state(self) -> Iterator[Metric]:
         yield from _StateCollector(self._pool, self._results).collect()

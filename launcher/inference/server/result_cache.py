@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from launcher.checkpoint.manifest import read_manifest
+from launcher.config.lora_folder import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from launcher.config.model.folder import checkpoint_files, weight_files
 from launcher.config.sampling import SamplingParams
 from launcher.inference.engine.base import FinishReason, GeneratedToken
@@ -137,8 +138,14 @@ def model_fingerprint(run: Run, *, tokenizer: str, heartbeat: Callable[[], None]
         "engine": [job["engine"], job["batching"]],
         "weights": _weights_hash(run, heartbeat=heartbeat),
         "tokenizer": tokenizer,
+        "adapters": {name: _adapter_hash(folder) for name, folder in job["adapters"].items()},
     }
     return sha256_of(json.dumps(parts, sort_keys=True).encode())
+
+
+def _adapter_hash(folder: str) -> str:
+    path = adapter_folder(folder)
+    return sha256_of((path / CONFIG_FILE).read_bytes() + (path / WEIGHTS_FILE).read_bytes())
 
 
 def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
@@ -164,7 +171,9 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def result_key(fingerprint_hash: str, prompt: Sequence[int], sampling: SamplingParams, stops: Sequence[str]) -> str:
+def result_key(
+    fingerprint_hash: str, prompt: Sequence[int], sampling: SamplingParams, stops: Sequence[str], *, adapter: str = ""
+) -> str:
     """Return the key of one sequence's result: everything that decides it."""
-    parts = [fingerprint_hash, list(prompt), asdict(sampling), sorted(stops)]
+    parts = [fingerprint_hash, adapter, list(prompt), asdict(sampling), sorted(stops)]
     return sha256_of(json.dumps(parts, separators=(",", ":")).encode())

@@ -35,7 +35,7 @@ def echo() -> EchoEngine:
     return EchoEngine(limits=EngineLimits(max_num_seqs=4), max_model_len=64, vocab_size=300)
 
 
-def work(folder, records, *, engine=None, asked=None, size=100) -> list[dict]:
+def work(folder, records, *, engine=None, asked=None, size=100, models=None) -> list[dict]:
     index = PartIndex(folder, size)
     index.scan()
     with PartWriter(folder / "rank0.part") as parts:
@@ -49,6 +49,7 @@ def work(folder, records, *, engine=None, asked=None, size=100) -> list[dict]:
             preemption=asked or Asked(),
             max_concurrent=4,
             seed=0,
+            models=models or {},
             heartbeat=lambda done, speed: None,
         ).run()
     lines = (folder / "rank0.part").read_bytes().splitlines()
@@ -64,6 +65,26 @@ def test_each_line_gets_its_own_answer(tmp_path) -> None:
     found = work(tmp_path, prompts(*texts))
     assert [answer["text"] for answer in found] == [(text * 6)[:6] for text in texts]
     assert all(answer["finish_reason"] == "length" and answer["completion_tokens"] == 6 for answer in found)
+
+
+def test_each_line_is_answered_by_the_adapter_that_it_names(tmp_path) -> None:
+    asked = {}
+
+    class Adapted(EchoEngine):
+        adapters = ("polite",)
+
+        def _accept(self, request) -> None:
+            asked[request.id] = request.adapter
+            super()._accept(request)
+
+    engine = Adapted(limits=EngineLimits(max_num_seqs=4), max_model_len=64, vocab_size=300)
+    records = [
+        Record(number, number + 1, {"prompt": "ab", "model": name})
+        for number, name in enumerate(("polite", "tiny", "x"))
+    ]
+    found = work(tmp_path, records, engine=engine, models={"tiny": "", "polite": "polite"})
+    assert asked == {"0": "polite", "1": ""}
+    assert "there is no model 'x'" in found[2]["error"]
 
 
 def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp_path) -> None:

@@ -40,6 +40,20 @@ def test_what_is_drawn_has_a_seed_of_run_and_line() -> None:
     )
 
 
+def test_a_line_names_its_adapter_or_the_base_model() -> None:
+    models = {"tiny": "", "polite": "polite"}
+
+    def adapter(default: str | None, **fields: object) -> str:
+        record = Record(0, 1, {"prompt": "a", **fields})
+        return parse_request(record, {**USUAL, "model": default}, WORDS, seed=0, models=models).adapter
+
+    assert adapter(None) == adapter(None, model="tiny") == adapter("polite", model="tiny") == ""
+    assert adapter("polite") == adapter("polite", model=None) == adapter(None, model="polite") == "polite"
+    for wrong in ("polit", 5, ["polite"]):
+        with pytest.raises(BadLine, match=r"model: there is no model .*(polite|choose from)"):
+            adapter(None, model=wrong)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,10 @@ class InProcess:
     def __init__(self, loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
         self._loop, self._client = loop, client
 
+    def get(self, path: str) -> httpx.Response:
+        """Return the answer to a request without a body."""
+        return asyncio.run_coroutine_threadsafe(self._client.get(path), self._loop).result(60)
+
     def post(self, path: str, *bodies: str | dict[str, Any]) -> Sequence[httpx.Response]:
         """Return the answer to each body."""
 
@@ -45,8 +49,14 @@ class InProcess:
 
 
 @contextmanager
-def in_process(engine: InferenceEngine, tokenizer: TextTokenizer) -> Iterator[InProcess]:
-    """Serve ``engine`` until the block ends."""
+def in_process(
+    engine: InferenceEngine,
+    tokenizer: TextTokenizer,
+    *,
+    adapters: Mapping[str, str] | None = None,
+    cache_bytes: int = 0,
+) -> Iterator[InProcess]:
+    """Serve ``engine``, with folders of its adapters by name, until the block ends."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -66,9 +76,15 @@ def in_process(engine: InferenceEngine, tokenizer: TextTokenizer) -> Iterator[In
     async def begin() -> tuple[ReplicaPool, httpx.AsyncClient]:
         pool = ReplicaPool(1, start, stall_s=60, build_timeout_s=60)
         limits = ServerLimits(
-            name=MODEL, capacity=32, max_queue=256, max_choices=64, queue_timeout_s=60, request_timeout_s=60
+            name=MODEL,
+            adapters=adapters or {},
+            capacity=32,
+            max_queue=256,
+            max_choices=64,
+            queue_timeout_s=60,
+            request_timeout_s=60,
         )
-        engine_client = EngineClient(limits, pool=pool, results=ResultCache(0, ttl_s=1))
+        engine_client = EngineClient(limits, pool=pool, results=ResultCache(cache_bytes, ttl_s=60))
         pool.open()
         engine_client.tokenizer, engine_client.fingerprint_hash = tokenizer, "0"
         while pool.max_model_len is None:

@@ -1,0 +1,184 @@
+"""What the plan reads of an adapter's folder, and which adapters it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.compose import compose
+from launcher.config.lora_folder import MAX_LORA_RANK, linear_shapes, read_lora_folder
+from launcher.errors import ConfigErrors
+from launcher.execution.prepare import prepare
+from launcher.utils.safetensors_header import TensorEntry, header_bytes
+
+CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "bias": "none"}
+QUERY = "model.layers.3.self_attn.q_proj"
+PREFIX = "base_model.model."
+
+
+def matrices(module: str = QUERY, rank: int = 4, inner: int = 128, out: int = 128) -> dict[str, tuple[int, ...]]:
+    return {f"{PREFIX}{module}.lora_A.weight": (rank, inner), f"{PREFIX}{module}.lora_B.weight": (out, rank)}
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, tuple[int, ...]] | None = None, **changed: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **changed}))
+    shapes = matrices() if tensors is None else tensors
+    entries = [TensorEntry(name=name, dtype="F32", shape=shape) for name, shape in shapes.items()]
+    values = bytes(sum(entry.num_bytes for entry in entries))
+    (folder / "adapter_model.safetensors").write_bytes(header_bytes(entries, {}) + values)
+    return folder
+
+
+def refused(*words: str) -> list[str]:
+    base = ["job=serve", "model=llama_tiny", "job.tokenizer=bytes", "backend.ranks=1", "tracker=local"]
+    with pytest.raises(ConfigErrors) as caught:
+        prepare(compose([*base, *words]))
+    return [str(error) for error in caught.value.errors]
+
+
+def planned(*words: str) -> str:
+    base = ["job=serve", "model=llama_tiny", "job.tokenizer=bytes", "backend.ranks=1", "tracker=local"]
+    from launcher.planning.render import render
+
+    return render(prepare(compose([*base, *words])).plan)
+
+
+def test_scales_and_ranks_are_those_of_peft(tmp_path: Path) -> None:
+    key = "model.layers.0.self_attn.k_proj"
+    tensors = {**matrices(), **matrices(key, rank=9, out=64)}
+    patterns = {"rank_pattern": {"k_proj": 9}, "alpha_pattern": {r".*layers\.0\..*": 18}}
+    for name, root, scales in (("plain", False, (18 / 9, 6 / 4)), ("rs", True, (18 / 3, 6 / 2))):
+        found = read_lora_folder(write_adapter(tmp_path / name, tensors, use_rslora=root, **patterns))
+        assert [module.scale for module in found.modules.values()] == pytest.approx(list(scales))
+        assert [module.rank for module in found.modules.values()] == [9, 4]
+        assert found.numel == 9 * (128 + 64) + 4 * (128 + 128)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"peft_type": "IA3"}, "of type IA3; the engine applies LORA only; merge it"),
+        ({"task_type": "SEQ_CLS"}, "another task (SEQ_CLS)"),
+        ({"use_dora": True}, "is a DoRA adapter: it rescales the base layer's output"),
+        ({"modules_to_save": ["lm_head"]}, "replaces whole modules"),
+        ({"bias": "all"}, "changes biases of the base model (bias=all)"),
+        ({"lora_bias": True}, "biases of its own"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa); save it with path_initial_model_for_weight"),
+        ({"use_new_thing": 3}, "sets use_new_thing, which the engine does not support"),
+        ({"r": 5}, f"says rank 5 for {QUERY}, whose tensors have 4"),
+        ({"rank_pattern": {"(": 1}}, "invalid rank_pattern"),
+        ({"lora_alpha": None}, "lora_alpha None, which is not a number"),
+    ],
+)
+def test_settings_that_cannot_be_served_exactly_are_refused(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", **changed)
+    (error,) = refused(f"job.adapters.polite={folder}")
+    assert error.startswith(f"job.adapters.polite={folder}: ")
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "holds no tensors"),
+        ({f"{PREFIX}lm_head.weight": (8, 8)}, "lm_head.weight, which is no LoRA matrix"),
+        ({f"{PREFIX}{QUERY}.lora_magnitude_vector": (128,)}, "no LoRA matrix of a linear layer"),
+        (dict(list(matrices().items())[:1]), "lora_B of shape []"),
+        (matrices(rank=0), "they must be (rank, in) and (out, rank)"),
+        (matrices(rank=MAX_LORA_RANK + 1), f"takes at most {MAX_LORA_RANK}"),
+        (matrices("model.layers.4.self_attn.q_proj"), "model.layers.4.self_attn.q_proj, and llama_tiny has no such"),
+        (matrices("model.layers.0.attn.c_attn"), "set model to the one that it was trained on"),
+        (matrices("lm_head", out=2048), "adapts the output layer lm_head"),
+        (matrices(out=256), f"adapts {QUERY} of 128 to 256 features, which in llama_tiny has 128 to 128"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_model_are_refused(
+    tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path
+) -> None:
+    rank = next(iter(tensors.values()), (4,))[0] if tensors else 4
+    folder = write_adapter(tmp_path / "a", tensors, r=rank)
+    (error,) = refused(f"job.adapters.polite={folder}")
+    assert said in error
+
+
+def test_folders_that_hold_no_adapter_are_refused(tmp_path: Path) -> None:
+    model, pickled, cut, broken = (tmp_path / name for name in ("model", "pickled", "cut", "broken"))
+    for folder in (model, pickled, cut, broken):
+        write_adapter(folder)
+    (model / "adapter_config.json").rename(model / "config.json")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with (cut / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(500)
+    (broken / "adapter_config.json").write_text("{")
+    said = {
+        model: "is a whole model, not an adapter",
+        pickled: "a pickle (adapter_model.bin), which could run code; load it with PEFT and save it again",
+        cut: "adapter_model.safetensors has 500 bytes",
+        broken: "adapter_config.json cannot be read",
+        tmp_path / "absent": "there is no such folder; give a folder with adapter_config.json",
+        tmp_path: "holds no adapter_config.json",
+    }
+    errors = refused(*(f"job.adapters.a{number}={folder}" for number, folder in enumerate(said)))
+    for error, (folder, why) in zip(errors, said.items(), strict=True):
+        assert f"={folder}: " in error
+        assert why in error
+
+
+def test_names_that_cannot_choose_an_adapter_are_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    assert "is the name of the base model" in refused(f"job.adapters.llama_tiny={folder}")[0]
+    assert "is the name of the base model" in refused("job.served_model_name=x", f"job.adapters.x={folder}")[0]
+    assert "is not a name that a request can send" in refused(f"job.adapters.{'a' * 101}={folder}")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["job.engine=echo"], "job.engine=echo serves the base model alone; set job.engine=paged"),
+        (["parallel=tensor", "parallel.tensor=2", "backend.ranks=2"], "adapters are not split; set parallel=single"),
+        (["parallel=pipeline", "parallel.stages=2", "backend.ranks=2"], "adapters are not split; set parallel=single"),
+    ],
+)
+def test_engines_that_apply_no_adapters_are_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    errors = refused(*words, f"job.adapters.a={write_adapter(tmp_path / 'a')}")
+    assert any(said in error for error in errors), errors
+
+
+def test_the_adapter_of_a_prompt_file_is_one_of_the_adapters(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    (error,) = refused("job=generate", f"job.adapters.polite={folder}", "job.adapter=polit")
+    assert error == "job.adapter=polit: is not a name in job.adapters; did you mean polite?"
+    (error,) = refused("job=generate", "job.adapter=polite")
+    assert "add job.adapters.polite=FOLDER" in error
+
+
+def test_the_plan_shows_adapters_and_counts_their_memory(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    shown = planned(f"job.adapters.polite={folder}", "job.replicas=2")
+    assert "polite (rank 4); 4.1 kB in an engine" in shown
+    assert "4 bytes of fp32 a parameter of the adapters" in shown
+    assert "parameter of the adapters" not in planned()
+
+
+def test_layers_follow_from_sizes(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    assert linear_shapes({"family": "gpt2", **sizes}) == {
+        "transformer.h.0.attn.c_attn": (24, 8),
+        "transformer.h.0.attn.c_proj": (8, 8),
+        "transformer.h.0.mlp.c_fc": (32, 8),
+        "transformer.h.0.mlp.c_proj": (8, 32),
+    }
+    llama = linear_shapes(
+        {"family": "qwen3", **sizes, "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 10}
+    )
+    assert llama is not None
+    assert llama["model.layers.0.self_attn.q_proj"] == (12, 8)
+    assert llama["model.layers.0.self_attn.v_proj"] == (6, 8)
+    assert llama["model.layers.0.self_attn.o_proj"] == (8, 12)
+    assert llama["model.layers.0.mlp.down_proj"] == (8, 10)
+    assert linear_shapes({"family": "mamba"}) is None

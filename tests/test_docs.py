@@ -39,6 +39,9 @@ SLOW = {
     "launch cancel": "cli/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",
     "launch rerun 20260101-120000-abcd job.steps=20": "cli/test_rerun.py::test_a_real_run_again",
     "launch report": "cli/test_report.py::test_a_real_run_in_a_browser",
+    "launch job=serve model=smollm2_135m job.adapters='{polite: adapters/polite, terse: adapters/terse}'": (
+        "inference/server/test_real.py::test_adapters_are_served_beside_the_base_model"
+    ),
     "launch +exp=serve_smollm2": "jobs/test_serve.py::test_a_whole_run_serves_and_completes_when_signalled",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d "
     """'{"model": "smollm2_135m", "messages": [{"role": "user", "content": "What is the capital of France?"}]}'""": (

@@ -189,7 +189,10 @@ def _module(module: str, config: Mapping[str, Any], pair: Mapping[str, tuple[int
 
 
 def _by_pattern(config: Mapping[str, Any], option: str, module: str, usual: Any) -> Any:
-    """Return a layer's value of a setting that has exceptions by pattern; the first match wins, as in PEFT."""
+    """Return a layer's value of a setting with exceptions by pattern.
+
+    The first match wins, as in PEFT.
+    """
     patterns = config.get(option) or {}
     if not isinstance(patterns, Mapping):
         raise BadLoraFolder(f"{CONFIG_FILE} has a {option} that is not an object", "save it again")

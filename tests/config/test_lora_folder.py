@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from launcher.config.compose import compose
+from launcher.config.job.generate import Generate
 from launcher.config.lora_folder import MAX_LORA_RANK, linear_shapes, read_lora_folder
 from launcher.errors import ConfigErrors
 from launcher.execution.prepare import prepare
+from launcher.planning.render import render_plan
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "bias": "none"}
@@ -43,9 +45,7 @@ def refused(*words: str) -> list[str]:
 
 def planned(*words: str) -> str:
     base = ["job=serve", "model=llama_tiny", "job.tokenizer=bytes", "backend.ranks=1", "tracker=local"]
-    from launcher.planning.render import render
-
-    return render(prepare(compose([*base, *words])).plan)
+    return render_plan(prepare(compose([*base, *words])).plan)
 
 
 def test_scales_and_ranks_are_those_of_peft(tmp_path: Path) -> None:
@@ -157,10 +157,18 @@ def test_the_adapter_of_a_prompt_file_is_one_of_the_adapters(tmp_path: Path) -> 
     assert "add job.adapters.polite=FOLDER" in error
 
 
+def test_lines_choose_among_the_base_model_and_the_adapters(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    run = compose(["job=generate", "model=llama_tiny", f"job.adapters.polite={folder}", "job.adapter=polite"]).run
+    job = cast("Generate", run.job)
+    assert job.models(run) == {"llama_tiny": "", "polite": "polite"}
+    assert job.default_fields["model"] == "polite"
+
+
 def test_the_plan_shows_adapters_and_counts_their_memory(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
     shown = planned(f"job.adapters.polite={folder}", "job.replicas=2")
-    assert "polite (rank 4); 4.1 kB in an engine" in shown
+    assert "polite (rank 4); 4.00 KiB in an engine" in shown
     assert "4 bytes of fp32 a parameter of the adapters" in shown
     assert "parameter of the adapters" not in planned()
 

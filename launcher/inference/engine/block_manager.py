@@ -23,7 +23,7 @@ class PrefixHash(NamedTuple):
 
 
 def empty_prefix(adapter: int) -> PrefixHash:
-    """Return the prefix without blocks of sequences with an adapter, from 1; 0 is the base model.
+    """Return the prefix without blocks of sequences of an adapter; 0 is the base model.
 
     Keys and values depend on the adapter, so sequences share blocks with those of the same adapter only.
     """

@@ -85,12 +85,12 @@ class AdapterSet:
         return None if self.rows is None else addressof(self.rows.struct)
 
     def packed(self, layers: Sequence[nn.Module]) -> PackedLowRank | None:
-        """Return the updates of layers whose matrices are stacked; ``None`` where no adapter has any."""
+        """Return the updates of layers whose matrices are stacked; ``None`` without any."""
         updates = [self._layers.get(layer, {}) for layer in layers]
         return PackedLowRank(updates, layers, len(self.names)) if any(updates) else None
 
     def wrap(self, model: nn.Module) -> None:
-        """Wrap the layers with updates that are still part of a model: those that no compiled kernel replaced.
+        """Wrap the layers with updates that no compiled kernel replaced.
 
         Call it last: the updates of other layers, and these layers, are let go of.
         """

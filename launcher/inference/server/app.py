@@ -129,7 +129,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _model(client: EngineClient, name: str) -> dict[str, Any]:
-    """Return an entry of ``/v1/models``; ``root`` and ``parent`` are as in vLLM, but name no path of this machine."""
+    """Return an entry of ``/v1/models``.
+
+    ``root`` and ``parent`` are as in vLLM, but name no path of this machine.
+    """
     base, folder = client.limits.name, client.limits.adapters.get(name)
     about = {"id": name, "object": "model", "created": client.created, "owned_by": "launcher"}
     origin = {"root": base, "parent": None} if folder is None else {"root": Path(folder).name, "parent": base}

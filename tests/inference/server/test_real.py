@@ -58,3 +58,33 @@ def test_answers_in_company_are_those_alone(serve: Start, alone, tmp_path: Path)
     assert odd.status_code in (200, 400)
     assert served.complete("fine").status_code == 200
     assert served.stop() == 0
+
+
+def test_adapters_are_served_beside_the_base_model(serve: Start, tmp_path: Path) -> None:
+    import torch
+
+    from launcher.config.compose import compose
+    from launcher.inference.engine.model_loader import load_model
+    from launcher.inference.tokenizer import byte_tokenizer
+    from tests.inference.peft_adapters import GPT2, save_adapter
+
+    run = compose(["job=serve", "model=gpt2_tiny", *SIZES, "backend.ranks=1", "tracker=local"]).run
+    base, words = load_model(run, device=torch.device("cpu")), byte_tokenizer()
+    ids = torch.tensor([words.encode("one prompt")])
+    expected, options = {}, []
+    for name in (MODEL, *GPT2):
+        model = base if name == MODEL else save_adapter(base, tmp_path / name, seed=1, **GPT2[name])
+        found = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        expected[name] = words.decode(found[0, ids.shape[1] :].tolist())
+        options += [] if name == MODEL else [f"job.adapters.{name}={tmp_path / name}"]
+    assert len(set(expected.values())) == 3
+    served = serve("job.engine=paged", *SIZES, "job.warm_up=[[1,4]]", *options)
+    with ThreadPoolExecutor(3) as pool:
+        answers = pool.map(lambda name: served.complete("one prompt", model=name, max_tokens=12).json(), expected)
+        texts = {answer["model"]: answer["choices"][0]["text"] for answer in answers}
+    assert texts == expected
+    listed = served.http.get("/v1/models").json()["data"]
+    assert [each["id"] for each in listed] == list(expected)
+    assert served.complete("one prompt", model="other").status_code == 404
+    assert served.metric("requests_by_model_total", model_name="all") == 1
+    assert served.stop() == 0

@@ -206,7 +206,9 @@ def _by_pattern(config: Mapping[str, Any], option: str, module: str, usual: Any)
 
 
 def linear_shapes(architecture: Mapping[str, Any]) -> Mapping[str, tuple[int, int]] | None:
-    """Return (out, in) of the linear layers of a model's blocks, by name; ``None`` where sizes do not decide them.
+    """Return (out, in) of the linear layers of a model's blocks, by name.
+
+    ``None`` where sizes do not decide them.
 
     Args:
         architecture: sizes of the model, by their names in Transformers.

@@ -102,6 +102,9 @@ def parse_overrides(
             except HydraException:
                 report(_unparsable(word))
                 continue
+        if problem := _named_twice(word):
+            report(problem)
+            continue
         override = _classify(word, read, parsed, groups, sweeping=sweeping, report=report)
         if override is not None:
             accepted.append(override)
@@ -139,6 +142,19 @@ def _unparsable(word: str) -> ConfigError:
     why = "its quotes and brackets do not match in Hydra's grammar"
     fix = "put a value that holds quotes between quotes of the other kind, or write \\' for a quote inside quotes"
     return ConfigError(head.lstrip("+~"), value, why=why, fix=fix, source=COMMAND_LINE)
+
+
+def _named_twice(word: str) -> ConfigError | None:
+    """Return the error of a mapping that has a name twice, of which Hydra takes the last silently."""
+    head, _, value = word.partition("=")
+    if not _is_mapping(value):
+        return None
+    names = [each.partition(":")[0].strip().strip("'\"") for each in _split(value.strip()[1:-1])]
+    twice = next((name for name in names if names.count(name) > 1 and re.fullmatch(r"[\w.-]+", name)), None)
+    if twice is None:
+        return None
+    why, fix = f"has the name {twice} twice", "keep one of them, or choose another name"
+    return ConfigError(head.lstrip("+"), value, why=why, fix=fix, source=COMMAND_LINE)
 
 
 def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[str]:

@@ -9,6 +9,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,18 +64,18 @@ def main() -> None:
             engine.step()
         return 1000 * (time.process_time() - started) / (options.requests * options.tokens)
 
-    kinds = {
-        "base, engine without adapters": lambda: seconds(plain, [""]),
-        "base, engine with adapters": lambda: seconds(adapted, [""]),
-        f"{options.adapters} adapters mixed": lambda: seconds(adapted, list(folders)),
-        "base and adapters mixed": lambda: seconds(adapted, ["", *folders]),
+    kinds: dict[str, Callable[[], float]] = {
+        "base, engine without adapters": partial(seconds, plain, [""]),
+        "base, engine with adapters": partial(seconds, adapted, [""]),
+        f"{options.adapters} adapters mixed": partial(seconds, adapted, list(folders)),
+        "base and adapters mixed": partial(seconds, adapted, ["", *folders]),
     }
     for measure in kinds.values():
         measure()
     alternate(kinds, rounds=options.rounds, unit="CPU s per 1,000 tokens")
 
 
-def write_adapter(folder: Path, shapes: dict[str, tuple[int, int]], *, rank: int, seed: int) -> None:
+def write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, rank: int, seed: int) -> None:
     """Write a random adapter of all these layers, (out, in) each, as PEFT does."""
     folder.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}

@@ -300,6 +300,8 @@ def continue_or_rerun(run_dir: RunDir) -> str:
         ("~model}", "is not an override of the form option=value"),
         ("backend.env={A: 'it''s'}", "its quotes and brackets do not match in Hydra's grammar"),
         ("""unknown.key=[%a~"],~]""", "its quotes and brackets do not match in Hydra's grammar"),
+        ("backend.env={A: x, B: y, A: z}", "backend.env={A: x, B: y, A: z} (command line): has the name A twice"),
+        ("job.adapters={'a': x, a: y}", "has the name a twice; keep one of them, or choose another name"),
         ("model@x=gpt2", "model@x: has a package after @, and the package of each group is fixed; write model=gpt2"),
         ("+model@=gpt2", "+model@: has a package after @"),
     ],

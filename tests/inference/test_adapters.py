@@ -20,7 +20,7 @@ from launcher.errors import ConfigError, JobError
 from launcher.inference.engine.adapter_loader import load_adapters
 from launcher.inference.engine.base import EngineOutput, EngineRequest, GeneratedToken, InvalidRequest
 from launcher.inference.engine.paged_engine import PagedEngine, paged_engine_for
-from launcher.quantization.codecs import AoCodec, Int4Codec, LayerCodec
+from launcher.quantization.codecs import AoCodec, Int4Codec, LayerCodec, Nf4Codec
 from tests.inference.models import FAMILIES, VOCABULARY, finish, stock
 from tests.inference.peft_adapters import ADAPTERS, save_adapter
 
@@ -187,7 +187,11 @@ class Hooked:
         return lambda layer, given, made: (made + (given[0].float() @ down.T @ up.T)).to(made.dtype)
 
 
-@pytest.mark.parametrize("codec", [Int4Codec(Int4Weight(group_size=32)), AoCodec(Int8Weight())], ids=["int4", "int8"])
+@pytest.mark.parametrize(
+    "codec",
+    [Int4Codec(Int4Weight(group_size=32)), AoCodec(Int8Weight()), Nf4Codec()],
+    ids=["int4", "int8", "nf4"],
+)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_adapters_apply_to_quantized_layers(adapted: dict[str, Adapted], codec: LayerCodec, kernels: bool) -> None:
     folder = adapted["llama"].folders["attention"]

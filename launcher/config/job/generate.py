@@ -65,7 +65,7 @@ class Generate(GeneratingJob):
     An existing file is never overwritten."""
 
     adapter: str | None = None
-    """Name in job.adapters of the adapter for lines without ``model``; ``null`` is the base model."""
+    """Adapter (of job.adapters) for lines without ``model``; ``null`` is the base model."""
 
     max_tokens: int = 128
     """Tokens of an answer at most."""

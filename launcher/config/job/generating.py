@@ -74,8 +74,9 @@ class GeneratingJob(Job):
     """Name of the chat template for chats that name none; ``null`` takes the default one."""
 
     adapters: dict[str, PathText] = field(default_factory=dict)
-    """LoRA adapters by name: PEFT folders. The field ``model`` of a request chooses one, or the base model.
-    Requests for any of them share a batch, and get what the base model with that adapter alone would answer."""
+    """LoRA adapters by name: PEFT folders.
+    The field ``model`` of a request chooses one, or the base model. Requests for any of them share a batch, and get
+    what the base model with that adapter alone would answer."""
 
     batching: BatchingMode = "continuous"
     """``continuous`` (at every step), ``dynamic``, ``static``, or ``none`` (one at a time).

@@ -92,7 +92,7 @@ class AdapterSet:
     def wrap(self, model: nn.Module) -> None:
         """Wrap the layers with updates that no compiled kernel replaced.
 
-        Call it last: the updates of other layers, and these layers, are let go of.
+        Call it last: it frees the references to all layers and updates.
         """
         found = [
             (parent, name, child)

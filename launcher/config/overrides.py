@@ -145,7 +145,7 @@ def _unparsable(word: str) -> ConfigError:
 
 
 def _named_twice(word: str) -> ConfigError | None:
-    """Return the error of a mapping that has a name twice, of which Hydra takes the last silently."""
+    """Return the error of a mapping that has a name twice: Hydra takes the last silently."""
     head, _, value = word.partition("=")
     if not _is_mapping(value):
         return None

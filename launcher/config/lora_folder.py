@@ -8,11 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from launcher.config.model.linear_layers import module_sizes
 from launcher.errors import ConfigError
 from launcher.utils.files import exists, read_named
 from launcher.utils.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from launcher.config.model.base import Model
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_LORA_RANK = 512
@@ -205,38 +209,13 @@ def _by_pattern(config: Mapping[str, Any], option: str, module: str, usual: Any)
     return usual
 
 
-def linear_shapes(architecture: Mapping[str, Any]) -> Mapping[str, tuple[int, int]] | None:
-    """Return (out, in) of the linear layers of a model's blocks, by name.
+def linear_shapes(model: Model) -> Mapping[str, tuple[int, int]] | None:
+    """Return (out, in) of the linear layers in a model's blocks, by name.
 
-    ``None`` where sizes do not decide them.
-
-    Args:
-        architecture: sizes of the model, by their names in Transformers.
+    ``None`` for families whose layers do not follow from their sizes.
     """
-    try:
-        if architecture.get("family") == "gpt2":
-            return dict(_gpt2_layers(architecture))
-        return dict(_llama_layers(architecture)) if "head_dim" in architecture else None
-    except KeyError:
-        return None
-
-
-def _gpt2_layers(sizes: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
-    width = sizes["hidden_size"]
-    shapes = {"attn.c_attn": (3 * width, width), "attn.c_proj": (width, width)}
-    shapes |= {"mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
-    for number in range(sizes["num_hidden_layers"]):
-        yield from ((f"transformer.h.{number}.{name}", shape) for name, shape in shapes.items())
-
-
-def _llama_layers(sizes: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]:
-    width, mlp = sizes["hidden_size"], sizes["intermediate_size"]
-    queries, keys = (sizes[name] * sizes["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    shapes = {"q_proj": (queries, width), "k_proj": (keys, width), "v_proj": (keys, width), "o_proj": (width, queries)}
-    shapes = {f"self_attn.{name}": shape for name, shape in shapes.items()}
-    shapes |= {"mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width), "mlp.down_proj": (width, mlp)}
-    for number in range(sizes["num_hidden_layers"]):
-        yield from ((f"model.layers.{number}.{name}", shape) for name, shape in shapes.items())
+    modules = module_sizes(model)
+    return None if modules is None else {name: (size.outputs, size.inputs) for name, size in modules.linear.items()}
 
 
 def validate_lora_folder(

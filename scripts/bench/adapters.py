@@ -39,7 +39,7 @@ def main() -> None:
 
     words = ["job=serve", f"model={options.model}", "model.weights=random", "job.tokenizer=bytes", "precision=bf16"]
     run = compose([*words, "backend.ranks=1", "tracker=local"]).run
-    shapes = linear_shapes(run.model.architecture())
+    shapes = linear_shapes(run.model)
     assert shapes is not None, "the sizes of this model do not decide its layers"
     limits = EngineLimits(max_num_seqs=options.requests, kv_cache_tokens=1 << 14, enable_prefix_caching=False)
     print_machine("torch", "transformers")

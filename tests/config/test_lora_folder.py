@@ -11,7 +11,7 @@ import pytest
 
 from launcher.config.compose import compose
 from launcher.config.job.generate import Generate
-from launcher.config.lora_folder import MAX_LORA_RANK, linear_shapes, read_lora_folder
+from launcher.config.lora_folder import MAX_LORA_RANK, read_lora_folder
 from launcher.errors import ConfigErrors
 from launcher.execution.prepare import prepare
 from launcher.planning.render import render_plan
@@ -149,6 +149,12 @@ def test_engines_that_apply_no_adapters_are_refused(words: list[str], said: str,
     assert any(said in error for error in errors), errors
 
 
+def test_adapters_beside_an_adapter_of_the_model_are_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", matrices(inner=576, out=576))
+    errors = refused("model=smollm2_135m", f"job.adapters.a={folder}", f"model.adapter={folder}")
+    assert any(f"set job.adapters.NAME={folder} instead" in error for error in errors), errors
+
+
 def test_the_adapter_of_a_prompt_file_is_one_of_the_adapters(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
     (error,) = refused("job=generate", f"job.adapters.polite={folder}", "job.adapter=polit")
@@ -171,22 +177,3 @@ def test_the_plan_shows_adapters_and_counts_their_memory(tmp_path: Path) -> None
     assert "polite (rank 4); 4.00 KiB in an engine" in shown
     assert "4 bytes of fp32 a parameter of the adapters" in shown
     assert "parameter of the adapters" not in planned()
-
-
-def test_layers_follow_from_sizes(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    assert linear_shapes({"family": "gpt2", **sizes}) == {
-        "transformer.h.0.attn.c_attn": (24, 8),
-        "transformer.h.0.attn.c_proj": (8, 8),
-        "transformer.h.0.mlp.c_fc": (32, 8),
-        "transformer.h.0.mlp.c_proj": (8, 32),
-    }
-    llama = linear_shapes(
-        {"family": "qwen3", **sizes, "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 10}
-    )
-    assert llama is not None
-    assert llama["model.layers.0.self_attn.q_proj"] == (12, 8)
-    assert llama["model.layers.0.self_attn.v_proj"] == (6, 8)
-    assert llama["model.layers.0.self_attn.o_proj"] == (8, 12)
-    assert llama["model.layers.0.mlp.down_proj"] == (8, 10)
-    assert linear_shapes({"family": "mamba"}) is None

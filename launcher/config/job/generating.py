@@ -226,6 +226,10 @@ class GeneratingJob(Job):
         if self.is_model_parallel(run):
             why = f"parallel={run.parallel.kind} splits the model's layers over ranks, and adapters are not split"
             yield self.error("adapters", why, "set parallel=single, or merge the adapter and serve that folder")
+        if run.model.adapter is not None:
+            why = "job.adapters apply to the model without an adapter, and model.adapter adds one to it"
+            fix = f"set job.adapters.NAME={run.model.adapter} instead"
+            yield ConfigError("model.adapter", run.model.adapter, why=why, fix=fix)
         for name in self.adapters:
             option = f"job.adapters.{name}"
             if not _ADAPTER_NAME.fullmatch(name):
@@ -252,7 +256,7 @@ class GeneratingJob(Job):
         yield from super().validate_machine(run, run_dir)
         yield from validate_vllm(self)
         yield from self._validate_template(run)
-        layers = linear_shapes(run.model.architecture()) if self.adapters else None
+        layers = linear_shapes(run.model) if self.adapters else None
         for name, value in self.adapters.items():
             yield from validate_lora_folder(f"job.adapters.{name}", value, model=run.model.name, layers=layers)
 

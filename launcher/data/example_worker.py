@@ -76,7 +76,10 @@ def _wanted_examples(task: EncodingTask) -> Iterator[tuple[BlockKey, RenderedExa
                 return (file_number + at[0]) % task.num_workers == task.worker
 
             for example in source.examples_of(file_number, task.template, wanted=is_wanted):
-                assert not isinstance(example, PreferencePair), "the plan takes pairs for objectives of pairs alone"
+                if isinstance(example, PreferencePair):
+                    error = source.untrainable("path")
+                    assert error is not None, "pairs are preferences"
+                    raise error
                 yield (number, file_number, at[0]), example
 
 

@@ -76,6 +76,8 @@ def _reads_data(run: Run) -> bool:
 def _validate_data(data: Data, *, fetches_here: bool) -> Iterator[ConfigError]:
     errors = list(data.validate_machine())
     yield from errors
+    if not errors and isinstance(data, AutoData):
+        yield from data.validate_trainable()
     if not errors and fetches_here:
         yield from _validate_hub_data(data)
 

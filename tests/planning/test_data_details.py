@@ -98,6 +98,12 @@ def test_weights_are_checked(words: list[str], said: str, tmp_path: Path) -> Non
     assert any(said in one for one in refused(f"data.path=[{files[0]},{files[1]}]", *words))
 
 
+def test_preferences_are_not_trained_on(tmp_path: Path) -> None:
+    pairs = written(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"}, name="y.jsonl")
+    (said,) = refused(f"data.path={pairs}")
+    assert said.startswith(f"data.path={pairs}: holds chosen and rejected answers, and jobs train on single answers")
+
+
 def test_preferences_and_conversations_do_not_mix(tmp_path: Path) -> None:
     chat = written(tmp_path, {"messages": ASKED})
     pairs = written(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"}, name="y.jsonl")

@@ -117,6 +117,14 @@ class DataSource:
             return ""  # the check of its rows names the place
         return f"{counted(num_rows, 'row')} of "
 
+    def untrainable(self, field: EntryField) -> ConfigError | None:
+        """Return why no job trains on this source of ``data.<field>``; ``None`` if one does."""
+        if self.shape != "preference":
+            return None
+        why = f"holds {SHAPES['preference']}, and jobs train on single answers"
+        fix = "give rows of messages or of prompt and response, as of the preferred answers"
+        return ConfigError(f"data.{field}", self.name, why=why, fix=fix)
+
     def fingerprint(self) -> str:
         """Return a hash of its contents."""
         if not self.files:
@@ -303,6 +311,13 @@ class AutoData(Corpus):
         for field in ENTRY_FIELDS:
             sources = (Source(name=entry, option=f"data.{field}") for entry in self.entries(field))
             yield from ((source.option, source.name) for source in sources if source.kind == "hub")
+
+    def validate_trainable(self) -> Iterator[ConfigError]:
+        """Yield the local sources that can be previewed and that no job trains on."""
+        for field in ENTRY_FIELDS:
+            for source in self.sources(field, fetches=False):
+                if (error := source.untrainable(field)) is not None:
+                    yield error
 
     def _validate_mixture(self) -> Iterator[ConfigError]:
         """Yield why the sources cannot be trained together, and columns that no source has."""

@@ -20,17 +20,22 @@ DISTRIBUTIONS = {
     "_distutils_hack": "setuptools",
     "celpy": "cel-python",
     "hydra": "hydra-core",
+    "mlflow": "mlflow-skinny",
     "yaml": "pyyaml",
 }
 """Modules whose distribution has another name."""
 OWNERS = {
     "serve": ("launcher/inference/server/",),
-    "quantize": ("launcher/quantization/codecs.py",),
+    "quantize": ("launcher/quantization/codecs.py", "launcher/engines/adamw_8bit.py"),
     "fp8": ("launcher/models/transforms.py",),
+    "mlflow": ("launcher/trackers/mlflow_run.py",),
+    "tensorboard": ("launcher/trackers/tensorboard_run.py",),
     "eval": ("launcher/benchmarks/lm_eval/",),
     "testing": ("launcher/testing/",),
 }
-"""Where the packages of each extra may be imported: at the top of a module of a folder, within functions of a file."""
+"""Folders and files in which the packages of each extra may be imported."""
+LAZY = {"launcher/quantization/codecs.py", "launcher/models/transforms.py"}
+"""Of these files, those that may import them within functions only, because much else imports the files."""
 OTHER_ENVIRONMENTS = {
     "scripts/bench/peer_litserve.py": "litserve",
     "scripts/bench/peer_server.py": "ctranslate2",
@@ -124,7 +129,7 @@ def errors_of_launcher(files: dict[str, Imports]) -> Iterator[str]:
 
 
 def _owns(file: str, extra: str, *, is_lazy: bool) -> bool:
-    return any(file.startswith(place) if place.endswith("/") else is_lazy and file == place for place in OWNERS[extra])
+    return any(file.startswith(place) for place in OWNERS[extra]) and (is_lazy or file not in LAZY)
 
 
 def _files_that_load(distributions: set[str], files: dict[str, Imports]) -> dict[str, list[str]]:

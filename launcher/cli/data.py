@@ -15,7 +15,7 @@ from launcher.config.compose import compose
 from launcher.config.data.auto import AutoData, DataSource, texts_of
 from launcher.config.data.bpe import END, folder_tokenizer, train_byte_level_bpe, without_threads
 from launcher.config.data.chat_template import ChatTemplate, special_tokens
-from launcher.config.data.examples import ExampleEncoder, PreferencePair, RenderedExample, Segment, fit_example
+from launcher.config.data.examples import ExampleEncoder, PreferencePair, RenderedExample, TextSegment, fit_example
 from launcher.config.run import BatchedJob, Run
 from launcher.config.snapshot import dump_run
 from launcher.errors import ConfigError, EnvironmentProblem
@@ -95,7 +95,7 @@ def _shown(
         for number, piece in enumerate(itertools.islice(source.documents(), wanted), 1):
             text = piece.text if len(piece.text) <= _DOCUMENT_CHARS else piece.text[:_DOCUMENT_CHARS]
             cut = "" if text == piece.text else f" (its first {_DOCUMENT_CHARS:,} characters)"
-            whole = RenderedExample((Segment(text, True),))
+            whole = RenderedExample((TextSegment(text, True),))
             num_tokens = len(preview.encoder.encode(whole).ids)
             yield f"text {number}{cut} · {counted(num_tokens, 'token')}, all trained\n", None
             yield text, True

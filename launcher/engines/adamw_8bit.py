@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from launcher.engines.optimizer import unnamed
 
 if TYPE_CHECKING:
-    from launcher.config.optimizer import AdamW8bit as AdamW8bitOptions
+    from launcher.config.optimizer import AdamW8bit
 
 _SAVED = ("step", "state1", "state2", "absmax1", "absmax2")
 """State that changes: codes and scales of blocks; the tables of codes are constants."""
 
 
-class AdamW8bit(BitsandbytesAdamW8bit):  # type: ignore[misc]
+class ResumableAdamW8bit(BitsandbytesAdamW8bit):  # type: ignore[misc]
     """bitsandbytes' AdamW8bit, whose number of steps is a tensor, as torch's have it."""
 
     def init_state(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
@@ -44,9 +44,9 @@ class AdamW8bit(BitsandbytesAdamW8bit):  # type: ignore[misc]
         return {name: state[name] for name in _SAVED if name in state}
 
 
-def make_adamw_8bit(options: AdamW8bitOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_adamw_8bit(options: AdamW8bit, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return bitsandbytes' AdamW with moments in 8 bits."""
-    made: torch.optim.Optimizer = AdamW8bit(
+    made: torch.optim.Optimizer = ResumableAdamW8bit(
         unnamed(groups), lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     return made

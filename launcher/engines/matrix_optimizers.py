@@ -20,8 +20,7 @@ from launcher.engines.optimizer import unnamed
 from launcher.engines.state import region_of
 
 if TYPE_CHECKING:
-    from launcher.config.optimizer import Adafactor as AdafactorOptions
-    from launcher.config.optimizer import Muon as MuonOptions
+    from launcher.config.optimizer import Adafactor, Muon
 
 HIDDEN = "is_hidden"
 """Key of groups: whether they hold matrices of the model's blocks."""
@@ -42,7 +41,7 @@ def share_of(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole[slices(region)].to(local_shard(parameter).device)
 
 
-class Muon(torch.optim.Optimizer):  # type: ignore[misc]
+class ShardedMuon(torch.optim.Optimizer):  # type: ignore[misc]
     """Muon on the matrices of blocks, AdamW on all else.
 
     Args:
@@ -50,7 +49,7 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
         options: of the run.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], options: MuonOptions) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], options: Muon) -> None:
         self._options = options
         super().__init__(groups, {"lr": options.lr, "weight_decay": options.weight_decay})
         others = [group for group in self.param_groups if not group[HIDDEN]]
@@ -101,7 +100,7 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]
         return dict(state)
 
 
-class Adafactor(torch.optim.Optimizer):  # type: ignore[misc]
+class ShardedAdafactor(torch.optim.Optimizer):  # type: ignore[misc]
     """torch's Adafactor, on one whole parameter at a time where they are sharded.
 
     Args:
@@ -109,7 +108,7 @@ class Adafactor(torch.optim.Optimizer):  # type: ignore[misc]
         options: of the run.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], options: AdafactorOptions) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], options: Adafactor) -> None:
         numbers: dict[str, Any] = {"beta2_decay": options.beta2_decay, "d": options.clip_threshold}
         numbers |= {"lr": options.lr, "eps": (None, options.min_scale)}
         self._inner = torch.optim.Adafactor([torch.zeros(1)], **numbers, foreach=False)
@@ -148,11 +147,11 @@ class Adafactor(torch.optim.Optimizer):  # type: ignore[misc]
         return state
 
 
-def make_muon(options: MuonOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_muon(options: Muon, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return Muon for matrices in blocks, with AdamW for the others."""
-    return Muon(unnamed(groups), options)
+    return ShardedMuon(unnamed(groups), options)
 
 
-def make_adafactor(options: AdafactorOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_adafactor(options: Adafactor, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return torch's Adafactor."""
-    return Adafactor(unnamed(groups), options)
+    return ShardedAdafactor(unnamed(groups), options)

@@ -17,7 +17,7 @@ from launcher.config.data.examples import (
     ExampleEncoder,
     PreferencePair,
     RenderedExample,
-    Segment,
+    TextSegment,
     fit_example,
 )
 from launcher.errors import ConfigError
@@ -127,7 +127,7 @@ def test_a_template_runs_in_a_sandbox() -> None:
 
 def test_tokens_of_the_last_character_are_all_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     """An emoji outside the vocabulary is several tokens with the same offsets."""
-    example = RenderedExample((Segment("a", False), Segment("b🦜", True), Segment("c", False)))
+    example = RenderedExample((TextSegment("a", False), TextSegment("b🦜", True), TextSegment("c", False)))
     found = encoded(example, tokenizer)
     assert tokenizer.decode([i for i, yes in zip(found.ids, found.is_trained, strict=True) if yes]) == "b🦜"
     assert found.ids[-1] == tokenizer.eos_token_id
@@ -139,7 +139,7 @@ def test_spaces_count_though_the_tokenizer_trims_its_offsets() -> None:
 
     inner = train_byte_level_bpe(["a b c"], vocab_size=258)
     inner.post_processor = processors.ByteLevel(trim_offsets=True)
-    example = RenderedExample((Segment("a", False), Segment("  b", True)))
+    example = RenderedExample((TextSegment("a", False), TextSegment("  b", True)))
     found = ExampleEncoder(inner, end_id=None).encode(example)
     assert found.is_trained == (False, True, True)
     assert inner.encode("a  b").offsets == [(0, 1), (2, 2), (3, 4)], "the caller's tokenizer is not changed"
@@ -147,7 +147,7 @@ def test_spaces_count_though_the_tokenizer_trims_its_offsets() -> None:
 
 def test_a_batch_is_encoded_as_its_examples_are(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = ChatTemplate(builtin_template("chatml")).render_example(CHAT, train_on="assistant")
-    examples = [chat, RenderedExample((Segment("a", False), Segment(" b", True))), chat]
+    examples = [chat, RenderedExample((TextSegment("a", False), TextSegment(" b", True))), chat]
     encoder = ExampleEncoder(tokenizer.backend_tokenizer, end_id=tokenizer.eos_token_id)
     assert encoder.encode_batch(examples) == [encoder.encode(one) for one in examples]
 
@@ -191,7 +191,7 @@ TURNS = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
 def test_shapes_become_the_same_conversation(row: dict[str, Any], shape: str, tmp_path: Path) -> None:
     data = rows(tmp_path, row)
     assert [source.shape for source in data.sources()] == [shape]
-    expected = RenderedExample((Segment(TURNS, False), Segment("a<|im_end|>\n", True)), has_special_tokens=True)
+    expected = RenderedExample((TextSegment(TURNS, False), TextSegment("a<|im_end|>\n", True)), has_special_tokens=True)
     assert examples(data) == [expected]
 
 
@@ -208,13 +208,13 @@ def test_preferences_become_pairs(row: dict[str, Any], tmp_path: Path) -> None:
     (pair,) = examples(rows(tmp_path, row))
     assert isinstance(pair, PreferencePair)
     assert pair.prompt.text == TURNS
-    assert pair.chosen.segments == (Segment(TURNS, False), Segment("a<|im_end|>\n", True))
-    assert pair.rejected.segments == (Segment(TURNS, False), Segment("b<|im_end|>\n", True))
+    assert pair.chosen.segments == (TextSegment(TURNS, False), TextSegment("a<|im_end|>\n", True))
+    assert pair.rejected.segments == (TextSegment(TURNS, False), TextSegment("b<|im_end|>\n", True))
 
 
 def test_without_a_template_prompt_and_response_stay_as_they_are(tmp_path: Path) -> None:
     (example,) = examples(rows(tmp_path, {"prompt": "1 + 1 =", "response": " 2"}, chat_template="none"))
-    assert example == RenderedExample((Segment("1 + 1 =", False), Segment(" 2", True)))
+    assert example == RenderedExample((TextSegment("1 + 1 =", False), TextSegment(" 2", True)))
 
 
 @pytest.mark.parametrize(

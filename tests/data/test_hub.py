@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.data.auto import AutoData
-from launcher.config.data.examples import RenderedExample, Segment
+from launcher.config.data.examples import RenderedExample, TextSegment
 from launcher.config.data.sources import fetch_dataset
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.utils.hub import fetch_model
@@ -50,7 +50,7 @@ def test_a_data_set_of_the_hub_is_downloaded_and_read_by_its_split(hub: HubStub)
     data = AutoData(path="org/chat", chat_template="none")
     assert list(data.validate_machine()) == [], "a plan downloads nothing"
     assert hub.ranges == []
-    expected = RenderedExample((Segment("q", False), Segment("a" * 40, True)))
+    expected = RenderedExample((TextSegment("q", False), TextSegment("a" * 40, True)))
     assert list(data.examples()) == [expected] * 3
     assert len(list(AutoData(path="org/chat", chat_template="none", split="test").examples())) == 1
     assert list(dict(data.describe(None))) == ["data", "chat template", "first example"], "now it is here"

@@ -15,7 +15,7 @@ from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
 from launcher.config.data.bpe import folder_tokenizer, without_threads
 from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_template
-from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample, Segment
+from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample, TextSegment
 from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, inspect_file, look_bytes_of_each
 from launcher.config.data.hf import LONGEST_LINE_BYTES
 from launcher.config.data.mixture import weights_error
@@ -164,7 +164,7 @@ class DataSource:
         if not self.files:
             for number, text in enumerate(python_docs()):
                 if wanted(number):
-                    yield f"topic {number + 1}", RenderedExample((Segment(text, True),))
+                    yield f"topic {number + 1}", RenderedExample((TextSegment(text, True),))
         for file in self.files:
             yield from self.data.examples_of_file(file, template, wanted=wanted)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.config.data.bpe import END
-from launcher.config.data.examples import RenderedExample, Segment, joined
+from launcher.config.data.examples import RenderedExample, TextSegment, joined
 from launcher.errors import ConfigError
 from launcher.utils.files import read_object
 from launcher.utils.text import did_you_mean
@@ -77,7 +77,7 @@ class ChatTemplate:
         """
         text = self._render(messages, tools, False, marks=False)
         if train_on == "all":
-            return RenderedExample((Segment(text, True),), has_special_tokens=True)
+            return RenderedExample((TextSegment(text, True),), has_special_tokens=True)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise TemplateFailed("has no assistant turn to train on")
@@ -254,14 +254,14 @@ def _plain(messages: Messages) -> list[dict[str, Any]]:
     return found
 
 
-def _segments(text: str, spans: Sequence[tuple[int, int]], name: str) -> tuple[Segment, ...]:
+def _segments(text: str, spans: Sequence[tuple[int, int]], name: str) -> tuple[TextSegment, ...]:
     found, position = [], 0
     for start, stop in spans:
         if start < position:
             raise TemplateFailed(f"turns overlap in what {name} writes")
-        found += [Segment(text[position:start], False), Segment(text[start:stop], True)]
+        found += [TextSegment(text[position:start], False), TextSegment(text[start:stop], True)]
         position = stop
-    segments = joined([*found, Segment(text[position:], False)])
+    segments = joined([*found, TextSegment(text[position:], False)])
     if "".join(segment.text for segment in segments) != text:
         raise TemplateFailed(f"turns cannot be found in what {name} writes")
     return segments

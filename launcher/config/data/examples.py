@@ -14,7 +14,7 @@ OnLong = Literal["refuse", "truncate", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class TextSegment:
     """A piece of an example's text."""
 
     text: str
@@ -26,7 +26,7 @@ class Segment:
 class RenderedExample:
     """One training sequence as text, in the order of the tokens."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[TextSegment, ...]
     has_special_tokens: bool = False
     """Whether the text holds its special tokens, as chat templates write them.
     Otherwise the tokenizer's beginning and end of text are put around it."""
@@ -168,14 +168,14 @@ def fit_example(example: EncodedExample, max_tokens: int, on_long: OnLong) -> En
     return EncodedExample(example.ids[:max_tokens], example.is_trained[:max_tokens])
 
 
-def joined(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+def joined(segments: Iterable[TextSegment]) -> tuple[TextSegment, ...]:
     """Return the same text in as few segments as possible."""
-    found: list[Segment] = []
+    found: list[TextSegment] = []
     for segment in segments:
         if not segment.text:
             continue
         if found and found[-1].is_trained is segment.is_trained:
-            found[-1] = Segment(found[-1].text + segment.text, segment.is_trained)
+            found[-1] = TextSegment(found[-1].text + segment.text, segment.is_trained)
         else:
             found.append(segment)
     return tuple(found)

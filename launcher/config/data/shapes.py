@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.config.data.chat_template import ChatTemplate, TemplateFailed, TrainOn
-from launcher.config.data.examples import Example, PreferencePair, RenderedExample, Segment, joined
+from launcher.config.data.examples import Example, PreferencePair, RenderedExample, TextSegment, joined
 from launcher.config.data.rows import json_type
 from launcher.utils.text import did_you_mean
 
@@ -236,7 +236,7 @@ class Renderer:
         """
         columns = self.columns
         if columns.shape == "text":
-            return RenderedExample((Segment(_text(row, columns.text), True),))
+            return RenderedExample((TextSegment(_text(row, columns.text), True),))
         if columns.shape == "preference":
             return self._preference(row)
         if columns.shape == "messages":
@@ -254,7 +254,7 @@ class Renderer:
         head = f"{_text(row, columns.system)}\n\n" if columns.system and row.get(columns.system) else ""
         gap = "\n" if columns.shape == "alpaca" else ""
         trains_prompt = self.train_on == "all"
-        segments = (Segment(f"{head}{before_text}{gap}", trains_prompt), Segment(answer, True))
+        segments = (TextSegment(f"{head}{before_text}{gap}", trains_prompt), TextSegment(answer, True))
         return RenderedExample(joined(segments))
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> RenderedExample:
@@ -308,11 +308,11 @@ class Renderer:
         if template is not None:
             head = _with_system([_user(prompt)], row, columns)
             return self._pair(head, [_assistant(chosen)], [_assistant(rejected)])
-        before = Segment(prompt, False)
+        before = TextSegment(prompt, False)
         return PreferencePair(
             RenderedExample(joined((before,))),
-            RenderedExample(joined((before, Segment(chosen, True)))),
-            RenderedExample(joined((before, Segment(rejected, True)))),
+            RenderedExample(joined((before, TextSegment(chosen, True)))),
+            RenderedExample(joined((before, TextSegment(rejected, True)))),
         )
 
     def _pair(
@@ -325,14 +325,14 @@ class Renderer:
             both = [self._answer(prompt, [*head, *answer]) for answer in (chosen, rejected)]
         except TemplateFailed as failed:
             raise BadRow(str(failed)) from failed
-        return PreferencePair(RenderedExample(joined((Segment(prompt, False),)), True), *both)
+        return PreferencePair(RenderedExample(joined((TextSegment(prompt, False),)), True), *both)
 
     def _answer(self, prompt: str, messages: list[dict[str, Any]]) -> RenderedExample:
         assert self.template is not None, "checked by the caller"
         text = self.template.render(messages)
         if not text.startswith(prompt) or text == prompt:
             raise BadRow(f"{self.template.name} writes the prompt otherwise where an answer follows")
-        return RenderedExample(joined((Segment(prompt, False), Segment(text[len(prompt) :], True))), True)
+        return RenderedExample(joined((TextSegment(prompt, False), TextSegment(text[len(prompt) :], True))), True)
 
 
 def conversation(value: Any, column: str) -> list[dict[str, Any]]:

@@ -220,6 +220,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from error
     found = tree.get("version") if isinstance(tree, dict) else None
+    if isinstance(tree, dict) and (found is None or isinstance(found, bool)):
+        raise ValueError(f"its {MANIFEST} is damaged (version={json.dumps(found)})")
     if isinstance(found, int) and found != VERSION:
         age = "a newer" if found > VERSION else "an older"
         raise ValueError(f"{age} launcher wrote it (manifest version {found}, this launcher reads {VERSION})")
@@ -245,6 +247,13 @@ def _validate(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
     named = re.fullmatch(r"step_(\d+)", folder.name)
     if named and int(named[1]) != manifest.step:
         yield f"step={manifest.step} in a folder called {folder.name}"
+    if (data := manifest.data) is not None:
+        if not 0 <= data.skipped <= data.sequences:
+            yield f"data: sequences={data.sequences} skipped={data.skipped}"
+        if min(data.global_batch, data.sequence_length) < 1:
+            yield f"data: global_batch={data.global_batch} sequence_length={data.sequence_length}"
+    if manifest.stale_evaluations < 0:
+        yield f"stale_evaluations={manifest.stale_evaluations}"
     for name, num_bytes in manifest.files.items():
         path = PurePosixPath(name)
         if not name or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) != name:

@@ -185,6 +185,9 @@ def _convert_union(wanted: Any, arguments: tuple[Any, ...], value: Any, *, path:
             converted = convert(choice, value, path=path, report=quiet.append)
             if not quiet:
                 return converted
+    mappings = [choice for choice in arguments if dataclasses.is_dataclass(choice)]
+    if isinstance(value, Mapping) and len(mappings) == 1:  # then the mistake is in one of its values
+        return convert(mappings[0], value, path=path, report=report)
     return _mismatch(wanted, value, path, report)
 
 

@@ -232,6 +232,9 @@ def test_a_manifest_of_another_version_says_so(save: Save, version: int, age: st
         read_manifest(folder)
 
 
+_CURSOR = {"seed": 0, "global_batch": 4, "sequence_length": 32, "sequences": 40, "skipped": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -253,6 +256,14 @@ def test_a_manifest_of_another_version_says_so(save: Save, version: int, age: st
         ({"architecture": []}, "manifest.json.architecture"),
         ({"run_id": {}}, "manifest.json.run_id"),
         ({"more": 1}, "manifest.json.more"),
+        ({"version": None}, "version=null"),
+        ({"version": True}, "version=true"),
+        ({"stale_evaluations": -1}, "stale_evaluations=-1"),
+        ({"data": {**_CURSOR, "sequences": -5}}, "sequences=-5"),
+        ({"data": {**_CURSOR, "skipped": 41}}, "skipped=41"),
+        ({"data": {**_CURSOR, "global_batch": 0}}, "global_batch=0"),
+        ({"data": {**_CURSOR, "sequence_length": 0}}, "sequence_length=0"),
+        ({"data": {**_CURSOR, "seed": "a"}}, "manifest.json.data.seed=a"),
     ],
 )
 def test_a_damaged_manifest_is_an_error_that_says_what(save: Save, change: dict[str, object], said: str) -> None:
@@ -261,6 +272,15 @@ def test_a_damaged_manifest_is_an_error_that_says_what(save: Save, change: dict[
     with pytest.raises(ValueError, match=r"manifest\.json is damaged") as damaged:
         read_manifest(folder)
     assert said in str(damaged.value)
+
+
+def test_a_manifest_without_a_version_is_damaged(save: Save) -> None:
+    folder = save(10).folder
+    tree = read_json(folder / "manifest.json")
+    del tree["version"]
+    write_json(folder / "manifest.json", tree)
+    with pytest.raises(ValueError, match=r"damaged \(version=null\)"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b'{"step": 1' + b"0" * 9999])

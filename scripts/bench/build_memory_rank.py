@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def main() -> None:
 
     def context_of(*words: str) -> Context:
         return Context(
-            run=compose([*words, *overrides]).run,
+            run=compose(words).run,
             run_dir=RunDir(Path(out).parent / "run"),
             rank=rank,
             local_rank=rank,
@@ -85,17 +86,18 @@ def main() -> None:
         "model.vocab_size=512",
     )
     build = BUILDERS[name]
-    release = build(context_of(*small))
+    release = build(context_of(*small, *(word for word in overrides if not word.startswith("model.weights="))))
     barrier()
     release()
     # a second group that met in the same store would find the addresses of the first and wait indefinitely
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=os.environ["BENCH_PORT"])
-    context = context_of(f"model={model}")
+    context = context_of(f"model={model}", *overrides)
     peak = PeakMemory(CPU)
+    started = time.perf_counter()
     release = build(context)
-    above = peak.above_before()
+    elapsed_s, above = time.perf_counter() - started, peak.above_before()
     kept = PeakMemory(CPU).before - peak.before
-    Path(f"{out}.{rank}").write_text(json.dumps({"peak_bytes": above, "kept_bytes": kept, "before_bytes": peak.before}))
+    Path(f"{out}.{rank}").write_text(json.dumps({"peak_bytes": above, "kept_bytes": kept, "build_s": elapsed_s}))
     barrier()
     release()
 

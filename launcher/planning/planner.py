@@ -39,6 +39,10 @@ from launcher.protocol.plan import (
 from launcher.utils.files import home_folder
 from launcher.utils.text import counted
 
+SAVE_GRACE_S = 30.0
+"""Least time that ranks get to save after SIGTERM.
+Kubernetes and Slurm (KillWait) give as long by default."""
+
 T = TypeVar("T")
 
 
@@ -106,8 +110,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
         completes_on_signal=run.job.completes_on_signal,
-        grace_s=max(run.backend.grace_s, run.job.shutdown_grace_s),
+        grace_s=max(run.backend.grace_s, run.job.shutdown_grace_s, SAVE_GRACE_S if run.job.handles_preemption else 0.0),
         preempt_grace_s=max(run.backend.preempt_grace_s, run.job.shutdown_grace_s),
+        interrupt_grace_s=max(run.backend.grace_s, run.job.shutdown_grace_s),
         heartbeat_timeout_s=run.backend.heartbeat_timeout_s,
         forwarded_env=run.backend.forwards(facts.environ),
         show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,

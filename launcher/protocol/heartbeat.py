@@ -20,6 +20,8 @@ import msgspec
 
 from launcher.protocol.wire import MalformedMessage, decode
 
+PREEMPTED = "preempted"
+"""Number that rank 0 reports, as 1, once it has saved because the run is asked to exit."""
 _STATE_BYTES, _RECORD_BYTES = 4096, 8192
 HEARTBEAT_BYTES = _STATE_BYTES + _RECORD_BYTES
 """Size of a rank's slot: newest state, then its exception if the disk is full."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -252,8 +253,11 @@ class Plan:
     """Whether ranks that end well after SIGTERM or Ctrl-C have completed the run."""
     stall_timeout_s: float
     grace_s: float
+    """Time that ranks get to save and end after SIGTERM."""
     preempt_grace_s: float
-    """Time that ranks get to save and end after SIGUSR1."""
+    """The same after SIGUSR1."""
+    interrupt_grace_s: float | None = None
+    """The same after Ctrl-C, where no rank saves; ``None`` for ``grace_s``."""
     heartbeat_timeout_s: float = 0.0
     """Seconds of silence after which a host or the session counts as lost; 0 if not watched.
     It is 0 where no loss can go unnoticed."""
@@ -262,6 +266,14 @@ class Plan:
     show_ranks: tuple[int, ...] | None
     """Ranks whose output is shown; ``None`` shows all."""
     warnings: tuple[str, ...] = ()
+
+    def grace_after(self, number: int) -> float:
+        """Return the seconds between a signal to the ranks and SIGKILL."""
+        if number == signal.SIGUSR1:
+            return self.preempt_grace_s
+        if number == signal.SIGINT and self.interrupt_grace_s is not None:
+            return self.interrupt_grace_s
+        return self.grace_s
 
 
 def plan_from_json(tree: dict[str, Any]) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from launcher.protocol.heartbeat import PREEMPTED
 from launcher.protocol.messages import RankExited, RankHeartbeat, RankRaised, RankStack
 from launcher.protocol.outcome import RankProgress
 from launcher.supervision.stack_dump import StackTrace, read_dump, read_traceback
@@ -33,6 +34,8 @@ class RankTracker:
         self.stacks: dict[int, StackTrace] = {}
         """Stack of each rank: its answer to a stack dump, or the traceback of its exception."""
         self.exited: dict[int, RankExited] = {}
+        self.has_saved_for_preemption = False
+        """Whether rank 0 has saved the checkpoint that a signal asked for."""
 
     def launcher_started(self, host: str, *, now: float) -> None:
         """Expect the ranks of ``host`` to start."""
@@ -42,6 +45,8 @@ class RankTracker:
     def rank_heartbeat(self, host: str, message: RankHeartbeat, *, now: float) -> None:
         """Record the position of a rank."""
         rank, step = message.rank, message.step
+        if message.numbers.get(PREEMPTED):
+            self.has_saved_for_preemption = True
         if rank not in self.exited:
             self._positions[rank] = RankPosition(host=host, phase=message.phase, step=step, at=now - message.age_s)
             self._steps[rank] = max(self._steps.get(rank, 0), step or 0)

@@ -289,7 +289,7 @@ class Session:
         if self._failure is None and self._cancelled_by is None:
             self._timeline.note(socket.gethostname(), f"cancelled by {signal_name(number)}")
             self._cancelled_by = number
-            self._end_ranks(number, self._plan.preempt_grace_s if number == signal.SIGUSR1 else self._plan.grace_s)
+            self._end_ranks(number, self._plan.grace_after(number))
 
     def _fail(self, failure: Failure) -> None:
         """Kill the other ranks at once: all that they could save is in the newest checkpoint."""
@@ -313,7 +313,7 @@ class Session:
     def _outcome(self) -> RunOutcome:
         now, lost = time.monotonic(), tuple(self._agents.lost)
         if self._cancelled_by is not None:
-            if self._analysis.is_preempted:
+            if self._analysis.is_preempted or self._tracker.has_saved_for_preemption:
                 return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
             if self._plan.completes_on_signal and self._tracker.all_succeeded:
                 return RunOutcome(status="completed", exit_code=0)

@@ -15,6 +15,7 @@ from launcher.engines.base import Engine, StepResult, make_engine
 from launcher.engines.preemption import Preemption
 from launcher.errors import EXIT_PREEMPTED
 from launcher.profiling.performance import StepClock
+from launcher.protocol.heartbeat import PREEMPTED
 from launcher.protocol.loss_curve import draw_curve
 from launcher.protocol.results import NUM_STEPS, STOPPED_EARLY
 from launcher.training.bad_steps import BadSteps, fatal
@@ -265,6 +266,8 @@ class Trainer:
     def exit_preempted(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
         """Save, whatever the policy is, and exit with the resume code, on all ranks."""
         self.save(done, held_out, now=True)
+        if self.context.is_main:  # even if this process is killed while it exits, the run can be resumed
+            self.context.heartbeat.update("checkpoint", None, **{PREEMPTED: 1.0})
         if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
             self.evaluate(done)
         self.end(done)

@@ -1,4 +1,5 @@
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,3 +193,12 @@ def test_the_written_plan_grows_linearly_with_hosts(plan_of):
         for count in (64, 128)
     ]
     assert sizes[1] < 2.1 * sizes[0]
+
+
+def test_ranks_that_save_on_sigterm_get_half_a_minute_and_others_the_grace_of_the_backend(plan_of):
+    trains, verifies = plan_of(), plan_of("job=verify")
+    graces = [
+        [plan.grace_after(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+        for plan in (trains, verifies, plan_of("backend.grace_s=100"))
+    ]
+    assert graces == [[30.0, 7.0, 60.0], [7.0, 7.0, 60.0], [100.0, 100.0, 60.0]]

@@ -111,6 +111,14 @@ def test_ranks_may_save_when_cancelled(supervise):
     assert all((run.run_dir.path / f"saved.{rank}").exists() for rank in range(2))
 
 
+def test_a_run_that_saved_is_preempted_even_if_its_ranks_are_killed_while_they_exit(supervise):
+    run = supervise("save_and_hang_when_cancelled work", grace_s=1.0)
+    run.wait_until_up()
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.end() == 75
+    assert run.result["status"] == "preempted"
+
+
 def test_what_forks_while_it_is_killed_is_killed_too(supervise):
     run = supervise({0: "work", 1: "fork_without_end work"})
     run.wait_until_up()

@@ -73,7 +73,8 @@ class Backend(Component):
     A host that neither gets ready nor starts its ranks ends the run after the same time, at least 60 s."""
 
     grace_s: float = 7.0
-    """Seconds between SIGTERM to the ranks (after Ctrl-C or SIGTERM) and SIGKILL."""
+    """Seconds between the signal to the ranks, after Ctrl-C or SIGTERM, and SIGKILL.
+    Jobs that save a checkpoint on SIGTERM get at least 30 s then, as of Kubernetes and Slurm."""
 
     preempt_grace_s: float = 60.0
     """The same after SIGUSR1, by which schedulers preempt a run that will be resumed."""

@@ -81,6 +81,7 @@ class TestSignals:
 class FakeEngine:
     """Takes no time; sends this process a signal at the moment given."""
 
+    adapter_config = None
     device = torch.device("cpu")
     model_config = GPT2Config()
 

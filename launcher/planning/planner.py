@@ -39,9 +39,9 @@ from launcher.protocol.plan import (
 from launcher.utils.files import home_folder
 from launcher.utils.text import counted
 
-SAVE_GRACE_S = 30.0
-"""Least time that ranks get to save after SIGTERM.
-Kubernetes and Slurm (KillWait) give as long by default."""
+GRACE_S, SAVE_GRACE_S = 7.0, 30.0
+"""Default of ``backend.grace_s``, and of jobs that save after SIGTERM.
+Kubernetes and Slurm (KillWait) give as long as the second by default."""
 
 T = TypeVar("T")
 
@@ -110,14 +110,20 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
         completes_on_signal=run.job.completes_on_signal,
-        grace_s=max(run.backend.grace_s, run.job.shutdown_grace_s, SAVE_GRACE_S if run.job.handles_preemption else 0.0),
+        grace_s=_grace_s(run, default=SAVE_GRACE_S if run.job.handles_preemption else GRACE_S),
         preempt_grace_s=max(run.backend.preempt_grace_s, run.job.shutdown_grace_s),
-        interrupt_grace_s=max(run.backend.grace_s, run.job.shutdown_grace_s),
+        interrupt_grace_s=_grace_s(run, default=GRACE_S),
         heartbeat_timeout_s=run.backend.heartbeat_timeout_s,
         forwarded_env=run.backend.forwards(facts.environ),
         show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,
         warnings=tuple(warnings_of_run(run, hosts, memory)),
     )
+
+
+def _grace_s(run: Run, *, default: float) -> float:
+    """Return the seconds between a signal to the ranks and SIGKILL."""
+    chosen = default if run.backend.grace_s is None else run.backend.grace_s
+    return max(chosen, run.job.shutdown_grace_s)
 
 
 def gather_local_facts(run: Run, *, run_dir: str) -> LocalFacts:

@@ -199,6 +199,6 @@ def test_ranks_that_save_on_sigterm_get_half_a_minute_and_others_the_grace_of_th
     trains, verifies = plan_of(), plan_of("job=verify")
     graces = [
         [plan.grace_after(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-        for plan in (trains, verifies, plan_of("backend.grace_s=100"))
+        for plan in (trains, verifies, plan_of("backend.grace_s=100"), plan_of("backend.grace_s=2"))
     ]
-    assert graces == [[30.0, 7.0, 60.0], [7.0, 7.0, 60.0], [100.0, 100.0, 60.0]]
+    assert graces == [[30.0, 7.0, 60.0], [7.0, 7.0, 60.0], [100.0, 100.0, 60.0], [2.0, 2.0, 60.0]]

@@ -72,9 +72,9 @@ class Backend(Component):
     """Seconds without progress after which stacks are dumped and the run ends; 0 disables it.
     A host that neither gets ready nor starts its ranks ends the run after the same time, at least 60 s."""
 
-    grace_s: float = 7.0
+    grace_s: float | None = None
     """Seconds between the signal to the ranks, after Ctrl-C or SIGTERM, and SIGKILL.
-    Jobs that save a checkpoint on SIGTERM get at least 30 s then, as of Kubernetes and Slurm."""
+    ``null`` is 7, and 30 after SIGTERM for jobs that save a checkpoint then, as of Kubernetes and Slurm."""
 
     preempt_grace_s: float = 60.0
     """The same after SIGUSR1, by which schedulers preempt a run that will be resumed."""

@@ -194,7 +194,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def sampling_of(job: Generate) -> SamplingParams:
     """Return the sampling that the options of a job describe."""
-    values: Mapping[str, object] = {name: value for name, value in job.default_fields.items() if name != "stop"}
+    kept_apart = ("stop", "model")  # arguments of the chat itself: what ends an answer, and its adapter
+    values: Mapping[str, object] = {name: value for name, value in job.default_fields.items() if name not in kept_apart}
     return SamplingParams(**values)  # type: ignore[arg-type]
 
 

@@ -45,7 +45,8 @@ def find_run_or_checkpoint(word: str, root: Path, *, option: str) -> Path | None
     if folder.name == MODEL_FOLDER and is_checkpoint(folder.parent):
         return folder.parent
     if _holds_checkpoints(folder):
-        return folder
+        # its run.yaml lies two folders above the checkpoint, not above a link to it
+        return folder.resolve() if folder.is_symlink() and is_checkpoint(folder) else folder
     if reference.selector is not None:
         fix = f"leave @{reference.selector} out, or name a run"
         raise ConfigError(option, word, why=f"{reference.source} is neither a run nor a checkpoint", fix=fix)

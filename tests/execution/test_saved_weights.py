@@ -21,6 +21,7 @@ from launcher.config.run import Run
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
+from launcher.execution.saved_models import find_run_or_checkpoint
 from launcher.execution.summary import closing_text
 from launcher.execution.validate import path_warnings, validate_machine
 from launcher.planning.warnings import warnings_of_run
@@ -628,3 +629,11 @@ def test_a_run_in_the_place_of_a_model_is_recognised(write: Write, launch_in_pro
     said = launch_in_process("plan", "job=generate", "model.weights=runs/gpt2_tiny").expect(2).stderr
     assert f"model.weights=runs/gpt2_tiny: holds runs, not a model; set model.weights={run}" in said
     launch_in_process("plan", "job=generate", "job.tokenizer=bytes", f"model.weights={run}").expect(0)
+
+
+def test_a_link_to_a_checkpoint_is_the_checkpoint_in_its_run(write: Write, tmp_path: Path) -> None:
+    folder = write(10).folder
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    assert find_run_or_checkpoint(str(link), tmp_path / "runs", option="run") == folder

@@ -58,6 +58,14 @@ def test_nothing_half_a_file_and_pickles(saved: Path, tmp_path: Path) -> None:
     assert "is a folder of weights without config.json" in only_problem(Hf(name=str(folder)))
 
 
+def test_a_trainers_folder_names_the_checkpoint_below_it(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "out" / "checkpoint-4")
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+    said = only_problem(Hf(name=str(tmp_path / "out")))
+    assert "holds checkpoint-4, a Trainer checkpoint" in said
+    assert f"set model.name={tmp_path}/out/checkpoint-4" in said
+
+
 @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "org/model/extra", "two words", ""])
 def test_names_that_are_no_model(name: str) -> None:
     assert only_problem(Hf(name=name)).startswith(f"model.name={name}: ")

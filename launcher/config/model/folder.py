@@ -230,6 +230,8 @@ def validate_model_folder(
         why = "holds no config.json"
         if foreign is not None:
             why, fix = f"is a {foreign.title} without config.json", "choose its model, and set model.weights to it"
+            if (below := foreign.weights.folder) != folder and exists(below / "config.json"):
+                why, fix = f"holds {below.name}, a {foreign.title}", f"set {quoted_word(option, str(below))}"
         elif not shapes:
             why += f", nor weights: looked for {LOOKED_FOR}"
         yield ConfigError(option, value, why=why, fix=fix)

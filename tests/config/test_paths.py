@@ -29,6 +29,7 @@ OPTIONS = {
     "data.files": ["data=hf", "data.path=json", "data.files=[{}]"],
     "model.weights": ["model.weights="],
     "model.name": ["model=hf", "run.name=x", "model.name="],
+    "model.adapter": ["model.adapter="],
     "checkpoint.resume": ["checkpoint.resume="],
     "run.root": ["run.root="],
     "run.dir": ["run.dir="],
@@ -43,6 +44,8 @@ OPTIONS = {
     "backend.hostfile": ["backend=ssh", "backend.hostfile="],
     "backend.ssh_config": ["backend=ssh", "backend.ssh_config="],
     "benchmark.tokenizer": ["job=benchmark", "benchmark=batching", "benchmark.tokenizer="],
+    "benchmark.tasks": ["job=benchmark", "benchmark=lm_eval", "benchmark.tasks=[{}]"],
+    "benchmark.include_path": ["job=benchmark", "benchmark=lm_eval", "benchmark.include_path=[{}]"],
     "benchmark.trace": ["job=benchmark", "benchmark=serving", "benchmark.trace="],
 }
 """Words before the one that takes the path. ``backend.python`` is a path of the hosts."""

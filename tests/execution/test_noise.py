@@ -131,6 +131,7 @@ def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch
     assert "metrics.jsonl" in closing_text(result, run_dir, elapsed_s=3.0).splitlines()[1]
     write_json(run_dir.plan, {"job": "train", "work": {"num_steps": 10}, "details": {"output": "/else/where"}})
     assert closing_text(result, run_dir, elapsed_s=3.0).splitlines()[1].endswith("; outside it: /else/where")
+    write_json(run_dir.result, {**result, "exit_code": 0})
     assert "launch resume 'runs/a b/x' job.steps=20" in closing_text(result, run_dir, elapsed_s=3.0)
     for status, code in (("cancelled", 130), ("preempted", 75)):
         assert "launch resume 'runs/a b/x'" in closing_message(RunOutcome(status=status, exit_code=code), run_dir)

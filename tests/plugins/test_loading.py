@@ -280,5 +280,5 @@ def test_an_optimizer_of_a_plugin_needs_a_strategy_that_builds_it(
     shown = capsys.readouterr().out
     assert "lion lr=0.0003" in shown
     assert "(4N weights + 4N gradients + 4N optimizer state) / " in shown
-    with pytest.raises(ConfigError, match="set parallel=ddp or parallel=fsdp"):
+    with pytest.raises(ConfigError, match="set optimizer=adamw, parallel=ddp or parallel=fsdp"):
         plan([example, "+exp=example", "parallel=zero2"])

@@ -181,7 +181,7 @@ def test_cached_results_are_of_these_weights(tmp_path: Path) -> None:
             parallel={},
             precision="fp32",
             world_size=1,
-            sha256=about,
+            xxh3=about,
             files=dict.fromkeys(about, 1),
         )
         write_manifest(tmp_path / "step", manifest)

@@ -114,4 +114,4 @@ def test_the_example_keeps_the_contract_in_its_own_tests(tmp_path: Path) -> None
         check=False,
     )
     assert ended.returncode == 0, ended.stdout
-    assert "30 passed" in ended.stdout
+    assert "31 passed" in ended.stdout

@@ -170,7 +170,7 @@ def test_cached_results_are_of_these_weights(tmp_path: Path) -> None:
     run = compose(("job=serve", "model=hf", f"model.name={source}", "job.tokenizer=bytes")).run
     found = []
     for digest in ("0", "0", "1"):
-        about = {"state/rank_00000.safetensors": digest * 64, "model/config.json": f"{len(found)}" * 64}
+        about = {"state/rank_00000.safetensors": digest * 32, "model/config.json": f"{len(found)}" * 32}
         manifest = CheckpointManifest(
             step=1,
             created=0,

@@ -114,6 +114,10 @@ def _check_target(target: Path) -> None:
         raise ConfigError("DIR", target, why="is there already", fix="name a folder that does not exist, or remove it")
     if not target.parent.is_dir():
         raise ConfigError("DIR", target, why=f"there is no folder {target.parent}", fix="create it, or choose another")
+    folder = target.parent.resolve()
+    if folder.name == "checkpoints" and RunDir(folder.parent).snapshot.is_file():
+        why = "is among the checkpoints of a run, which would take it for a damaged one"
+        raise ConfigError("DIR", target, why=why, fix="name a folder outside of it")
 
 
 def _checkpoint(word: str, root: Path) -> SavedCheckpoint:

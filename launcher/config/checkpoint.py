@@ -27,7 +27,7 @@ class Checkpoint(Component):
     summary_fields: ClassVar[tuple[str, ...]] = ("every", "resume")
 
     every: int = 0
-    """Optimizer steps between checkpoints; 0 writes none."""
+    """Optimizer steps between checkpoints; 0 writes none before the end (``at_end``)."""
 
     at_end: bool = True
     """Also write one after the last step: the trained model."""

@@ -101,7 +101,8 @@ def _order(train: ExampleRows, sizes: Sequence[int], *, weights: Sequence[float]
         for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
             if weight and not size:
                 why = f"source {number + 1} of data.path has a weight and no examples"
-                raise ConfigError("data.weights", weight, why=why, fix="set its weight to 0, or give examples")
+                fix = "leave its entry out of data.path, or give examples"
+                raise ConfigError("data.weights", weight, why=why, fix=fix)
         order = Mixture(sizes, exact_weights(weights))
     if train.row_length is not None:
         return order

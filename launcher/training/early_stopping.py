@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ class EarlyStopping:
         if self._job.early_stopping_patience is None or value is None:
             return
         threshold = self._job.early_stopping_threshold
-        if self.best is None or self._sign * value < self._sign * self.best - threshold:
+        is_first = self.best is None and math.isfinite(value)
+        if is_first or (self.best is not None and self._sign * value < self._sign * self.best - threshold):
             self.best, self.num_stale = value, 0
-        else:  # NaN is not better
+        else:  # NaN is not better, and nothing to compare later values with
             self.num_stale += 1
 
     def restore(self, manifest: CheckpointManifest) -> None:
@@ -50,4 +52,6 @@ class EarlyStopping:
 
     def __str__(self) -> str:
         times = "evaluation" if self.num_stale == 1 else "evaluations"
-        return f"{self.num_stale} {times} without an eval/{self._name} better than {self.best:.4f}"
+        known = "a finite eval/" if self.best is None else "an eval/"
+        better = "" if self.best is None else f" better than {self.best:.4f}"
+        return f"{self.num_stale} {times} without {known}{self._name}{better}"

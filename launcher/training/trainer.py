@@ -177,7 +177,7 @@ class Trainer:
             lr=rate,
             elapsed_s=time.perf_counter() - started,
             parts=self.clock.pop_times(),
-            padding=self.loader.padding(step) if self.splits.summary else None,
+            padding=self.loader.padding(step) if self.splits.summary and self.context.is_main else None,
         )
         self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
         return result, why

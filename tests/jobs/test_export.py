@@ -66,6 +66,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "packed" / "model").mkdir(parents=True)
+    (tmp_path / "trained" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "trained" / "run.yaml").touch()
     for name in ("run.yaml", "model/config.json"):
         (tmp_path / "packed" / name).write_text("{}")
     for words, said in {
@@ -74,10 +76,11 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         ("packed", "new"): "is a run of job=quantize, whose weights are files already: ",
         ("packed", "there"): "DIR={}/there: is there already",
         ("packed", "no/new"): "there is no folder {}/no",
+        ("packed", "trained/checkpoints/new"): "is among the checkpoints of a run",
         ("packed", "new", "dtype=fp8"): "dtype=fp8: is not one of fp32, bf16, fp16",
         ("packed", "new", "dtyp=fp16"): "dtyp: no such option; did you mean dtype?",
         ("packed", "new", "bf16"): "bf16: is neither RUN, DIR nor option=value",
         ("packed", "new", "max_shard_size=5"): "max_shard_size=5: is not a size above 0",
     }.items():
         assert said.format(tmp_path) in launch_in_process("export", *words).expect(2).stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "there", "trained"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from launcher.config.compose import compose
 from launcher.config.job.train import Train
 from launcher.protocol.plan import Batch
+from launcher.training.early_stopping import EarlyStopping
+from launcher.training.evaluation import EvaluationResult
 from launcher.utils.files import read_json
 from tests.conftest import Launch
 from tests.helpers import losses
@@ -88,3 +91,21 @@ def test_the_last_step_completes_the_epochs() -> None:
     assert job.steps_of_epochs(9, batch) == 5
     assert job.steps_of_epochs(9, batch, done=3, drawn=6) == 6
     assert job.steps_of_epochs(9, batch, done=5, drawn=20) == 5
+
+
+def test_a_loss_that_is_not_finite_is_nothing_to_improve_on() -> None:
+    job = compose(("job.early_stopping_patience=2",)).run.job
+    assert isinstance(job, Train)
+    stopping = EarlyStopping(job, best_metric="min:loss")
+    for loss, best, stale in (
+        (math.nan, None, 1),
+        (4.0, 4.0, 0),
+        (math.nan, 4.0, 1),
+        (3.0, 3.0, 0),
+        (math.nan, 3.0, 1),
+    ):
+        stopping.observe(EvaluationResult(loss=loss, preempted=False, metrics={}))
+        assert (stopping.best, stopping.num_stale) == (best, stale)
+    nothing = EarlyStopping(job, best_metric="min:loss")
+    nothing.observe(EvaluationResult(loss=math.inf, preempted=False, metrics={}))
+    assert str(nothing) == "1 evaluation without a finite eval/loss"

@@ -1,7 +1,5 @@
 """The byte-level BPE that a corpus trains (arXiv:1508.07909), with GPT-2's bytes.
 
-It belongs to the configuration because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
-
 It is on the ground floor because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
 """
 

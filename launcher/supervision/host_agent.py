@@ -49,6 +49,8 @@ _SEND_FILES_S = 60.0
 """Seconds, after all processes exited, to send files to a session on another disk."""
 _LOST_SESSION_GRACE_S = 2.0
 """Longest grace of the ranks once the session is lost."""
+_LOST_LAUNCHER_GRACE_S = 7.0
+"""The same once torchrun or deepspeed is, when the run fails whatever its ranks save."""
 
 
 class HostAgent:
@@ -142,7 +144,7 @@ class HostAgent:
         elif self._launcher_signal is not None:
             self._report_signalled_launcher(launcher, self._launcher_signal)
         if self._ranks.any_alive() and self._kill_at is None:
-            self._end_ranks(signal.SIGTERM, self._assignment.grace_s)
+            self._end_ranks(signal.SIGTERM, min(self._assignment.grace_s, _LOST_LAUNCHER_GRACE_S))
         self._wait(lambda: (launcher.has_exited() and not self._ranks.any_alive()) or self._is_grace_over())
 
     def _end_all_but_sidecars(self) -> None:
@@ -210,7 +212,8 @@ class HostAgent:
             self._session.mark_lost()
         launcher_signal = self._ranks.pop_launcher_signal()
         if launcher_signal is not None and self._kill_at is None:
-            self._launcher_signal, self._kill_at = launcher_signal, time.monotonic() + self._assignment.grace_s
+            grace_s = min(self._assignment.grace_s, _LOST_LAUNCHER_GRACE_S)
+            self._launcher_signal, self._kill_at = launcher_signal, time.monotonic() + grace_s
         while self._signals:
             number = self._signals.pop(0)
             self._session.send(AgentSignalled(signal=number))

@@ -77,7 +77,8 @@ def test_bytes_of_tokens_are_the_text(text: str, kind: str) -> None:
 @pytest.mark.parametrize("stop", ["", "日", "😀 t"])
 def test_a_file_of_answers_has_the_text_of_its_tokens(kind: str, stop: str) -> None:
     words, text = KINDS[kind], "the 😀😀 日本語 😀 there é👩‍🔬"
-    request = GenerationRequest(prompt=(1,), sampling=SamplingParams(max_tokens=99), stop=(stop,) if stop else ())
+    sampling, stops = SamplingParams(max_tokens=99), (stop,) if stop else ()
+    request = GenerationRequest(prompt=(1,), sampling=sampling, stop=stops, adapter="")
     answer = GenerationResult(Record(0, 1, {}), request, words)
     for token in words.encode(text):
         if answer.add_output(EngineOutput(request_id="0", tokens=(GeneratedToken(id=token),))):

@@ -110,17 +110,13 @@ class CheckpointSaver:
         self.wait()
         self._begin(step)
         beside(self._store.pending(step))
-        manifest = describe_checkpoint(
-            self._context.run,
-            progress,
-            world_size=self._context.world_size,
-            plan=read_json(self._context.run_dir.plan),
-        )
+        plan = read_json(self._context.run_dir.plan)
+        manifest = describe_checkpoint(self._context.run, progress, world_size=self._context.world_size, plan=plan)
         self._step = step
         shards, scalars = self._own_shards(), self._engine.scalars()
         if not now and self._is_async(shards):
             copies = self._copies.copy(shards)
-            self._pace = pace = self._pace_beside_steps(copies, since_last_s=started - self._begun_s)
+            self._pace = pace = self._pace_beside_steps(copies, plan, since_last_s=started - self._begun_s)
             self._writing = BackgroundCall(
                 lambda: self._write(manifest, copies, scalars, started=started, between_blocks=pace.keep)
             )
@@ -130,11 +126,15 @@ class CheckpointSaver:
             self._completed.append(step)
         self._begun_s = started
 
-    def _pace_beside_steps(self, shards: Sequence[Shard], *, since_last_s: float) -> Pace:
+    def _pace_beside_steps(self, shards: Sequence[Shard], plan: Mapping[str, Any], *, since_last_s: float) -> Pace:
         """Return how fast to write; steps on GPUs leave the processors free."""
-        num_bytes = sum(shard.num_bytes for shard in shards)
         on_cpu = self._engine.device.type == "cpu"
-        return Pace(num_bytes=num_bytes, limit_s=_WRITING_TIME * since_last_s if on_cpu else 0.0)
+        hosts = [placed["host"] for placed in plan["ranks"]]
+        return Pace(
+            num_bytes=sum(shard.num_bytes for shard in shards),
+            num_writers=hosts.count(hosts[self._context.rank]),
+            limit_s=_WRITING_TIME * since_last_s if on_cpu else 0.0,
+        )
 
     def check_shared(self, step: int) -> None:
         """Raise at once, and not at the first save, if ranks do not share the run directory.

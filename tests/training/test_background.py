@@ -40,8 +40,16 @@ def write(pace: Pace, clock: Clock, blocks: int, *, cpu_s: float, elapsed_s: flo
 def test_the_thread_takes_a_small_share_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     pace = Pace(num_bytes=100 * BLOCK_BYTES, limit_s=1e6)
     clock = Clock(monkeypatch, pace)
-    write(pace, clock, 100, cpu_s=0.001, elapsed_s=0.002)
+    write(pace, clock, 100, cpu_s=0.01, elapsed_s=0.02)
     assert clock.cpu_s / clock.now_s == pytest.approx(0.06, rel=0.02)
+
+
+@pytest.mark.parametrize("num_writers", [1, 2])
+def test_the_ranks_of_a_host_share_the_disk(monkeypatch: pytest.MonkeyPatch, num_writers: int) -> None:
+    pace = Pace(num_bytes=100 * BLOCK_BYTES, num_writers=num_writers, limit_s=1e6)
+    clock = Clock(monkeypatch, pace)
+    write(pace, clock, 100, cpu_s=0.0, elapsed_s=0.002)
+    assert 100 * BLOCK_BYTES * num_writers / clock.now_s == pytest.approx(100e6, rel=0.02)
 
 
 def test_it_is_done_long_before_the_next_save(monkeypatch: pytest.MonkeyPatch) -> None:

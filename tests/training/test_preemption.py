@@ -116,7 +116,7 @@ def leave(preemption, tmp_path):
     def train(*at, words=()):
         run = compose([*SMALL, "job.sample_tokens=0", "job.steps=9", "job.eval_every=3", *words]).run
         run_dir = RunDir(tmp_path)
-        write_json(run_dir.plan, {"run_id": "x", "run_hash": "y"})
+        write_json(run_dir.plan, {"run_id": "x", "run_hash": "y", "ranks": [{"host": "here"}]})
         context = Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None))
         splits = open_splits(run.data, run.model, sequence_length=32, seed=0, heartbeat=lambda: None)
         clock = StepClock(context.heartbeat, cuda=False)

@@ -60,7 +60,7 @@ def saver(tmp_path: Path) -> Any:
         world_size=1,
         heartbeat=SimpleNamespace(update=lambda *_, **__: None),
     )
-    write_json(tmp_path / "plan.json", {"run_id": "a", "run_hash": "b"})
+    write_json(tmp_path / "plan.json", {"run_id": "a", "run_hash": "b", "ranks": [{"host": "here"}]})
     store = CheckpointStore(tmp_path / "checkpoints", run.checkpoint, say=silent)
     engine: Any = Engine()
     return CheckpointSaver(store, context, engine)

@@ -30,7 +30,7 @@ class AgentExecutor(Executor[B]):
             remote = self.remote_command(host.host, self.agent_module)
             return PipeConnection(name, remote, log=run_dir.log_of(name, "agent"))
 
-        return run_session(plan, connect, job=self.job)
+        return run_session(plan, connect, job=self.job, on_first_step=self.on_first_step)
 
     @property
     def job(self) -> dict[str, str]:

@@ -81,7 +81,8 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
             return PipeConnection(host.host.name, remote, log=run_dir.log_of(host.host.name, "agent"))
 
         try:
-            return run_session(replace(plan, hosts=(here,), forwarded_env=()), connect)
+            of_here = replace(plan, hosts=(here,), forwarded_env=())
+            return run_session(of_here, connect, on_first_step=self.on_first_step)
         finally:
             mark_run_over(run_dir)
 

@@ -10,7 +10,9 @@ from typing import Any
 from launcher.config.adapter import Dora, Lora, Qlora, RsLora
 from launcher.config.model.base import Model
 from launcher.config.model.folder import weights_fingerprint
+from launcher.config.model.hf import Hf
 from launcher.errors import ConfigError
+from launcher.utils.files import exists
 from launcher.utils.schema import build, to_tree
 from launcher.utils.text import short_path
 
@@ -56,6 +58,13 @@ def _folder_of(model: Model) -> Path | None:
         return model.weights_folder()
     except ConfigError:
         return None  # the check of the model reports it
+
+
+def missing_base(model: Model) -> Path | None:
+    """Return the folder that a model names and that is not there; ``None`` if all are."""
+    named = [Path(model.name).expanduser()] if isinstance(model, Hf) and model.is_local else []
+    weights = [] if model.local_weights is None else [model.local_weights]
+    return next((folder for folder in (*weights, *named) if not exists(folder)), None)
 
 
 @functools.cache

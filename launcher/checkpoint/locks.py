@@ -6,6 +6,7 @@ reason. Standard library only: the parent reads checkpoints too.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import weakref
@@ -45,6 +46,43 @@ class ReadLock:
         os.stat(manifest)  # noqa: PTH116  (raises the error of a checkpoint that was removed meanwhile)
 
     def __enter__(self) -> ReadLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class CheckpointLocks:
+    """Read locks of the checkpoints that a process has chosen, one each; released by ``close``."""
+
+    def __init__(self) -> None:
+        self._held: dict[Path, ReadLock] = {}
+
+    def keep(self, folder: Path, *, say: Callable[[str], None] = print) -> None:
+        """Keep a checkpoint, named by its folder or by one in it.
+
+        Raises:
+            FileNotFoundError: it is not there any more.
+        """
+        checkpoint = next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
+        if checkpoint is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / MANIFEST))
+        checkpoint = checkpoint.resolve()
+        if checkpoint not in self._held:
+            self._held[checkpoint] = ReadLock(checkpoint, say=say)
+
+    def release(self, folder: Path) -> None:
+        """Release one that was kept and is not wanted after all."""
+        if (lock := self._held.pop(folder.resolve(), None)) is not None:
+            lock.close()
+
+    def close(self) -> None:
+        """Release all."""
+        for lock in self._held.values():
+            lock.close()
+        self._held.clear()
+
+    def __enter__(self) -> CheckpointLocks:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,11 +25,13 @@ from launcher.errors import ConfigError
 from launcher.protocol.state_files import TENSOR_FOLDER
 from launcher.utils.files import read_regular, sha256_of, write_json
 from launcher.utils.schema import build, to_tree
+from launcher.utils.text import shell_word, short_path
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
 """In the file: SHA-256 of everything else in it."""
-_BLOCK_BYTES = 1 << 20
+COMPARED_BYTES = 1 << 20
+"""Read between two calls of a heartbeat, where files are compared."""
 _THREADS = 4
 """That read files side by side: reading and xxhash release the GIL."""
 _XXH3 = re.compile(r"[0-9a-f]{32}")
@@ -37,6 +39,23 @@ _XXH3 = re.compile(r"[0-9a-f]{32}")
 
 VERSION = 3
 """Of the format that this program writes and reads."""
+
+
+class UnsupportedManifest(ValueError):
+    """A manifest of another version of this format: the checkpoint is intact, but not read.
+
+    Args:
+        folder: of the checkpoint.
+        version: that its manifest states.
+    """
+
+    def __init__(self, folder: Path, version: int) -> None:
+        file, age = short_path(folder / MANIFEST), "a newer" if version > VERSION else "an older"
+        super().__init__(f"{file} has version {version}, this launcher reads {VERSION}: {age} launcher wrote it")
+        export = f"let that launcher write its model, launch export {shell_word(short_path(folder))} DIR"
+        fix = f"{export}, and load it here with model=hf model.name=DIR"
+        self.fix = f"update this launcher, or {fix}" if version > VERSION else fix
+        """What the user can do."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        ValueError: there is none, or it is damaged or of another format; the message says which.
+        UnsupportedManifest: another version of this program wrote it.
+        ValueError: there is none, or it is damaged; the message says which.
     """
     try:
         tree = json.loads(read_regular(folder / MANIFEST))
@@ -223,8 +243,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if isinstance(tree, dict) and (found is None or isinstance(found, bool)):
         raise ValueError(f"its {MANIFEST} is damaged (version={json.dumps(found)})")
     if isinstance(found, int) and found != VERSION:
-        age = "a newer" if found > VERSION else "an older"
-        raise ValueError(f"{age} launcher wrote it (manifest version {found}, this launcher reads {VERSION})")
+        raise UnsupportedManifest(folder, found)
     checksum = tree.pop(_CHECKSUM, None) if isinstance(tree, dict) else None
     mistakes: list[ConfigError] = []
     manifest = (
@@ -304,12 +323,17 @@ def model_folder_damage(folder: Path, *, weights: bool) -> str | None:
     Args:
         folder: perhaps ``model/`` of a checkpoint, under any option that takes a folder.
         weights: whether the weights are loaded too, and not only the config and the tokenizer.
+
+    Raises:
+        UnsupportedManifest: another version of this program wrote the checkpoint.
     """
     folder = folder.resolve()
     if not (folder.parent / MANIFEST).exists():
         return None
     try:
         manifest = read_manifest(folder.parent)
+    except UnsupportedManifest:
+        raise
     except ValueError as error:
         return str(error)
     read = (f"{folder.name}/", *([f"{TENSOR_FOLDER}/"] if weights else []))
@@ -324,7 +348,7 @@ def checksums(folder: Path, names: Iterable[str], *, heartbeat: Callable[[], Non
         found = new_checksum()
         try:
             with (folder / name).open("rb", buffering=0) as file:
-                while block := file.read(_BLOCK_BYTES):
+                while block := file.read(COMPARED_BYTES):
                     found.update(block)
                     heartbeat()
         except OSError:

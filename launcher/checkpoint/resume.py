@@ -16,8 +16,14 @@ from launcher.checkpoint.adapter_base import (
     base_weights,
     is_same_base,
 )
-from launcher.checkpoint.manifest import MANIFEST
-from launcher.checkpoint.store import SavedCheckpoint, Say, complete_checkpoints, open_checkpoint
+from launcher.checkpoint.manifest import MANIFEST, UnsupportedManifest
+from launcher.checkpoint.store import (
+    SavedCheckpoint,
+    Say,
+    checkpoint_folders,
+    complete_checkpoints,
+    open_checkpoint,
+)
 from launcher.config.adapter import Lora
 from launcher.config.model.base import Model
 from launcher.config.model.hf import last_part
@@ -76,7 +82,8 @@ def find_checkpoint(resume: str, run_dir: RunDir, *, say: Say = print) -> SavedC
         say: takes one line for each incomplete checkpoint passed over.
 
     Raises:
-        ConfigError: the folder named is missing or holds no complete checkpoint, or ``run_dir`` only damaged ones.
+        ConfigError: the folder named is missing or holds no complete checkpoint, or ``run_dir`` only damaged ones, or
+            another version of this program wrote the one that would be taken.
     """
     return next(resume_candidates(resume, run_dir, say=say), None)
 
@@ -93,7 +100,7 @@ def resume_candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iter
             errors.append(line)
             say(line)
 
-        for saved in complete_checkpoints(run_dir.checkpoints, say=note):
+        for saved in _newest_first(run_dir.checkpoints, say=note, option="checkpoint.resume", value="auto"):
             found = True
             yield saved
         if not found and errors:
@@ -120,13 +127,21 @@ def no_intact_checkpoint(resume: str, why: str) -> ConfigError:
     return ConfigError("checkpoint.resume", resume, why=f"no checkpoint is intact: {why}", fix=fix)
 
 
-def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoint.resume") -> Iterator[SavedCheckpoint]:
+def find_checkpoints(
+    folder: Path, *, say: Say = print, option: str = "checkpoint.resume", skips_unsupported: bool = False
+) -> Iterator[SavedCheckpoint]:
     """Yield the complete checkpoints in ``folder``, newest first.
 
     It is a checkpoint, a run, or a run's ``checkpoints``.
 
+    Args:
+        folder: where they are.
+        say: takes one line for each that is passed over.
+        option: which takes the folder, for messages.
+        skips_unsupported: pass over those of another version of this program too, unless there is no other.
+
     Raises:
-        ConfigError: there is none that is complete.
+        ConfigError: there is none that is complete, or another version of this program wrote the next one.
     """
     fix = f"name a run directory, one of its checkpoints/step_…, or leave {option} out"
     if not folder.is_dir():
@@ -135,18 +150,42 @@ def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoin
     if is_checkpoint(folder):
         try:
             yield open_checkpoint(folder)
+        except UnsupportedManifest as error:
+            raise ConfigError(option, folder, why=str(error), fix=error.fix) from error
         except ValueError as error:
             raise ConfigError(option, folder, why=f"is not complete: {error}", fix=fix) from error
         return
     below, found = RunDir(folder).checkpoints, False
-    for saved in complete_checkpoints(below if below.is_dir() else folder, say=say):
-        found = True
-        yield saved
+    there = below if below.is_dir() else folder
+    if skips_unsupported:
+        for saved in complete_checkpoints(there, say=say):
+            found = True
+            yield saved
+    if not found:
+        for saved in _newest_first(there, say=say, option=option, value=folder):
+            found = True
+            yield saved
     if not found:
         if RunDir(folder).snapshot.is_file():
             fix = f"save one in a new run: launch rerun {shell_word(str(folder))} checkpoint.at_end=true"
         others = "" if below.is_dir() else f", also none of another program (looked for {LOOKED_FOR})"
         raise ConfigError(option, folder, why=f"holds no complete checkpoint{others}", fix=fix)
+
+
+def _newest_first(folder: Path, *, say: Say, option: str, value: object) -> Iterator[SavedCheckpoint]:
+    """Yield the complete checkpoints in ``folder``, newest first, saying which ones are damaged.
+
+    Raises:
+        ConfigError: another version of this program wrote the next one. It is no reason to take an older one: the run
+            would repeat steps, and replace it.
+    """
+    for entry in checkpoint_folders(folder):
+        try:
+            yield open_checkpoint(entry)
+        except UnsupportedManifest as error:
+            raise ConfigError(option, value, why=str(error), fix=error.fix) from error
+        except ValueError as error:
+            say(f"checkpoint {entry} is skipped: {error}")
 
 
 def validate_resume(
@@ -244,6 +283,8 @@ def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
     names = differing_keys(written, ours)
     if not names:
         return
+    if "family" in names:
+        names = ["family"]  # whose other options mean nothing to this model
     differences = ", ".join(f"its {name} is {written.get(name)}, this run's is {ours.get(name)}" for name in names)
     run = saved.folder.parent.parent
     if "family" not in names and all(name in written and hasattr(model, name) for name in names):

@@ -34,6 +34,7 @@ from launcher.checkpoint.regions import (
     whole,
 )
 from launcher.protocol.state_files import TENSOR_FOLDER, StoredPart, parts_metadata, read_parts, whole_shapes
+from launcher.utils.progress import OnProgress, no_progress
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 
 _MOST_MAPPED_BYTES = 64 << 20
@@ -189,6 +190,9 @@ class StoredState:
 
     def __init__(self, files: Iterable[Path] = ()) -> None:
         files = list(files)
+        self.on_progress: OnProgress = no_progress
+        """Called at each read with the bytes read and those expected."""
+        self._expected_bytes = self._read_bytes = 0
         self._lock = ReadLock(files[0].parent, say=lambda line: None) if files else None
         self._entries: dict[str, _Entry] = {}
         self._shapes: dict[str, Shape] = {}
@@ -242,6 +246,14 @@ class StoredState:
         """Whole shape of each tensor by its name."""
         return self._shapes
 
+    def expect(self, regions: Iterable[tuple[str, Region]]) -> None:
+        """Add the parts of tensors that will be read to what :attr:`on_progress` gets.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        self._expected_bytes += sum(region.numel * self.dtype(name).itemsize for name, region in regions)
+
     def read(self, name: str, region: Region | None = None) -> Tensor:
         """Return a part of a tensor, or all of it, on the CPU in the format in which it is stored.
 
@@ -255,6 +267,12 @@ class StoredState:
             KeyError: there is no such tensor.
             ValueError: the file cannot be read.
         """
+        found = self._read(name, region)
+        self._read_bytes += found.nbytes
+        self.on_progress(self._read_bytes, self._expected_bytes)
+        return found
+
+    def _read(self, name: str, region: Region | None) -> Tensor:
         entry = self._entries[name]
         region = region if region is not None else whole(entry.shape)
         same = next((part for part in entry.parts if part.region == region), None)

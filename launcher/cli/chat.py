@@ -34,7 +34,7 @@ def run(arguments: Arguments) -> int:
     if arguments.dry_run:
         print(render_plan(prepared.plan), end="")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
+    with prepared.locks, tempfile.TemporaryDirectory() as folder:
         snapshot = Path(folder) / "run.yaml"
         snapshot.write_text(prepared.snapshot, encoding="utf-8")
         return run_in_foreground([sys.executable, "-m", "launcher.jobs.chat", str(snapshot)])

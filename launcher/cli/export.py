@@ -6,30 +6,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.checkpoint.adapter_base import base_weights, is_same_base
-from launcher.checkpoint.locks import ReadLock
+from launcher.checkpoint.adapter_base import base_weights, is_same_base, missing_base
+from launcher.checkpoint.locks import CheckpointLocks
 from launcher.checkpoint.store import SavedCheckpoint
 from launcher.cli.arguments import Arguments, path_value
 from launcher.config.export import ExportOptions
 from launcher.config.snapshot import load_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.saved_models import (
-    files_of_model,
     find_intact_checkpoint,
     find_run_or_checkpoint,
     quantized_model,
-    select_checkpoints,
 )
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import MODEL_FOLDER
-from launcher.utils.progress import byte_progress
 from launcher.utils.schema import build
 from launcher.utils.system import run_in_foreground
 from launcher.utils.text import printable, shell_command, short_path
 
 _BOOLEANS: dict[str, object] = {"true": True, "false": False}
-_BLOCK_BYTES = 1 << 20
-"""Read between two calls of a heartbeat."""
 
 
 def run(arguments: Arguments) -> int:
@@ -37,11 +32,11 @@ def run(arguments: Arguments) -> int:
     options = _options(arguments.settings)
     target = path_value("DIR")(arguments.folder).absolute()
     _check_target(target)
-    saved = _checkpoint(arguments.source, arguments.root)
-    source = saved.folder / MODEL_FOLDER
-    merged = _snapshot_to_merge(saved) if options.merge else []
-    command = [sys.executable, "-m", "launcher.jobs.export", str(source), str(target), options.dtype]
-    with ReadLock(saved.folder):
+    with CheckpointLocks() as locks:
+        saved = _checkpoint(arguments.source, arguments.root, locks=locks)
+        source = saved.folder / MODEL_FOLDER
+        merged = _snapshot_to_merge(saved) if options.merge else []
+        command = [sys.executable, "-m", "launcher.jobs.export", str(source), str(target), options.dtype]
         code = run_in_foreground([*command, str(options.max_shard_bytes), *merged])
     if code == 0:
         folder = short_path(target)
@@ -77,6 +72,10 @@ def _snapshot_to_merge(saved: SavedCheckpoint) -> list[str]:
         fix = "export without merge, and merge with PEFT: PeftModel.from_pretrained(…).merge_and_unload()"
         raise ConfigError("merge", "true", why=why, fix=fix)
     run = load_run(snapshot)
+    if (gone := missing_base(run.model)) is not None:
+        why = f"{saved.folder} holds an adapter of {run.model.name}, whose recorded folder {gone} is not there"
+        fix = "put it back; or leave merge out, and merge with PEFT: PeftModel.from_pretrained(…).merge_and_unload()"
+        raise ConfigError("merge", "true", why=why, fix=fix)
     errors = list(run.model.validate_machine())
     if errors:
         raise ConfigErrors(errors)
@@ -120,8 +119,8 @@ def _check_target(target: Path) -> None:
         raise ConfigError("DIR", target, why=why, fix="name a folder outside of it")
 
 
-def _checkpoint(word: str, root: Path) -> SavedCheckpoint:
-    """Return the verified checkpoint to export.
+def _checkpoint(word: str, root: Path, *, locks: CheckpointLocks) -> SavedCheckpoint:
+    """Return the verified checkpoint to export, which ``locks`` keep.
 
     Raises:
         ConfigError: ``word`` leads to none.
@@ -133,7 +132,4 @@ def _checkpoint(word: str, root: Path) -> SavedCheckpoint:
     if (quantized := quantized_model(folder)) is not None:
         why = f"is a run of job=quantize, whose weights are files already: {quantized}"
         raise ConfigError("run", word, why=why, fix="copy that folder, or export the run that was quantized")
-    first = next(select_checkpoints(folder, word, option="run"))
-    size = sum(first.manifest.files[name] for name in files_of_model(first))
-    with byte_progress("verifying", size) as read:
-        return find_intact_checkpoint(folder, word, option="run", heartbeat=lambda: read(_BLOCK_BYTES))
+    return find_intact_checkpoint(folder, word, option="run", locks=locks)

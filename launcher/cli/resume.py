@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.checkpoint.adapter_base import missing_base
 from launcher.checkpoint.resume import find_checkpoint, resume_of_restart
 from launcher.checkpoint.store import silent
 from launcher.cli.arguments import Arguments
@@ -40,6 +41,12 @@ def _continued(folder: Path, words: Sequence[str]) -> Run:
         ConfigError: starting over would replace its results, or lose the checkpoint that it started from.
     """
     run, state = load_saved_run(folder, words), read_run_state(RunDir(folder))
+    if run.lora is not None and run.backend.shares_paths and (gone := missing_base(run.model)) is not None:
+        why = f"trains an adapter of {run.model.name}, whose recorded folder {gone} is not there"
+        is_name = run.model.weights == "pretrained" or gone != run.model.local_weights
+        option = "model.name" if is_name else "model.weights"
+        fix = f"if it has moved: launch resume {shell_word(str(folder))} {option}=FOLDER"
+        raise ConfigError("run", folder, why=why, fix=fix)
     if run.job.resumes and not state.has_checkpoint:
         if state.status == "completed":
             why = "has completed and saved no checkpoint, so there is nothing to continue from"

@@ -27,7 +27,9 @@ class Checkpoint(Component):
     summary_fields: ClassVar[tuple[str, ...]] = ("every", "resume")
 
     every: int = 0
-    """Optimizer steps between checkpoints; 0 writes none before the end (``at_end``)."""
+    """Optimizer steps between checkpoints; 0 saves the trained model only (``at_end``).
+    With 0 a run that fails on the way starts over. One that is asked to end (SIGTERM, ``launch cancel``) saves first,
+    whatever this is. ``job.on_bad_step=rewind`` needs it above 0."""
 
     at_end: bool = True
     """Also write one after the last step: the trained model."""
@@ -64,6 +66,28 @@ class Checkpoint(Component):
     def is_own(self) -> bool:
         """Whether a run resumes from checkpoints of its own, not from another run's."""
         return self.resume == "auto"
+
+    def most_at_once(self, num_steps: int | None) -> int | None:
+        """Return how many checkpoints are on the disk at most, with the one that is being written.
+
+        Args:
+            num_steps: of the run; ``None`` if unknown, and the result is then, too, if they decide.
+        """
+        kept = self.keep + self.keep_best + 1
+        if num_steps is None:
+            return None if self.keep == 0 or self.keep_every else kept
+        written = num_steps // self.every if self.every else 0
+        if self.at_end and (not self.every or num_steps % self.every):
+            written += 1
+        if self.keep == 0:
+            return written
+        return min(written, kept + (num_steps // self.keep_every if self.keep_every else 0))
+
+    @property
+    def kept_text(self) -> str:
+        """The options that say which checkpoints are kept."""
+        more = f" checkpoint.keep_every={self.keep_every}" if self.keep_every else ""
+        return f"checkpoint.keep={self.keep} checkpoint.keep_best={str(self.keep_best).lower()}{more}"
 
     def is_async(self, num_bytes: int, *, on_nvme: bool) -> bool:
         """Whether a rank that writes ``num_bytes`` goes on while they are written."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from launcher.config.adapter_folder import ADAPTER_ATTRIBUTE
 from launcher.errors import EXIT_BAD_INPUT, JobError
+from launcher.utils.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     import torch
@@ -156,8 +157,12 @@ class Engine(ABC):
 
         write_state(folder, self.shards(), self.scalars())
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, *, on_progress: OnProgress = no_progress) -> None:
         """Continue from what ``save`` wrote.
+
+        Args:
+            folder: of the checkpoint.
+            on_progress: called with the bytes that this rank has read, and those that it will have read.
 
         Raises:
             JobError: the folder does not hold this model and optimizer.
@@ -166,6 +171,7 @@ class Engine(ABC):
 
         try:
             source, scalars = read_state(folder)
+            source.on_progress = on_progress
             self.load_shards(source)
             self.restore_scalars(scalars)
         except (OSError, ValueError, KeyError) as error:

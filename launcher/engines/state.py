@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,20 +80,18 @@ def _part_id(shard: Shard) -> int:
     return int.from_bytes(hashlib.blake2b(repr((shard.name, shard.region)).encode(), digest_size=8).digest())
 
 
-def fill_tensors(
-    tensors: Mapping[str, Tensor], source: StoredState, *, heartbeat: Callable[[], None] = lambda: None
-) -> None:
+def fill_tensors(tensors: Mapping[str, Tensor], source: StoredState) -> None:
     """Replace values in place by those of a checkpoint, one tensor in memory at a time.
 
     Raises:
-        ValueError: a tensor is missing or has another shape.
+        ValueError: a tensor is missing or has another shape; nothing is replaced.
     """
     for name, tensor in tensors.items():
         check_shape(source, name, tuple(tensor.shape))
-        region = region_of(tensor)
-        if region.numel:
-            local_shard(tensor.detach()).copy_(source.read(name, region))
-        heartbeat()
+    regions = {name: region for name, tensor in tensors.items() if (region := region_of(tensor)).numel}
+    source.expect(regions.items())
+    for name, region in regions.items():
+        local_shard(tensors[name].detach()).copy_(source.read(name, region))
 
 
 def check_shape(source: StoredState, name: str, shape: tuple[int, ...]) -> None:

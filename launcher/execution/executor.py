@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from launcher.config.backend.base import Backend
@@ -24,6 +24,8 @@ class Executor(ABC, Generic[B]):
 
     def __init__(self, backend: B, *, plugins: Sequence[str] = ()) -> None:
         self.backend, self.plugins = backend, tuple(plugins)
+        self.on_first_step: Callable[[], object] = _nothing
+        """Called once every rank has taken an optimizer step."""
 
     @abstractmethod
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
@@ -59,6 +61,10 @@ class Executor(ABC, Generic[B]):
 
         It writes no result files: ``submit_with_restarts`` does, after the last attempt.
         """
+
+
+def _nothing() -> None:
+    """Take no notice of the first step."""
 
 
 AnyExecutor = Executor[Any]

@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.config.parallel.zero import Zero
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.execution.executor import AnyExecutor
+from launcher.execution.held_checkpoints import keep_checkpoints, loads_once
 from launcher.execution.prepare import PreparedRun
 from launcher.execution.restart import PORT_TRIES, submit_with_restarts
 from launcher.execution.summary import closing_text, opening_lines
@@ -81,7 +82,11 @@ def execute_run(
     started = time.monotonic()
     if prints_summary:
         print(printable("\n".join(opening_lines(prepared.plan))), flush=True)
-    outcome = submit_with_restarts(prepared, executor, port_tries=port_tries)
+    with prepared.locks as locks:
+        keep_checkpoints(prepared.run, prepared.directory, locks)  # of a job that waited in a queue nothing kept them
+        if loads_once(prepared.run):
+            executor.on_first_step = locks.close
+        outcome = submit_with_restarts(prepared, executor, port_tries=port_tries)
     on_end()
     directory = prepared.directory
     if prints_summary and outcome.status == "completed" and directory.result.exists():

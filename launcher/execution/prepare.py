@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher.checkpoint.foreign.plan import foreign_weights_details
+from launcher.checkpoint.locks import CheckpointLocks
 from launcher.config.compose import Composition
 from launcher.config.paths import validate_path
 from launcher.config.run import Run, default_run_name
 from launcher.config.snapshot import dump_run
 from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.execution.checkpoint_room import room_warnings
+from launcher.execution.held_checkpoints import keep_checkpoints
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.validate import path_warnings, resume_details, resume_warnings, validate_machine
 from launcher.execution.validate_inputs import data_details
@@ -39,6 +42,8 @@ class PreparedRun:
     plan: Plan
     snapshot: str
     """The text of run.yaml."""
+    locks: CheckpointLocks = field(default_factory=CheckpointLocks, compare=False, repr=False)
+    """Keep the checkpoints of other runs that ranks load."""
 
     @property
     def directory(self) -> RunDir:
@@ -54,15 +59,19 @@ class PreparedRun:
 def prepare(composed: Composition) -> PreparedRun:
     """Return the plan and snapshot of a composed run, without connecting to other machines.
 
+    Its ``locks`` keep the checkpoints that it loads.
+
     Raises:
         ConfigErrors: everything that prevents it, found in one pass.
     """
     if unreachable := list(_unreachable(composed.run)):
         raise ConfigErrors(unreachable)
-    run = composed.run if composed.is_resolved else resolve_run_references(composed)
+    locks = CheckpointLocks()
+    run = composed.run if composed.is_resolved else resolve_run_references(composed, locks=locks)
     continued = _run_id_in(run.run.dir) if run.run.dir and run.checkpoint.resume == "auto" else None
     run_id = continued or new_run_id()
     folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
+    keep_checkpoints(run, RunDir(folder), locks)
     hosts = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     port = _first_port(run)
     unused = [] if composed.is_resolved else list(validate_overrides_used(run, composed.overrides))
@@ -72,7 +81,7 @@ def prepare(composed: Composition) -> PreparedRun:
         raise ConfigErrors([*unused, *several.errors]) from several
     if unused:
         raise ConfigErrors(unused)
-    return prepared
+    return replace(prepared, locks=locks)
 
 
 def _unreachable(run: Run) -> Iterator[ConfigError]:
@@ -122,6 +131,7 @@ def replan(
     if mistakes:
         raise ConfigErrors(mistakes)
     if is_fresh:
+        room = room_warnings(run, folder, world_size=plan.world_size)
         resumed = resume_warnings(run, folder, world_size=plan.world_size)
         details = {
             **plan.details,
@@ -129,7 +139,7 @@ def replan(
             **foreign_weights_details(run),
             **resume_details(run, folder, world_size=plan.world_size),
         }
-        plan = replace(plan, details=details, warnings=(*plan.warnings, *resumed, *path_warnings(run, hosts)))
+        plan = replace(plan, details=details, warnings=(*plan.warnings, *resumed, *room, *path_warnings(run, hosts)))
     return PreparedRun(run=run, plan=plan, snapshot=snapshot)
 
 

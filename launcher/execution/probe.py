@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.doctor.examine import default_deadline_s, examine_hosts
@@ -40,7 +41,9 @@ def probe_and_replan(prepared: PreparedRun, executor: AnyExecutor, *, is_fresh: 
     plan = prepared.plan
     hosts = report.probed(prepared.hosts)
     port = report.port or plan.port
-    return replan(prepared.run, hosts, run_id=plan.run_id, folder=Path(plan.run_dir), port=port, is_fresh=is_fresh)
+    folder = Path(plan.run_dir)
+    planned = replan(prepared.run, hosts, run_id=plan.run_id, folder=folder, port=port, is_fresh=is_fresh)
+    return replace(planned, locks=prepared.locks)
 
 
 def probe_for_restart(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tuple[Host, ...], int]:

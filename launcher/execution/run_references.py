@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from launcher.checkpoint.adapter_base import adapter_from_tree, base_weights, is_same_base
+from launcher.checkpoint.adapter_base import adapter_from_tree, base_weights, is_same_base, missing_base
 from launcher.checkpoint.foreign.plan import foreign_to_resume
+from launcher.checkpoint.locks import CheckpointLocks
 from launcher.checkpoint.manifest import adapter_manifest
 from launcher.checkpoint.resume import find_checkpoint, parse_reference
 from launcher.checkpoint.store import SavedCheckpoint, silent
@@ -29,7 +30,7 @@ from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
 from launcher.config.model.base import Model, has_tokenizer
 from launcher.config.model.hf import Hf
 from launcher.config.model.linear_layers import module_sizes
-from launcher.config.option_text import component_text
+from launcher.config.option_text import component_text, quoted_word
 from launcher.config.plugins import used_plugins
 from launcher.config.run import BatchedJob, Run, default_run_name
 from launcher.config.snapshot import load_run, read_snapshot
@@ -45,36 +46,41 @@ _KEPT = ("weights", "quantization", "adapter")
 """Options of the group model that do not choose the model."""
 
 
-def resolve_run_references(composed: Composition) -> Run:
+def resolve_run_references(composed: Composition, *, locks: CheckpointLocks | None = None) -> Run:
     """Return the composed run with each reference to a run replaced by a checkpoint's folder.
 
     The model is that of the run which wrote the weights, unless the command line or an experiment chooses one: then
     the two must be equal. The tokenizer of the data is the checkpoint's, if it has one.
 
+    Args:
+        composed: the run as the user typed it.
+        locks: keep the checkpoints that are chosen.
+
     Raises:
         ConfigError: a reference leads to no checkpoint, an ambiguous one, or one that is damaged.
     """
-    run = _with_checkpoint_tokenizer(_with_folders(composed), composed)
+    run = _with_folders(composed, locks or CheckpointLocks())
+    run = _with_checkpoint_tokenizer(run, composed)
     return replace(run, plugins=used_plugins(run))  # the model may be a plugin's
 
 
-def _with_folders(composed: Composition) -> Run:
+def _with_folders(composed: Composition, locks: CheckpointLocks) -> Run:
     run = composed.run
     if run.checkpoint.resume not in ("none", "auto") and run.job.resumes:
         run = replace(run, checkpoint=replace(run.checkpoint, resume=str(_resumed(run))))
         run = _with_resumed_adapter(run, composed)
-    run = _with_weights(run, composed)
-    return _with_adapter(run, composed)
+    run = _with_weights(run, composed, locks)
+    return _with_adapter(run, composed, locks)
 
 
-def _with_weights(run: Run, composed: Composition) -> Run:
+def _with_weights(run: Run, composed: Composition, locks: CheckpointLocks) -> Run:
     """Return ``run`` with ``model.weights`` as a folder, and the model of those weights."""
     if run.model.weights in ("random", "pretrained"):
         return run
     folder = _run_or_checkpoint(run.model.weights, run, option=WEIGHTS)
     if folder is None:
         return run
-    weights = find_model_folder(folder, run.model.weights, option=WEIGHTS)
+    weights = find_model_folder(folder, run.model.weights, option=WEIGHTS, locks=locks)
     if is_adapter_folder(weights):
         run = replace(run, model=_base_of(weights, composed))
     else:
@@ -211,7 +217,7 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
     return find_run_or_checkpoint(word, Path(run.run.root), option=option)
 
 
-def _with_adapter(run: Run, composed: Composition) -> Run:
+def _with_adapter(run: Run, composed: Composition, locks: CheckpointLocks) -> Run:
     """Return ``run`` with ``model.adapter`` as a folder, and as the adapter to train.
 
     Raises:
@@ -222,7 +228,7 @@ def _with_adapter(run: Run, composed: Composition) -> Run:
     word = run.model.adapter
     folder = _run_or_checkpoint(word, run, option=ADAPTER)
     if folder is not None:
-        folder = find_model_folder(folder, word, option=ADAPTER)
+        folder = find_model_folder(folder, word, option=ADAPTER, locks=locks)
         if not is_adapter_folder(folder):
             why = "is of a run that trained all weights of a model"
             raise ConfigError(ADAPTER, word, why=why, fix=f"set model.weights={word} instead of model.adapter")
@@ -284,6 +290,11 @@ def _base_of(folder: Path, composed: Composition) -> Model:
     if saved is None:
         why = f"{folder} holds an adapter, and its run's run.yaml, which names the model, is gone"
         fix = f"set model to the one that it was trained on, and model.adapter={folder}"
+        raise ConfigError(WEIGHTS, given.weights, why=why, fix=fix)
+    if (gone := missing_base(saved)) is not None:
+        why = f"holds an adapter of {saved.name}, whose recorded folder {gone} is not there"
+        base = "model=hf model.name=FOLDER" if isinstance(saved, Hf) else "model.weights=FOLDER"
+        fix = f"if it has moved, set {base} {quoted_word(ADAPTER, given.weights)}"
         raise ConfigError(WEIGHTS, given.weights, why=why, fix=fix)
     if _is_chosen(composed) and saved.architecture() != given.architecture():
         why = f"is an adapter of another model: {_differences(saved, given)}"

@@ -6,17 +6,18 @@ That is a run, ``RUN@best``, ``RUN@step_00000010`` or a folder. ``RUN`` is its n
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.checkpoint.locks import ReadLock
-from launcher.checkpoint.manifest import damaged_files
+from launcher.checkpoint.locks import CheckpointLocks
+from launcher.checkpoint.manifest import COMPARED_BYTES, UnsupportedManifest, damaged_files
 from launcher.checkpoint.resume import BEST, find_checkpoints, is_checkpoint, parse_reference
-from launcher.checkpoint.store import SavedCheckpoint, best_first
+from launcher.checkpoint.store import SavedCheckpoint, best_first, open_checkpoint
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
 from launcher.runs.index import find_run
+from launcher.utils.progress import byte_progress
 
 
 def find_run_or_checkpoint(word: str, root: Path, *, option: str) -> Path | None:
@@ -76,13 +77,14 @@ def _holds_checkpoints(folder: Path) -> bool:
         return False
 
 
-def find_model_folder(folder: Path, word: str, *, option: str) -> Path:
+def find_model_folder(folder: Path, word: str, *, option: str, locks: CheckpointLocks) -> Path:
     """Return the model folder of a run or checkpoint, verified by checksums with its weights.
 
     Args:
         folder: of the run or checkpoint that ``word`` names.
         word: as the user typed it.
         option: which takes it, for messages.
+        locks: keep the checkpoint.
 
     Raises:
         ConfigError: there is none that is intact.
@@ -93,7 +95,7 @@ def find_model_folder(folder: Path, word: str, *, option: str) -> Path:
             why, fix = f"{folder} holds one model and no checkpoints", f"leave @{selector} out"
             raise ConfigError(option, word, why=why, fix=fix)
         return quantized
-    return find_intact_checkpoint(folder, word, option=option).folder / MODEL_FOLDER
+    return find_intact_checkpoint(folder, word, option=option, locks=locks).folder / MODEL_FOLDER
 
 
 def quantized_model(folder: Path) -> Path | None:
@@ -104,32 +106,44 @@ def quantized_model(folder: Path) -> Path | None:
     return model
 
 
-def find_intact_checkpoint(
-    folder: Path, word: str, *, option: str, heartbeat: Callable[[], None] = lambda: None
-) -> SavedCheckpoint:
+def find_intact_checkpoint(folder: Path, word: str, *, option: str, locks: CheckpointLocks) -> SavedCheckpoint:
     """Return the first checkpoint that ``word`` allows and that is not damaged.
+
+    A terminal shows how much of it is compared with its checksums.
 
     Args:
         folder: of the run or checkpoint that ``word`` names.
         word: as the user typed it.
         option: which takes it, for messages.
-        heartbeat: called for each block of a file that is read.
+        locks: keep the checkpoint.
 
     Raises:
         ConfigError: there is none.
     """
     damaged: list[str] = []
     for saved in select_checkpoints(folder, word, option=option):
-        with ReadLock(saved.folder, say=_warn):
-            bad = damaged_files(saved.folder, saved.manifest, files_of_model(saved), heartbeat=heartbeat)
+        try:
+            locks.keep(saved.folder, say=_warn)
+        except FileNotFoundError:
+            damaged.append(f"{saved.folder} was removed by its run")
+            continue
+        bad = _damaged(saved)
         if not bad:
             if damaged:
                 _warn(f"{option}={word}: {saved.folder} is loaded instead")
             return saved
+        locks.release(saved.folder)
         damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (XXH3)")
         _warn(damaged[-1])
     fix = "name another checkpoint or run, or copy an intact one there"
     raise ConfigError(option, word, why=f"no checkpoint is intact: {'; '.join(damaged)}", fix=fix)
+
+
+def _damaged(saved: SavedCheckpoint) -> list[str]:
+    """Return the files of a checkpoint's model that are not as they were written."""
+    names = files_of_model(saved)
+    with byte_progress("verifying", sum(saved.manifest.files[name] for name in names)) as read:
+        return damaged_files(saved.folder, saved.manifest, names, heartbeat=lambda: read(COMPARED_BYTES))
 
 
 def files_of_model(saved: SavedCheckpoint) -> list[str]:
@@ -138,7 +152,7 @@ def files_of_model(saved: SavedCheckpoint) -> list[str]:
 
 
 def select_checkpoints(folder: Path, word: str, *, option: str) -> Iterator[SavedCheckpoint]:
-    """Return the checkpoints in ``folder`` that ``word`` allows, the preferred one first.
+    """Yield the checkpoints in ``folder`` that ``word`` allows, the preferred one first.
 
     Raises:
         ConfigError: there is none.
@@ -148,17 +162,15 @@ def select_checkpoints(folder: Path, word: str, *, option: str) -> Iterator[Save
         why = f"{reference.source} is already one checkpoint"
         raise ConfigError(option, word, why=why, fix=f"leave @{reference.selector} out, or name its run")
     try:
-        saved = list(find_checkpoints(folder, say=_warn, option=option))
+        if reference.selector is None:
+            yield from find_checkpoints(folder, say=_warn, option=option)
+            return
+        saved = list(find_checkpoints(folder, say=_warn, option=option, skips_unsupported=True))
     except ConfigError as error:
         raise ConfigError(option, word, why=error.why, fix=error.fix) from error
     if reference.step is not None:
-        chosen = [entry for entry in saved if entry.manifest.step == reference.step]
-        if not chosen:
-            steps = ", ".join(f"@{entry.folder.name}" for entry in saved[:5])
-            raise ConfigError(
-                option, word, why=f"has no complete checkpoint of step {reference.step}", fix=f"it has {steps}"
-            )
-        return iter(chosen)
+        yield _of_step(reference.step, saved, word, option=option)
+        return
     if reference.selector == BEST:
         rated = best_first(saved)
         if not rated:
@@ -167,8 +179,26 @@ def select_checkpoints(folder: Path, word: str, *, option: str) -> Iterator[Save
             why = f"no checkpoint of {reference.source} {what}: none was measured at its step"
             fix = f"leave @{BEST} out for the newest, or train with job.eval_every equal to checkpoint.every"
             raise ConfigError(option, word, why=why, fix=fix)
-        return iter(rated)
-    return iter(saved)
+        yield from rated
+
+
+def _of_step(step: int, saved: Sequence[SavedCheckpoint], word: str, *, option: str) -> SavedCheckpoint:
+    """Return the checkpoint of a step.
+
+    Raises:
+        ConfigError: there is none that can be read; the message names others.
+    """
+    chosen = next((entry for entry in saved if entry.manifest.step == step), None)
+    if chosen is not None:
+        return chosen
+    try:
+        return open_checkpoint(saved[0].folder.with_name(f"step_{step:08d}"))
+    except UnsupportedManifest as error:
+        raise ConfigError(option, word, why=str(error), fix=error.fix) from error
+    except ValueError as error:
+        steps = ", ".join(f"@{entry.folder.name}" for entry in saved[:5])
+        why = f"has no complete checkpoint of step {step}"
+        raise ConfigError(option, word, why=why, fix=f"it has {steps}") from error
 
 
 def _warn(line: str) -> None:

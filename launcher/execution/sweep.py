@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher.checkpoint.locks import CheckpointLocks
 from launcher.config.compose import Composition, compose
 from launcher.config.folders import groups
 from launcher.config.overrides import parse_overrides
 from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.execution.executor import AnyExecutor
+from launcher.execution.held_checkpoints import keep_checkpoints
 from launcher.execution.lifecycle import start_run
 from launcher.execution.prepare import PreparedRun, prepare
 from launcher.protocol.rundir import RunDir, new_run_id
@@ -47,6 +49,8 @@ class Trial:
     words: tuple[str, ...]
     """The overrides in which it differs from the base."""
     prepared: PreparedRun
+    locks: CheckpointLocks
+    """Keep the checkpoints that trials load; one object for the whole sweep."""
 
 
 def expand_grid(words: Sequence[str], parameters: Mapping[str, str], config_dir: Path | None) -> list[tuple[str, ...]]:
@@ -82,11 +86,14 @@ def plan_sweep(words: Sequence[str], *, config_dir: Path | None) -> tuple[SweepC
     if sweep is None:
         raise ConfigErrors(mistakes)
     kept = _without_sweeps(words, config_dir)
-    sweep_id, trials = f"sweep-{new_run_id()}", []
+    sweep_id, trials, locks = f"sweep-{new_run_id()}", [], CheckpointLocks()
     for number, chosen in enumerate(expand_grid(words, sweep.parameters, config_dir)):
         try:
             composed = compose([*kept, *chosen], config_dir=config_dir)
-            trials.append(Trial(words=chosen, prepared=prepare(_placed(composed, base, sweep_id, number))))
+            prepared = prepare(_placed(composed, base, sweep_id, number))
+            with prepared.locks:  # one open file for all trials
+                keep_checkpoints(prepared.run, prepared.directory, locks)
+            trials.append(Trial(words=chosen, prepared=prepared, locks=locks))
         except ConfigErrors as several:
             mistakes += [error for error in several.errors if str(error) not in map(str, mistakes)]
     if mistakes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from launcher.checkpoint.manifest import model_folder_damage
+from launcher.checkpoint.manifest import UnsupportedManifest, model_folder_damage
 from launcher.checkpoint.resume import find_checkpoint
 from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.data.auto import AutoData
@@ -235,7 +235,12 @@ def _validate_model_folders(run: Run) -> Iterator[ConfigError]:
     if isinstance(run.model, Hf) and run.model.is_local:
         named.append(("model.name", run.model.name, run.model.weights == "pretrained"))
     for option, choice, weights in named:
-        if damage := model_folder_damage(Path(choice).expanduser(), weights=weights):
+        try:
+            damage = model_folder_damage(Path(choice).expanduser(), weights=weights)
+        except UnsupportedManifest as error:
+            yield ConfigError(option, choice, why=str(error), fix=error.fix)
+            continue
+        if damage:
             fix = "name the folder of an intact checkpoint"
             yield ConfigError(option, choice, why=f"is of a damaged checkpoint: {damage}", fix=fix)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-_SHOWN = 5
+_SHOWN = 3
 """Names that an error lists."""
 _ROWS = 4096
 """Rows of two tensors that are compared at a time."""

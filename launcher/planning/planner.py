@@ -340,9 +340,19 @@ def _frozen_share(run: Run, shape: Shape) -> float:
 
 def _checkpoint_copies(run: Run, shape: Shape, num_params: int, world_size: int) -> int:
     """Return the bytes of a rank's share of checkpoints that are written beside the steps."""
-    num_bytes = round(4 * num_params * (1 + run.optimizer.moments(shape))) // world_size
+    num_bytes = _checkpoint_bytes(run, shape, num_params) // world_size
     asynchronous = run.checkpoint.is_async(num_bytes, on_nvme=run.parallel.keeps_state_on_nvme)
     return num_bytes if run.job.saves and run.checkpoint.every and asynchronous else 0
+
+
+def _checkpoint_bytes(run: Run, shape: Shape, num_params: int) -> int:
+    return round(4 * num_params * (1 + run.optimizer.moments(shape)))
+
+
+def checkpoint_bytes(run: Run) -> int | None:
+    """Return the size of a checkpoint, weights and moments in fp32; ``None`` if unknown."""
+    shape = run.model.shape()
+    return None if shape is None else _checkpoint_bytes(run, shape, _num_trained(run, shape))
 
 
 def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[Host]) -> MemoryEstimate:

@@ -71,6 +71,11 @@ class RankTracker:
         return any(self._steps.values())
 
     @property
+    def all_have_stepped(self) -> bool:
+        """Whether every rank has taken its first step."""
+        return len(self._steps) == len(self._host_of) and all(self._steps.values())
+
+    @property
     def all_succeeded(self) -> bool:
         """Whether every rank has exited with code 0."""
         return self.exited.keys() == self._host_of.keys() and all(exit.code == 0 for exit in self.exited.values())

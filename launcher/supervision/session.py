@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,17 +61,25 @@ _ANSWER_S = 10.0
 """Seconds, beyond the grace, until an agent that was ordered to end ranks counts as lost."""
 
 
-def run_session(plan: Plan, connect: Connect, *, job: Mapping[str, str] | None = None) -> RunOutcome:
+def run_session(
+    plan: Plan,
+    connect: Connect,
+    *,
+    job: Mapping[str, str] | None = None,
+    on_first_step: Callable[[], object] = lambda: None,
+) -> RunOutcome:
     """Start ``plan`` on every host and wait until no process of it is left on any host.
 
     Args:
         plan: what to run.
         connect: opens the connection to the agent of one host.
         job: the scheduler's names of this run, for ``session.json``.
+        on_first_step: called once every rank has taken an optimizer step.
     """
     remove_previous_result(RunDir(Path(plan.run_dir)))
     with raise_open_file_limit(num_session_files(plan)), open_console() as console, collect_signals() as signals:
-        return Session(plan, console=console, signals=signals, job=dict(job or {})).run(connect)
+        session = Session(plan, console=console, signals=signals, job=dict(job or {}), on_first_step=on_first_step)
+        return session.run(connect)
 
 
 def num_session_files(plan: Plan) -> int:
@@ -92,9 +100,19 @@ class Session:
         console: shows the output of the ranks.
         signals: grows by every signal that this process receives.
         job: the scheduler's names of this run.
+        on_first_step: called once every rank has taken an optimizer step.
     """
 
-    def __init__(self, plan: Plan, *, console: Console, signals: list[int], job: dict[str, str]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        console: Console,
+        signals: list[int],
+        job: dict[str, str],
+        on_first_step: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._on_first_step: Callable[[], object] | None = on_first_step
         self._plan, self._console, self._signals, self._job = plan, console, signals, job
         self._run_dir = RunDir(Path(plan.run_dir))
         self._agents = AgentGroup(plan, on_message=self._handle, on_lost=self._host_lost)
@@ -164,6 +182,9 @@ class Session:
                 self._timeline.rank_heartbeat(host, message)
                 self._tracker.rank_heartbeat(host, message, now=now)
                 self._show_progress(message)
+                if self._on_first_step is not None and self._tracker.all_have_stepped:
+                    self._on_first_step()
+                    self._on_first_step = None
             case RankRaised():
                 host = self._host_of_rank(message.rank)
                 self._timeline.rank_raised(host, message)

@@ -17,6 +17,7 @@ from launcher.config.job.train import Train
 from launcher.errors import ConfigError, JobError
 from launcher.training.early_check import CheckpointCheck
 from launcher.training.foreign import restore_foreign
+from launcher.utils.progress import ProgressLines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.engines.context import Context
     from launcher.models.tokenizer import FastTokenizer
     from launcher.training.callbacks import Callbacks
+    from launcher.utils.progress import OnProgress
 
 
 _TOKENIZER = "model/tokenizer.json"
@@ -66,7 +68,7 @@ def restore_checkpoint(
         store.clean()
     barrier()
     if (foreign := foreign_to_resume(context.run.checkpoint.resume)) is not None:
-        return restore_foreign(foreign, context, engine)
+        return restore_foreign(foreign, context, engine, on_progress=loading_progress(context, phase="load"))
     with contextlib.ExitStack() as locks:
         check = locks.enter_context(check or CheckpointCheck(context))
         saved = _find_intact(store, context, engine, locks, resume=context.run.checkpoint.resume, check=check)
@@ -74,7 +76,7 @@ def restore_checkpoint(
             return None
         if tokenizer is not None:
             _check_tokenizer(saved, tokenizer)
-        engine.load(saved.folder)
+        engine.load(saved.folder, on_progress=loading_progress(context, phase="load"))
         if callbacks is not None:
             callbacks.load(saved.folder)
     if context.is_main:
@@ -99,9 +101,21 @@ def reload_checkpoint(
         check = locks.enter_context(CheckpointCheck(context))
         saved = _find_intact(store, context, engine, locks, resume="auto", check=check)
         assert saved is not None, "a run that rewinds has saved where it began"
-        engine.load(saved.folder)
+        engine.load(saved.folder, on_progress=loading_progress(context, phase="checkpoint"))
         callbacks.load(saved.folder)
     return saved.manifest
+
+
+def loading_progress(context: Context, *, phase: str) -> OnProgress:
+    """Return what takes the progress of a load: a heartbeat of this rank, and lines of rank 0."""
+    lines = ProgressLines("loading the checkpoint" + (" (share of rank 0)" if context.world_size > 1 else ""))
+
+    def report(done: int, total: int) -> None:
+        context.heartbeat.update(phase)
+        if context.is_main:
+            lines.update(done, total)
+
+    return report
 
 
 def resolve_tokenizer(context: Context, data: DataT) -> DataT:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from launcher.checkpoint.manifest import CheckpointManifest, TrainingProgress, describe_checkpoint
 from launcher.errors import EXIT_BAD_INPUT, JobError
 from launcher.utils.files import read_json
+from launcher.utils.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from launcher.checkpoint.foreign.tensors import ForeignTensors
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from launcher.protocol.foreign_files import ForeignCheckpoint
 
 
-def restore_foreign(foreign: ForeignCheckpoint, context: Context, engine: Engine) -> CheckpointManifest:
+def restore_foreign(
+    foreign: ForeignCheckpoint, context: Context, engine: Engine, *, on_progress: OnProgress = no_progress
+) -> CheckpointManifest:
     """Load another program's checkpoint into the engine; return a manifest of where it stands.
 
     Each rank reads its own parts, converted as they are read. The run has drawn as many sequences as its own steps
@@ -34,6 +37,7 @@ def restore_foreign(foreign: ForeignCheckpoint, context: Context, engine: Engine
     model = skeleton(run.model, attention=run.attention, transforms=getattr(run.job, "transforms", ()))
     state = state_of_model(model, found, foreign.folder)
     step = _step_of(foreign, found, needed=trains)
+    state.tensors.on_progress = on_progress
     try:
         engine.load_shards(state.tensors)
     except (OSError, ValueError, KeyError) as error:

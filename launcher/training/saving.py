@@ -24,7 +24,8 @@ from launcher.models.weights import save_model_config
 from launcher.protocol.state_files import MODEL_FOLDER, TENSOR_FOLDER
 from launcher.training.background import BackgroundCall, Pace
 from launcher.training.checkpointing import save_tokenizer
-from launcher.utils.files import read_json, write_json
+from launcher.utils.files import DISK_FULL_ERRNOS, read_json, write_json
+from launcher.utils.text import bytes_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +70,7 @@ class CheckpointSaver:
         self._copies = HostCopies(pinned=engine.device.type == "cuda")
         self._group = dist.new_group(backend="gloo", timeout=group_timeout(context)) if dist.is_initialized() else None
         self._own: frozenset[tuple[str, Region]] | None = None
+        self._num_bytes = 0
         self._writing: BackgroundCall | None = None
         self._pace: Pace | None = None
         self._begun_s = time.perf_counter()
@@ -200,8 +202,17 @@ class CheckpointSaver:
         """Return what this rank writes; who writes what is decided once."""
         shards = self._engine.shards()
         if self._own is None:
-            self._own = frozenset((shard.name, shard.region) for shard in divide_copies(shards, self._group))
+            own = divide_copies(shards, self._group)
+            self._own = frozenset((shard.name, shard.region) for shard in own)
+            self._num_bytes = self._sum_over_ranks(sum(shard.num_bytes for shard in own))
         return [shard for shard in shards if (shard.name, shard.region) in self._own]
+
+    def _sum_over_ranks(self, num_bytes: int) -> int:
+        sizes = [num_bytes]
+        if self._group is not None:
+            sizes = [0] * dist.get_world_size(self._group)
+            dist.all_gather_object(sizes, num_bytes, group=self._group)
+        return sum(sizes)
 
     def _write(
         self,
@@ -233,6 +244,14 @@ class CheckpointSaver:
         self._together(commit)  # a rank that leaves now, with all others, leaves a whole checkpoint
         self.durable_s.append(time.perf_counter() - started)
 
+    def _needed_room(self) -> str:
+        """Return what the error of a full disk says about checkpoints."""
+        run = self._context.run
+        count = run.checkpoint.most_at_once(getattr(run.job, "steps", None))
+        kept = "all" if count is None else f"up to {count}"
+        room = f"a checkpoint takes {bytes_text(self._num_bytes)}, and the run has {kept} at a time"
+        return f" ({room}: {run.checkpoint.kept_text}; the older ones are whole)"
+
     def _together(self, work: Callable[[], dict[str, WrittenFile]]) -> dict[str, WrittenFile]:
         """Return what every rank's ``work`` returned.
 
@@ -252,7 +271,8 @@ class CheckpointSaver:
         merged: dict[str, WrittenFile] = {}
         for found in outcomes:
             if isinstance(found, tuple):
-                raise OSError(*found) from own
+                code, why, *file = found
+                raise OSError(code, f"{why}{self._needed_room()}" if code in DISK_FULL_ERRNOS else why, *file) from own
             merged |= found
         return merged
 

@@ -27,6 +27,7 @@ from launcher.config.schedule import ConstantSchedule, CosineSchedule
 from launcher.errors import ConfigError
 from launcher.protocol.foreign_files import LOOKED_FOR
 from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json, write_json
 
 from .conftest import MODEL, PARALLEL, PRECISION, Save
 
@@ -82,6 +83,26 @@ def test_a_run_without_a_checkpoint_gets_the_command_that_saves_one(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"launch rerun \S+ checkpoint\.at_end=true") as refused:
         find_checkpoint(str(tmp_path), RunDir(tmp_path / "elsewhere"))
     assert refused.value.why.startswith("holds no complete checkpoint")
+
+
+@pytest.mark.parametrize("resume", ["auto", "", "checkpoints/step_00000020"])
+@pytest.mark.parametrize(("version", "fix"), [(2, "let that launcher write"), (4, "update this launcher, or")])
+def test_one_of_another_version_is_no_reason_to_take_the_one_before_it(
+    tmp_path: Path, save: Save, resume: str, version: int, fix: str
+) -> None:
+    """The run would repeat its steps, and replace it."""
+    save(10)
+    file = save(20).folder / "manifest.json"
+    write_json(file, {**read_json(file), "version": version})
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match=rf"{file} has version {version}, this launcher reads 3") as refused:
+        find_checkpoint("auto" if resume == "auto" else str(tmp_path / resume), RunDir(tmp_path))
+    assert refused.value.fix.startswith(fix)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    save(30)
+    found = find_checkpoint("auto", RunDir(tmp_path))
+    assert found is not None
+    assert found.manifest.step == 30
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path, save: Save) -> None:

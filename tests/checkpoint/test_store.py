@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from launcher.checkpoint.locks import ReadLock
-from launcher.checkpoint.manifest import WrittenFile, damaged_files, files_of_part, read_manifest
+from launcher.checkpoint.manifest import UnsupportedManifest, WrittenFile, damaged_files, files_of_part, read_manifest
 from launcher.checkpoint.store import CheckpointStore, best_first
 from launcher.checkpoint.tensors import StoredState, shard_file_name, write_shards
 from launcher.config.checkpoint import Checkpoint
@@ -228,7 +228,8 @@ def test_a_changed_bit_and_an_unreadable_file_are_named(save: Save) -> None:
 def test_a_manifest_of_another_version_says_so(save: Save, version: int, age: str) -> None:
     folder = save(10).folder
     write_json(folder / "manifest.json", {**read_json(folder / "manifest.json"), "version": version})
-    with pytest.raises(ValueError, match=rf"{age} launcher wrote it \(manifest version {version}, this"):
+    said = rf"step_00000010/manifest\.json has version {version}, this launcher reads 3: {age} launcher wrote it"
+    with pytest.raises(UnsupportedManifest, match=said):
         read_manifest(folder)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from launcher.checkpoint.regions import Box, FlatRange, Region, boxes_of, flat_start, slices
+from launcher.checkpoint.regions import Box, FlatRange, Region, boxes_of, flat_start, slices, whole
 from launcher.checkpoint.tensors import Shard, StoredState, write_shards
 
 
@@ -121,6 +121,17 @@ def test_formats(tmp_path: Path, dtype: torch.dtype) -> None:
     stored = StoredState(write(tmp_path, {"w": (tensor, cut_flat((2, 3), 4))}))
     assert stored.dtype("w") == dtype
     assert torch.equal(stored.read("w"), tensor)
+
+
+def test_the_bytes_read_are_counted_of_those_expected(tmp_path: Path) -> None:
+    stored = StoredState(write(tmp_path, {name: (torch.randn(4, 3), cut_rows((4, 3), 2, 0)) for name in "ab"}))
+    progress: list[tuple[int, int]] = []
+    stored.on_progress = lambda done, total: progress.append((done, total))
+    regions: dict[str, Region] = {"a": whole((4, 3)), "b": FlatRange(0, 5)}
+    stored.expect(regions.items())
+    for name, region in regions.items():
+        stored.read(name, region)
+    assert progress == [(48, 68), (68, 68)]
 
 
 def test_a_file_that_is_missing_is_noticed(tmp_path: Path) -> None:

@@ -43,7 +43,11 @@ class Model:
 def test_all_that_a_step_needs_is_there(tmp_path: Path) -> None:
     one, other = Model(seed=0, steps=3), Model(seed=1, steps=0)
     write_shards(tmp_path / "file", one.whole.shards())
-    other.state.load(StoredState([tmp_path / "file"]))
+    stored, progress = StoredState([tmp_path / "file"]), list[tuple[int, int]]()
+    stored.on_progress = lambda done, total: progress.append((done, total))
+    other.state.load(stored)
+    assert progress[0] == (24, 168), "weights and moments of two, and the frozen one"
+    assert progress[-1] == (168 + 2 * 4, 168), "beside two scalars"
     assert torch.equal(other.frozen, one.frozen)
     for model in (one, other):
         model.step()

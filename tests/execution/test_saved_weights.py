@@ -29,7 +29,7 @@ from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import StoredPart, parts_metadata
 from launcher.runs.state import continue_command, read_run_state
-from launcher.utils.files import write_json
+from launcher.utils.files import read_json, write_json
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 from launcher.utils.schema import to_tree
 from tests.conftest import Launch, PlanOf
@@ -279,6 +279,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     message = refused(f"model.weights={ID}")
     assert "no checkpoint is intact" in message
     assert "model/tokenizer.json" in message
+
+
+def test_one_of_another_version_is_named_with_what_to_do(
+    write: Write, launch_in_process: Launch, tmp_path: Path
+) -> None:
+    ten = write(10, loss=3.0)
+    file = write(20, loss=1.0).folder / "manifest.json"
+    write_json(file, {**read_json(file), "version": 4})
+    said = f"runs/gpt2_tiny/{ID}/checkpoints/step_00000020/manifest.json has version 4, this launcher reads 3: "
+    for place in ("", "@step_00000020", "/checkpoints/step_00000020", "/checkpoints/step_00000020/model"):
+        word = f"runs/gpt2_tiny/{ID}{place}"
+        for option in ("model.weights", "checkpoint.resume"):
+            if option == "model.weights" or place.startswith("@"):  # the others are checked where the run is
+                assert f"{option}={word}: {said}a newer launcher wrote it; update this launcher, or" in refused(
+                    f"{option}={word}"
+                )
+        assert said in launch_in_process("export", word, "new").expect(2).stderr
+    assert resolved(f"model.weights={ID}@best").model.weights == f"{ten.folder}/model", "of those that can be read"
+    assert resolved(f"model.weights={ID}@step_10").model.weights == f"{ten.folder}/model"
+    words = ("job=generate", "model=hf", f"model.name=runs/gpt2_tiny/{ID}/checkpoints/step_00000020/model")
+    assert said in launch_in_process("plan", *words).expect(2).stderr
+    assert not (tmp_path / "new").exists()
+    assert file.exists()
 
 
 def test_one_that_is_damaged_is_refused_where_the_user_named_it(write: Write) -> None:

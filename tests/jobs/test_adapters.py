@@ -94,6 +94,24 @@ def test_a_run_is_resumed_used_exported_and_merged(
     assert losses["base"] != pytest.approx(losses["run"], abs=1e-3)
 
     refuse_what_is_of_something_else(launch_in_process)
+    (tmp_path / base).rename(tmp_path / "moved")
+    refuse_what_has_no_base(launch_in_process, tmp_path / base)
+    moved = ("model=hf", "model.name=./moved", "data.tokenizer=model")
+    assert held_out(launch(*evaluate, *moved, "model.adapter=whole").expect(0)) == losses["run"]
+    launch("resume", "whole", "job.steps=5", "model.name=./moved").expect(0)
+
+
+def refuse_what_has_no_base(launch_in_process: Any, gone: Path) -> None:
+    """The folder of the weights has moved: each error names it, the adapter and what to type."""
+    why = f"an adapter of ./weights, whose recorded folder {gone} is not there"
+    for words, said in {
+        ("plan", *WORDS, "job=evaluate", "model.weights=whole"): (
+            f"model.weights=whole: holds {why}; if it has moved, set model=hf model.name=FOLDER model.adapter=whole"
+        ),
+        ("resume", "whole", "job.steps=5", "dry_run=true"): "launch resume whole model.name=FOLDER",
+        ("export", "whole", "new", "merge=true"): f"holds {why}; put it back",
+    }.items():
+        assert said in launch_in_process(*words).expect(2).stderr
 
 
 def refuse_what_is_of_something_else(launch_in_process: Any) -> None:

@@ -25,6 +25,8 @@ from launcher.models.tokenizer import FastTokenizer
 from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.rundir import RunDir
 from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
+from launcher.utils import progress
+from launcher.utils.progress import OnProgress
 
 ABOUT: dict[str, Any] = {"created": 0.0, "run_id": "a", "run_hash": "b", "engine": "torch", "precision": "fp32"}
 
@@ -36,8 +38,9 @@ class Loader:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     loaded: list[Path] = field(default_factory=list)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, *, on_progress: OnProgress) -> None:
         self.loaded.append(folder)
+        on_progress(3 << 30, 12 << 30)
 
 
 @pytest.fixture
@@ -63,6 +66,7 @@ def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int
         folder: Path = tmp_path,
         tokenizer: FastTokenizer | None = None,
         epochs: float | None = None,
+        is_main: bool = True,
     ) -> tuple[int, list[Path]]:
         job = Train(steps=100, epochs=epochs)
         checkpoint = Checkpoint(resume=resume)
@@ -70,7 +74,7 @@ def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int
         context: Any = SimpleNamespace(
             run=described,
             run_dir=RunDir(folder),
-            is_main=True,
+            is_main=is_main,
             rank=0,
             world_size=1,
             heartbeat=Heartbeat(None),
@@ -131,6 +135,16 @@ def test_the_newest_is_loaded_and_a_rate_that_jumps_is_said_once(continued, tmp_
     said = capsys.readouterr().out
     assert "continuing after step 30" in said
     assert ("the learning rate jumps from 0.001 (step 30" in said) == jump
+
+
+def test_rank_0_says_how_much_is_loaded(continued, monkeypatch, capsys):
+    continued()
+    assert "loading" not in capsys.readouterr().out, "what is done in a moment needs no line"
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    continued()
+    assert "loading the checkpoint: 3.00 GiB of 12.00 GiB (25 %)\n" in capsys.readouterr().out
+    continued(is_main=False)
+    assert capsys.readouterr().out == ""
 
 
 def test_damaged_ones_are_named_set_aside_and_the_one_before_is_loaded(continued, tmp_path, capsys):

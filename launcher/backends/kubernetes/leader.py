@@ -96,7 +96,8 @@ class PodExecutor(Executor[KubernetesBackend]):
         with raise_open_file_limit(num_session_files(plan) + MAX_PENDING):
             listener = AgentListener(port=self._config.session_port, key=self._key, hosts=others)
             self.agents = listener.gather(timeout_s=self.backend.gather_timeout_s, say=self._say)
-            return run_session(plan, connect, job=job_reference(self.backend, self._config.job))
+            job = job_reference(self.backend, self._config.job)
+            return run_session(plan, connect, job=job, on_first_step=self.on_first_step)
 
 
 def _code_for_controller(outcome: RunOutcome, others: Mapping[str, TcpConnection]) -> int:

@@ -8,6 +8,7 @@ Imports DeepSpeed, so it comes after ``prepare_environment``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -285,6 +286,16 @@ def _stage3_parts(parameters: Sequence[Any], *, rank: int) -> Iterator[_Part]:
         offset += size
 
 
+def _region(part: _Part) -> FlatRange:
+    return FlatRange(part.start, part.start + part.numel)
+
+
+def _values_of(buffers: Sequence[MasterBuffer]) -> Iterator[tuple[_Part, str]]:
+    """Yield each part with the keys of its values: weights and moments."""
+    for buffer in buffers:
+        yield from itertools.product(buffer.parts, (_WEIGHTS, *MOMENTS))
+
+
 def _frozen_region(parameter: Any) -> FlatRange:
     """Return which part of an untrained parameter this rank holds."""
     if not hasattr(parameter, "ds_tensor"):
@@ -367,7 +378,7 @@ class MasterState:
             if part.parameter in self._saved_elsewhere:
                 continue
             name, shape = self._names[part.parameter], _shape(part.parameter)
-            region = FlatRange(part.start, part.start + part.numel)
+            region = _region(part)
             for key in (_WEIGHTS, *MOMENTS):
                 read = partial(buffer.read, key, part)
                 yield Shard(name=_name(key, name), shape=shape, region=region, dtype=torch.float32, read=read)
@@ -390,6 +401,8 @@ class MasterState:
         frozen = self._frozen(buffers)
         for parameter in frozen:
             check_shape(source, self._names[parameter], _shape(parameter))
+        source.expect((_name(key, self._names[part.parameter]), _region(part)) for part, key in _values_of(buffers))
+        source.expect((self._names[parameter], _frozen_region(parameter)) for parameter in frozen)
         if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
             self._optimizer.checkpoint_event_prologue()  # partitions all parameters
         with torch.no_grad():
@@ -404,7 +417,7 @@ class MasterState:
     def _fill(self, buffer: MasterBuffer, source: StoredState, heartbeat: Callable[[], None]) -> None:
         with buffer.opened() as tensors:
             for part in buffer.parts:
-                region = FlatRange(part.start, part.start + part.numel)
+                region = _region(part)
                 for key, tensor in tensors.items():
                     name = _name(key, self._names[part.parameter])
                     tensor.narrow(0, part.offset, part.numel).copy_(source.read(name, region))

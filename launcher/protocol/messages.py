@@ -48,7 +48,9 @@ class Assignment(AgentMessage, frozen=True, kw_only=True):
     run_hash: str
     """Expected hash of run.yaml on this host."""
     grace_s: float
-    """Time between the signal and the kill when the agent ends the ranks without a session."""
+    """Time between the signal and the kill when the agent ends the ranks without an order of the session."""
+    preempt_grace_s: float | None = None
+    """The same after SIGUSR1; ``None`` for ``grace_s``."""
     heartbeat_timeout_s: float
     """Seconds of silence after which the session counts as lost; 0 if a pipe shows its end."""
     env: dict[str, str]
@@ -57,6 +59,12 @@ class Assignment(AgentMessage, frozen=True, kw_only=True):
     """Text of files that must be in the run directory, by name."""
     session: ProcessLocation
     """An agent that finds it in session.json shares the disk."""
+
+    def grace_after(self, number: int) -> float:
+        """Return the seconds between a signal to the agent, passed on to the ranks, and SIGKILL."""
+        if number == signal.SIGUSR1 and self.preempt_grace_s is not None:
+            return self.preempt_grace_s
+        return self.grace_s
 
 
 class StartRanks(AgentMessage, frozen=True, kw_only=True):

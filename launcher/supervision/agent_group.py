@@ -147,6 +147,7 @@ class AgentGroup:
                     run_id=self._plan.run_id,
                     run_hash=self._plan.run_hash,
                     grace_s=self._plan.grace_s,
+                    preempt_grace_s=self._plan.preempt_grace_s,
                     heartbeat_timeout_s=self._plan.heartbeat_timeout_s,
                     env=env,
                     # the plan grows with the hosts; only the first one, where rank 0 and the tracker are, reads it

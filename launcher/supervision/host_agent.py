@@ -217,7 +217,7 @@ class HostAgent:
         while self._signals:
             number = self._signals.pop(0)
             self._session.send(AgentSignalled(signal=number))
-            self._end_ranks(number, self._assignment.grace_s)
+            self._end_ranks(number, self._assignment.grace_after(number))
         if self._session.is_lost and self._kill_at is None:
             self._end_ranks(signal.SIGTERM, min(self._assignment.grace_s, _LOST_SESSION_GRACE_S))
 

@@ -126,6 +126,8 @@ class HostRanks:
         self._ranks: dict[int, _Rank] = {}
         self._peers: dict[socket.socket, int] = {}
         self._next_heartbeats = 0.0
+        self._are_ending = False
+        """Whether the ranks were sent a signal, so that their exits need no explanation."""
         self._launcher_signal: LauncherSignal | None = None
         for number in range(plan.first_rank, plan.first_rank + plan.host.slots):
             slot = heartbeat_file(scratch, number)
@@ -149,6 +151,7 @@ class HostRanks:
 
     def send(self, number: int) -> int:
         """Send a signal to every living rank, through its monitor; return the number of ranks."""
+        self._are_ending = True
         monitors = [rank.monitor for rank in self._ranks.values() if rank.is_alive and rank.monitor]
         return sum(monitor.send(number) for monitor in monitors)
 
@@ -219,7 +222,7 @@ class HostRanks:
         exit = {"code": code, "signal": None} if code >= 0 else {"code": None, "signal": -code}
         tail = rank.log.last(_TAIL_LINES) if code else ""
         self._emit(RankExited(rank=rank.number, time=time, tail=tail, by_launcher=by_launcher, **exit))
-        if code not in (0, EXIT_PREEMPTED) and not rank.has_raised:
+        if code not in (0, EXIT_PREEMPTED) and not rank.has_raised and not self._are_ending:
             self.dump(within_s=_DUMP_S)
 
     def _send_lines(self, rank: _Rank, lines: list[str]) -> int:

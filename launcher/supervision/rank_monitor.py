@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -101,13 +101,38 @@ def _exit_code_of_work(work: RankWork, env: RankEnv, heartbeat: Heartbeat) -> in
             return _record_exception(exit, env, heartbeat, code=exit.code)
         _print_exception(str(exit.code), env)
         return _record_exception(exit, env, heartbeat, code=1)
-    except LauncherError as error:
+    except Exception as error:  # noqa: BLE001 (this is the last handler of the rank)
+        return _exit_code_of_error(error, env, heartbeat)
+    return 0
+
+
+def _exit_code_of_error(error: Exception, env: RankEnv, heartbeat: Heartbeat) -> int:
+    """Print and record an exception, unless the rank was about to end on a signal.
+
+    Then it came of closing: of other ranks that have ended already, for example.
+
+    Raises:
+        KeyboardInterrupt: the rank was interrupted before.
+    """
+    for earlier in _came_of(error):
+        if isinstance(earlier, KeyboardInterrupt):
+            raise earlier
+        if isinstance(earlier, SystemExit) and earlier.code == EXIT_PREEMPTED:
+            return EXIT_PREEMPTED
+    if isinstance(error, LauncherError):
         _print_exception(str(error), env)
         return _record_exception(error, env, heartbeat, code=exit_code_of_rank(error))
-    except Exception as error:  # noqa: BLE001 (this is the last handler of the rank)
-        _print_exception("".join(_traceback(error)).rstrip(), env)
-        return _record_exception(error, env, heartbeat, code=1)
-    return 0
+    _print_exception("".join(_traceback(error)).rstrip(), env)
+    return _record_exception(error, env, heartbeat, code=1)
+
+
+def _came_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions that were being handled when ``error`` was raised."""
+    seen, earlier = {id(error)}, error.__context__
+    while earlier is not None and id(earlier) not in seen:
+        seen.add(id(earlier))
+        yield earlier
+        earlier = earlier.__context__
 
 
 def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, *, code: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,21 @@ def test_a_record_of_an_exception_is_sent_with_a_code_that_the_session_accepts(
     ranks.drain()
     decoded = [decode_message(message.encode()) for message in messages]
     assert [(type(each), each.code) for each in decoded if isinstance(each, RankRaised)] == [(RankRaised, sent)]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_stacks_explain_an_exit_that_was_not_ordered(
+    plan_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    """After Ctrl-C they would only show how the other ranks close."""
+    run_dir, dumped = RunDir(tmp_path), list[float]()
+    run_dir.logs.mkdir()
+    monkeypatch.setattr(HostRanks, "dump", lambda self, *, within_s: dumped.append(within_s))
+    ranks = HostRanks(plan_of("backend.ranks=2").hosts[0], run_dir=run_dir, scratch=tmp_path, emit=lambda message: None)
+    if ordered:
+        ranks.send(signal.SIGINT)
+    ranks._report_exit(ranks._ranks[0], time=1.0, code=-signal.SIGINT)
+    assert (dumped == []) == ordered
 
 
 @pytest.mark.parametrize(("printed", "sent"), [("1", 1), ("255", 255), ("256", 255), ("999", 255)])

@@ -327,6 +327,29 @@ def test_stacks_with_lone_surrogates_are_written(events, tmp_path):
     assert "a\\ud800b" in RunDir(tmp_path).stacks.read_text()
 
 
+def test_what_fails_while_a_rank_closes_after_its_signal_is_no_failure(tmp_path, capsys):
+    """Other ranks have ended already, and Gloo says so."""
+    env = SimpleNamespace(rank=0, host="a", record=tmp_path / "record.json", run_dir=RunDir(tmp_path))
+
+    def closing(ended):
+        def work(env, heartbeat):
+            try:
+                raise ended
+            finally:
+                raise RuntimeError("Connection closed by peer")
+
+        return work
+
+    assert rank_monitor._exit_code_of_work(closing(SystemExit(75)), env, None) == 75
+    with pytest.raises(KeyboardInterrupt):
+        rank_monitor._exit_code_of_work(closing(KeyboardInterrupt()), env, None)
+    assert not env.record.exists()
+    assert capsys.readouterr().err == ""
+    (tmp_path / "logs").mkdir()
+    assert rank_monitor._exit_code_of_work(closing(ValueError("the cause")), env, None) == 1
+    assert "the cause" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("raised", "code"), [(256, 1), (-1, 255), (512, 1), (3, 3)])
 def test_a_rank_that_exits_with_a_failure_never_looks_like_a_success(tmp_path, raised, code):
     env = SimpleNamespace(rank=0, host="a", record=tmp_path / "record.json")

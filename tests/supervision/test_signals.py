@@ -119,6 +119,15 @@ def test_a_run_that_saved_is_preempted_even_if_its_ranks_are_killed_while_they_e
     assert run.result["status"] == "preempted"
 
 
+def test_an_agent_gives_its_ranks_the_time_of_its_signal(supervise):
+    """As when Slurm sends a signal to every step of a job."""
+    run = supervise("save_slowly_when_preempted work", grace_s=0.2, preempt_grace_s=60.0)
+    run.wait_until_up()
+    os.kill(run.pid("agent"), signal.SIGUSR1)
+    assert run.end() == 75
+    assert all((run.run_dir.path / f"saved.{rank}").exists() for rank in range(2))
+
+
 def test_what_forks_while_it_is_killed_is_killed_too(supervise):
     run = supervise({0: "work", 1: "fork_without_end work"})
     run.wait_until_up()

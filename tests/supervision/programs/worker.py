@@ -191,6 +191,16 @@ def save_when_cancelled(env, heartbeat):
     signal.signal(signal.SIGTERM, save)
 
 
+def save_slowly_when_preempted(env, heartbeat):
+    def save(number, frame):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        time.sleep(1)
+        (env.run_dir.path / f"saved.{env.rank}").touch()
+        sys.exit(75)
+
+    signal.signal(signal.SIGUSR1, save)
+
+
 def save_and_hang_when_cancelled(env, heartbeat):
     def save(number, frame):
         if env.rank == 0:

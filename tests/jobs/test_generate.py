@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shlex
 import signal
 import subprocess
@@ -108,6 +109,29 @@ def test_a_preempted_task_exits_and_continues_later(launch, launch_in_background
     prompts.write_text('{"prompt": "another"}\n')
     refused = launch("resume", "asked").expect(2)
     assert "is not the file whose answers are in this run directory" in refused.output
+
+
+@pytest.mark.parametrize("who", ["launcher", "agent"])
+def test_a_terminated_task_keeps_its_answers_and_continues(
+    launch, launch_in_background, prompts, tmp_path, who: str
+) -> None:
+    running = launch_in_background(*ECHO, f"job.input={prompts}", "backend.ranks=2", SLOWLY, "run.dir=ended")
+    wait_for_answers(tmp_path / "ended")
+    if who == "launcher":
+        running.send_signal(signal.SIGTERM)
+    else:
+        os.kill(read_json(tmp_path / "ended" / "session.json")["agents"][0]["location"]["pid"], signal.SIGTERM)
+    assert running.wait() == EXIT_PREEMPTED, running.output
+    assert "launch resume" in running.output.splitlines()[-1]
+    assert "Traceback" not in running.output
+    assert read_json(tmp_path / "ended" / "result.json")["status"] == "preempted"
+    kept = [part.read_bytes() for part in sorted((tmp_path / "ended" / "generated").glob("*.part"))]
+    assert any(kept)
+    assert [part.rpartition(b"\n")[2] for part in kept] == [b"", b""], "whole lines"
+    launch("resume", "ended", "job.echo_step_s=0").expect(EXIT_BAD_INPUT)
+    assert [answer["line"] for answer in answers(tmp_path / "ended" / "generated.jsonl")] == list(
+        range(1, NUM_LINES + 1)
+    )
 
 
 def test_ranks_that_are_one_engine_answer_as_one_rank_does_and_make_room(

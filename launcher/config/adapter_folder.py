@@ -1,17 +1,24 @@
-"""Folders of trained adapters: PEFT's, and ``model/`` of a checkpoint with an adapter."""
+"""Folders of trained adapters, read without torch: PEFT's, and ``model/`` of a checkpoint with an adapter.
+
+``model.adapter`` puts one on a model's weights; ``job.adapters`` serves several beside them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from launcher.config.adapter import Dora, Lora, RsLora, shortest_targets
 from launcher.config.model.folder import checkpoint_files, tensor_shapes
-from launcher.config.model.linear_layers import ModuleSizes
+from launcher.config.model.linear_layers import LinearSize
 from launcher.errors import ConfigError
+from launcher.protocol.state_files import MODEL_FOLDER
 from launcher.utils.files import exists, read_named
 from launcher.utils.safetensors_header import read_header
 from launcher.utils.schema import build
@@ -23,29 +30,119 @@ ADAPTER_NAME = "default"
 ADAPTER_ATTRIBUTE = "adapter_config"
 """Attribute of a model with an adapter on a rank: the adapter's config in PEFT's format."""
 
+MAX_LORA_RANK = 512
+"""Largest rank that the engine takes, as in vLLM."""
+LORA_BYTES = 4
+"""Bytes of an element in an engine, which applies adapters in fp32, as PEFT does."""
+
 _PREFIX = "base_model.model."
 _LORA = ("lora_A", "lora_B")
 _MAGNITUDE = "lora_magnitude_vector"
 _WHOLE = f"modules_to_save.{ADAPTER_NAME}"
+_MATRIX = re.compile(rf"(?P<layer>.+)\.(?P<side>lora_[AB])\.{ADAPTER_NAME}\.weight")
+_OUTPUT_LAYERS = ("lm_head", "embed_out")
 
-_USUAL: Mapping[str, tuple[Any, ...]] = {
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "lora_bias": (None, False),
-    "use_qalora": (None, False),
-    "target_parameters": (None, [], ()),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "kasa_config": (None,),
-    "mica": (None, False),
+_FOLDER = f"give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, or a run of job=train adapter=lora"
+_MERGE = "merge it into its model with PEFT (merge_and_unload), and use that folder"
+_AGAIN = "save the adapter again"
+
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
+"""Values of ``init_lora_weights`` that leave the base weights as they are."""
+
+_UNSUPPORTED: Mapping[str, str] = {
+    "trainable_token_indices": "replaces embedding rows (trainable_token_indices)",
+    "target_parameters": "adapts parameters that belong to no linear layer (target_parameters)",
+    "layer_replication": "repeats layers of the base model (layer_replication)",
+    "lora_bias": "has biases of its own (lora_bias)",
+    "alora_invocation_tokens": "starts in the middle of a sequence (alora_invocation_tokens)",
 }
-"""Options of PEFT that change what an adapter computes, with the supported values."""
+"""Settings that no use supports, with the reason."""
+
+_UNUSED = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_type"),
+        *("peft_version", "qalora_group_size", "revision", "target_modules", "exclude_modules", "task_type"),
+        *("layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("runtime_config", "ensure_weight_tying", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+        *("init_lora_weights", "bias", "fan_in_fan_out", "use_dora", "modules_to_save"),
+    }
+)
+"""Settings that change no result, or that are read here."""
+
+
+class AdapterUse(Enum):
+    """What an adapter is read for, with the settings that this use does not support."""
+
+    MODEL = "model"
+    """On a model's weights: trained on, merged into them, exported. All layers have one rank and one scale."""
+    ENGINE = "engine"
+    """Beside weights that other adapters share in a batch: each adds to the output of linear layers, no more."""
+
+    def unsupported(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what an adapter is or does that this use does not support."""
+        if self is AdapterUse.MODEL:
+            if config.get("use_dora") and config.get("use_rslora"):
+                yield "is of DoRA and rsLoRA together (use_dora, use_rslora)"
+            for name in ("rank_pattern", "alpha_pattern"):
+                if config.get(name):
+                    yield f"has layers with values of their own ({name}), which job.adapters supports"
+            return
+        if config.get("use_dora"):
+            yield "is a DoRA adapter: it rescales the base layer's output, so a batch could not share that output"
+        if config.get("modules_to_save"):
+            yield "replaces whole modules of the base model (modules_to_save)"
+        if (bias := config.get("bias", "none")) != "none":
+            yield f"changes biases of the base model (bias={bias})"
+
+
+class _BadAdapter(Exception):
+    """An adapter that cannot be used: why, and what the user can do."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why)
+        self.why, self.fix = why, fix
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerUpdate:
+    """Low-rank update of one linear layer: ``scale * B A``."""
+
+    rank: int
+    scale: float
+    inputs: int
+    outputs: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of both matrices."""
+        return self.rank * (self.inputs + self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFolder:
+    """An adapter on the disk: what it is, and which tensors it has."""
+
+    folder: Path
+    lora: Lora
+    """Its options; ``layers`` has the ranks and scales of layers that have their own."""
+    base: str
+    """Name of the model that it was trained on, as its config gives it."""
+    layers: Mapping[str, LayerUpdate]
+    """Layers that have matrices, by their names in the model, sorted."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of each tensor by the name of its parameter in a model with this adapter."""
+    keys: Mapping[str, str]
+    """Name of each tensor in the files, by the name of its parameter."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of all matrices."""
+        return sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of a layer."""
+        return max(layer.rank for layer in self.layers.values())
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -55,112 +152,192 @@ def is_adapter_folder(folder: Path) -> bool:
     return exists(folder / ADAPTER_WEIGHTS) or bool(checkpoint_files(folder)) or not exists(folder / "config.json")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterFolder:
-    """An adapter on the disk: what it is, and which tensors it has."""
-
-    folder: Path
-    lora: Lora
-    base: str
-    """Name of the model that it was trained on, as its config gives it."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Shape of each tensor by the name of its parameter in a model with this adapter."""
-    keys: Mapping[str, str]
-    """Name of each tensor in the files, by the name of its parameter."""
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the layers that have matrices."""
-        return [name.partition(".lora_A.")[0] for name in self.shapes if ".lora_A." in name]
+def adapter_label(value: str) -> str:
+    """Return a name for people of an adapter's folder: its last part, or ``RUN@step_…`` of a checkpoint's."""
+    folder = Path(value)
+    if folder.name == MODEL_FOLDER and folder.parent.name.startswith("step_"):
+        return f"{folder.parent.parent.parent.name}@{folder.parent.name}"
+    return folder.name
 
 
-def read_adapter_folder(option: str, value: str) -> AdapterFolder:
+def read_adapter_folder(option: str, value: str, *, use: AdapterUse) -> AdapterFolder:
     """Return the adapter in a folder, without reading its tensors.
 
     Args:
         option: by which the folder was chosen.
         value: the folder.
+        use: what the adapter is for.
 
     Raises:
-        ConfigError: the folder is missing, is damaged, or holds an adapter that the launcher does not support.
+        ConfigError: the folder is missing or damaged, or holds an adapter that this use does not support.
     """
-    folder = Path(value).expanduser()
-    fix = f"give a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, or a run of job=train adapter=lora"
+    try:
+        return _read(Path(value).expanduser(), use)
+    except _BadAdapter as bad:
+        raise ConfigError(option, value, why=bad.why, fix=bad.fix) from bad
+
+
+def _read(folder: Path, use: AdapterUse) -> AdapterFolder:
     if not folder.is_dir():
-        why = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        raise ConfigError(option, value, why=why, fix=fix)
+        raise _BadAdapter("is a file, not a folder" if exists(folder) else "there is no such folder", _FOLDER)
     if not exists(folder / ADAPTER_CONFIG):
-        raise ConfigError(option, value, why=f"holds no {ADAPTER_CONFIG}, so it is no adapter", fix=fix)
+        is_model = exists(folder / "config.json")
+        why = "is a whole model, not an adapter" if is_model else f"holds no {ADAPTER_CONFIG}, so it is no adapter"
+        raise _BadAdapter(why, _FOLDER)
     if exists(folder / "adapter_model.bin") and not exists(folder / ADAPTER_WEIGHTS):
         why = "its weights are a pickle (adapter_model.bin), which could run code when it is read"
-        raise ConfigError(option, value, why=why, fix="save it again with safe_serialization=True")
+        fix = f"load it with PEFT and save it again, which writes {ADAPTER_WEIGHTS}"
+        raise _BadAdapter(why, fix)
+    config = _read_config(folder / ADAPTER_CONFIG)
     try:
-        tree = json.loads(read_named(folder / ADAPTER_CONFIG).decode())
         stored = _stored_shapes(folder)
-        if not isinstance(tree, dict):
-            raise ValueError(f"{ADAPTER_CONFIG} is not a JSON object")  # noqa: TRY004 (one error for all)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(option, value, why=f"cannot be read: {error}", fix=fix) from error
-    if not stored:
-        raise ConfigError(option, value, why=f"holds no {ADAPTER_WEIGHTS}", fix=fix)
-    return _adapter_of(option, value, folder, tree, stored)
-
-
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    if exists(folder / ADAPTER_WEIGHTS):
-        return read_header(folder / ADAPTER_WEIGHTS).shapes
-    return tensor_shapes(folder) if checkpoint_files(folder) else {}
-
-
-def _adapter_of(
-    option: str, value: str, folder: Path, tree: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]
-) -> AdapterFolder:
-    if problem := next(_unsupported(tree), None):
-        why = f"is an adapter that the launcher cannot apply: {problem}"
-        raise ConfigError(option, value, why=why, fix="merge it into its model with PEFT, and load that")
-    whole = tuple(map(str, tree.get("modules_to_save") or ()))
+    except (OSError, ValueError) as error:
+        raise _BadAdapter(f"cannot be read: {error}", _FOLDER) from error
+    if stored is None:
+        raise _BadAdapter(f"holds no {ADAPTER_WEIGHTS}", _FOLDER)
+    problems = [*_unsupported(config), *(_BadAdapter(why, _MERGE) for why in use.unsupported(config))]
+    if problems:
+        raise problems[0]
+    whole = tuple(map(str, config.get("modules_to_save") or ()))
     keys = {parameter_name(key, whole): key for key in stored}
     shapes = {name: stored[key] for name, key in keys.items()}
-    layers = [name.partition(".lora_A.")[0] for name in shapes if ".lora_A." in name]
-    strange = [
-        key
-        for name, key in keys.items()
-        if "lora_" in name and not any(f".{part}.{ADAPTER_NAME}." in name for part in (*_LORA, _MAGNITUDE))
-    ]
-    if strange or not layers:
-        why = f"holds {strange[0]}, which is of no linear layer" if strange else "holds no matrices of LoRA"
-        raise ConfigError(option, value, why=why, fix="give an adapter of linear layers")
-    kind = Dora if tree.get("use_dora") else RsLora if tree.get("use_rslora") else Lora
-    errors: list[ConfigError] = []
-    options = {
-        "r": tree.get("r", 8),
-        "alpha": tree.get("lora_alpha", 8),
-        "dropout": tree.get("lora_dropout", 0.0),
+    layers = _layers(config, shapes, keys, use)
+    lora = _options(config, layers, shapes)
+    base = str(config.get("base_model_name_or_path") or "a model that it does not name")
+    return AdapterFolder(folder=folder, lora=lora, base=base, layers=layers, shapes=shapes, keys=keys)
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(read_named(file).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _BadAdapter(f"{ADAPTER_CONFIG} cannot be read: {error}", _FOLDER) from error
+    if not isinstance(config, dict):
+        raise _BadAdapter(f"{ADAPTER_CONFIG} is not a JSON object", _FOLDER)
+    return config
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    if exists(folder / ADAPTER_WEIGHTS):
+        return read_header(folder / ADAPTER_WEIGHTS).shapes
+    return tensor_shapes(folder) if checkpoint_files(folder) else None
+
+
+def _unsupported(config: Mapping[str, Any]) -> Iterator[_BadAdapter]:
+    """Yield settings that no use supports."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        yield _BadAdapter(f"is a PEFT adapter of type {kind}, not LORA", _MERGE)
+    if (task := config.get("task_type")) not in ("CAUSAL_LM", None):
+        yield _BadAdapter(f"was trained for another task ({task})", "give an adapter of task_type CAUSAL_LM")
+    for key, why in _UNSUPPORTED.items():
+        if config.get(key):
+            yield _BadAdapter(why, _MERGE)
+    if (init := config.get("init_lora_weights", True)) not in _PLAIN_INIT:
+        why = f"was trained on base weights that its initialization changed (init_lora_weights={init})"
+        fix = "save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA adapter, or merge it"
+        yield _BadAdapter(why, fix)
+    for key, value in config.items():
+        if key not in _UNUSED and value not in (None, False, "none", [], {}):
+            yield _BadAdapter(f"{ADAPTER_CONFIG} sets {key}, which the launcher does not support", _MERGE)
+
+
+def _layers(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], keys: Mapping[str, str], use: AdapterUse
+) -> Mapping[str, LayerUpdate]:
+    """Return the layers that have matrices, by name."""
+    sides: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if found := _MATRIX.fullmatch(name):
+            sides.setdefault(found["layer"], {})[found["side"]] = shape
+        elif use is AdapterUse.ENGINE or ("lora_" in name and f".{_MAGNITUDE}.{ADAPTER_NAME}." not in name):
+            raise _BadAdapter(f"holds {keys[name]}, which is no LoRA matrix of a linear layer", _MERGE)
+    if not sides:
+        raise _BadAdapter("holds no matrices of LoRA" if shapes else "holds no tensors", _AGAIN)
+    return {name: _layer(name, config, pair, use) for name, pair in sorted(sides.items())}
+
+
+def _layer(name: str, config: Mapping[str, Any], pair: Mapping[str, tuple[int, ...]], use: AdapterUse) -> LayerUpdate:
+    a, b = (pair.get(side, ()) for side in _LORA)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not all((*a, *b)):
+        why = f"{name} has lora_A of shape {list(a)} and lora_B of shape {list(b)}; they must be (rank, in) and "
+        raise _BadAdapter(f"{why}(out, rank)", _AGAIN)
+    rank = a[0]
+    said = _by_pattern(config, "rank_pattern", name, config.get("r"))
+    if said != rank:
+        raise _BadAdapter(f"{ADAPTER_CONFIG} says rank {said} for {name}, whose tensors have {rank}", _AGAIN)
+    if rank > MAX_LORA_RANK and use is AdapterUse.ENGINE:
+        raise _BadAdapter(f"{name} has rank {rank}; the engine takes at most {MAX_LORA_RANK}", _MERGE)
+    alpha = _by_pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise _BadAdapter(f"{ADAPTER_CONFIG} says lora_alpha {alpha!r}, which is not a number", _AGAIN)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LayerUpdate(rank=rank, scale=scale, inputs=a[1], outputs=b[0])
+
+
+def _by_pattern(config: Mapping[str, Any], option: str, layer: str, usual: Any) -> Any:
+    """Return a layer's value of a setting with exceptions by pattern.
+
+    The first match wins, as in PEFT.
+    """
+    patterns = config.get(option) or {}
+    if not isinstance(patterns, Mapping):
+        raise _BadAdapter(f"{ADAPTER_CONFIG} has a {option} that is not an object", _AGAIN)
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                return value
+        except re.error as error:
+            raise _BadAdapter(f"{ADAPTER_CONFIG} has an invalid {option}: {error}", _AGAIN) from error
+    return usual
+
+
+def _options(config: Mapping[str, Any], layers: Iterable[str], shapes: Iterable[str]) -> Lora:
+    """Return the options of the group adapter that a config means."""
+    kind = Dora if config.get("use_dora") else RsLora if config.get("use_rslora") else Lora
+    whole = (name.partition(f".{_WHOLE}.")[0] for name in shapes if f".{_WHOLE}." in name)
+    tree = {
+        "r": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "dropout": config.get("lora_dropout", 0.0),
         "targets": tuple(layers),
-        "modules_to_save": tuple(dict.fromkeys(n.partition(f".{_WHOLE}.")[0] for n in shapes if f".{_WHOLE}." in n)),
-        "bias": tree.get("bias", "none"),
+        "modules_to_save": tuple(dict.fromkeys(whole)),
+        "bias": config.get("bias", "none"),
     }
-    lora = build(kind, options, path="adapter", report=errors.append)
-    ranks = {shapes[f"{name}.lora_A.{ADAPTER_NAME}.weight"][0] for name in layers}
-    if lora is not None and ranks != {lora.r}:
-        errors.append(ConfigError("r", lora.r, why=f"its matrices have rank {sorted(ranks)}", fix=""))
+    errors: list[ConfigError] = []
+    lora = build(kind, tree, path="adapter", report=errors.append)
     if errors or lora is None:
         name = errors[0].option.removeprefix("adapter.")
         why = f"its {ADAPTER_CONFIG} says {name}={errors[0].value}: {errors[0].why}"
-        raise ConfigError(option, value, why=why, fix="give an adapter that PEFT wrote")
-    base = str(tree.get("base_model_name_or_path") or "a model that it does not name")
-    return AdapterFolder(folder=folder, lora=lora, base=base, shapes=shapes, keys=keys)
+        raise _BadAdapter(why, "give an adapter that PEFT wrote")
+    return lora
 
 
-def _unsupported(tree: Mapping[str, Any]) -> Iterator[str]:
-    """Yield options of PEFT that the launcher does not support."""
-    if tree.get("peft_type") != "LORA":
-        yield f"peft_type is {tree.get('peft_type')}, not LORA"
-    if tree.get("use_dora") and tree.get("use_rslora"):
-        yield "use_dora and use_rslora together"
-    for name, usual in _USUAL.items():
-        if (value := tree.get(name)) not in usual:
-            yield f"{name} is {json.dumps(value)}"
+def validate_adapter_fits(
+    option: str, found: AdapterFolder, linear: Mapping[str, LinearSize], *, model: str
+) -> Iterator[ConfigError]:
+    """Yield the first layer of an adapter that a model lacks, or has in another size.
+
+    Args:
+        option: by which the adapter was chosen.
+        found: the adapter.
+        linear: layers in the model's blocks, by name.
+        model: its name.
+    """
+    for name, layer in found.layers.items():
+        size = linear.get(name)
+        if size is not None and (size.inputs, size.outputs) == (layer.inputs, layer.outputs):
+            continue
+        fix = f"give an adapter of this model, or set model to the one that it was trained on ({found.base})"
+        if size is not None:
+            why = f"adapts {name} of {layer.inputs} to {layer.outputs} features, which in {model} has "
+            why += f"{size.inputs} to {size.outputs}"
+        elif name.rpartition(".")[2] in _OUTPUT_LAYERS:
+            why, fix = f"adapts the output layer {name}, which the launcher does not support", _MERGE
+        else:
+            why = f"adapts {name}, and {model} has no such linear layer"
+        yield ConfigError(option, found.folder, why=why, fix=fix)
+        return
 
 
 def parameter_name(key: str, modules_to_save: tuple[str, ...]) -> str:
@@ -219,28 +396,3 @@ def peft_config(
         "init_lora_weights": "gaussian" if lora.init == "gaussian" else True,
         "inference_mode": True,
     }
-
-
-def validate_adapter_fits(
-    option: str, found: AdapterFolder, modules: ModuleSizes, *, model: str
-) -> Iterator[ConfigError]:
-    """Yield why an adapter is of another model.
-
-    Args:
-        option: by which it was chosen.
-        found: the adapter.
-        modules: of the model of this run.
-        model: its name.
-    """
-    wrong = ""
-    for name in found.layers:
-        size = modules.linear.get(name)
-        a, b = (found.shapes.get(f"{name}.{part}.{ADAPTER_NAME}.weight", (0, 0)) for part in _LORA)
-        if size is None:
-            wrong = f"it has matrices for {name}, and this model has no such layer"
-        elif (a[1], b[0]) != (size.inputs, size.outputs):
-            wrong = f"its {name} takes {a[1]} values to {b[0]}, this model's {size.inputs} to {size.outputs}"
-        if wrong:
-            why = f"is of another model ({found.base}) than {model}: {wrong}"
-            yield ConfigError(option, found.folder, why=why, fix="choose the model that it was trained on")
-            return

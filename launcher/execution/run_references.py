@@ -1,4 +1,4 @@
-"""Resolve ``model.weights=RUN`` and ``checkpoint.resume=RUN`` to the folder of a checkpoint.
+"""Resolve runs that options name (``model.weights``, ``model.adapter``, ``job.adapters``, ``checkpoint.resume``).
 
 A user names a run by its id or folder, or one checkpoint of it: ``RUN`` (the newest), ``RUN@best`` (the lowest held-out
 loss), ``RUN@step_00000010``, or the folder ``RUN/checkpoints/step_00000010``. The parent resolves it, verifies it and
@@ -20,13 +20,14 @@ from launcher.checkpoint.resume import find_checkpoint, parse_reference
 from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.adapter import ALL_LINEAR, Qlora, shortest_targets
 from launcher.config.adapter_folder import (
-    AdapterFolder,
+    AdapterUse,
     is_adapter_folder,
     read_adapter_folder,
     validate_adapter_fits,
 )
 from launcher.config.compose import Composition, compose, unused_vocab_size
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
+from launcher.config.job.generating import GeneratingJob
 from launcher.config.model.base import Model, has_tokenizer
 from launcher.config.model.hf import Hf
 from launcher.config.model.linear_layers import module_sizes
@@ -34,7 +35,7 @@ from launcher.config.option_text import component_text, quoted_word
 from launcher.config.plugins import used_plugins
 from launcher.config.run import BatchedJob, Run, default_run_name
 from launcher.config.snapshot import load_run, read_snapshot
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.saved_models import find_model_folder, find_run_or_checkpoint, select_checkpoints
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import MODEL_FOLDER
@@ -70,7 +71,7 @@ def _with_folders(composed: Composition, locks: CheckpointLocks) -> Run:
         run = replace(run, checkpoint=replace(run.checkpoint, resume=str(_resumed(run))))
         run = _with_resumed_adapter(run, composed)
     run = _with_weights(run, composed, locks)
-    return _with_adapter(run, composed, locks)
+    return _with_served_adapters(_with_adapter(run, composed, locks), locks)
 
 
 def _with_weights(run: Run, composed: Composition, locks: CheckpointLocks) -> Run:
@@ -212,7 +213,7 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
         if Path(reference.source).expanduser().is_absolute() and reference.selector is None:
             return None
         why = f"backend={run.backend.kind} runs where this machine's runs are not visible"
-        where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
+        where = "the folder of a checkpoint" if option == RESUME else "the folder step_…/model"
         raise ConfigError(option, word, why=why, fix=f"give {where} as an absolute path on its hosts")
     return find_run_or_checkpoint(word, Path(run.run.root), option=option)
 
@@ -226,26 +227,27 @@ def _with_adapter(run: Run, composed: Composition, locks: CheckpointLocks) -> Ru
     if run.model.adapter is None:
         return run
     word = run.model.adapter
-    folder = _run_or_checkpoint(word, run, option=ADAPTER)
-    if folder is not None:
-        folder = find_model_folder(folder, word, option=ADAPTER, locks=locks)
-        if not is_adapter_folder(folder):
-            why = "is of a run that trained all weights of a model"
-            raise ConfigError(ADAPTER, word, why=why, fix=f"set model.weights={word} instead of model.adapter")
-        run = replace(run, model=replace(run.model, adapter=str(folder)))
+    folder = _adapter_in(word, run, locks, option=ADAPTER)
+    run = replace(run, model=replace(run.model, adapter=folder))
     trains = isinstance(run.job, BatchedJob) and run.job.trains
     if not run.backend.shares_paths:
         if trains:
             why = f"backend={run.backend.kind} runs on machines whose files this one cannot read"
             raise ConfigError(ADAPTER, word, why=why, fix="continue it there by checkpoint.resume")
         return run
-    found = read_adapter_folder(ADAPTER, str(run.model.adapter))
-    _check_base(found, run)
+    found = read_adapter_folder(ADAPTER, str(run.model.adapter), use=AdapterUse.MODEL)
+    if run.model.weights == "random":
+        why = "belongs to the weights that it was trained on, and the run has random ones"
+        raise ConfigError(ADAPTER, found.folder, why=why, fix="set model.weights to them")
+    _check_base(ADAPTER, found.folder, run)
+    modules = module_sizes(run.model)
+    if modules is not None:
+        for error in validate_adapter_fits(ADAPTER, found, modules.linear, model=run.model.name):
+            raise error
     if not trains:
         return run
-    modules = module_sizes(run.model)
-    linear = found.layers if modules is None else list(modules.linear)
-    lora = replace(found.lora, targets=shortest_targets(found.layers, linear) if modules else found.lora.targets)
+    linear = list(found.layers if modules is None else modules.linear)
+    lora = replace(found.lora, targets=shortest_targets(list(found.layers), linear) if modules else found.lora.targets)
     if modules is not None and sorted(found.layers) == sorted(linear):
         lora = replace(lora, targets=ALL_LINEAR)
     if typed := sorted(key for key in _keys(composed.overrides) if key.startswith("adapter.")):
@@ -259,25 +261,55 @@ def _with_adapter(run: Run, composed: Composition, locks: CheckpointLocks) -> Ru
     return replace(run, adapter=lora)
 
 
-def _check_base(found: AdapterFolder, run: Run) -> None:
-    """Raise if an adapter is of other weights than those of the run.
+def _with_served_adapters(run: Run, locks: CheckpointLocks) -> Run:
+    """Return ``run`` with each of ``job.adapters`` as a folder.
+
+    Raises:
+        ConfigErrors: one is of a run that trained no adapter, or of other weights than those of this run.
+    """
+    if not isinstance(run.job, GeneratingJob) or not run.job.adapters:
+        return run
+    found, errors = {}, []
+    for name, word in run.job.adapters.items():
+        option = f"job.adapters.{name}"
+        try:
+            found[name] = _adapter_in(word, run, locks, option=option)
+            if run.backend.shares_paths:
+                _check_base(option, Path(found[name]).expanduser(), run)
+        except ConfigError as error:
+            errors.append(error)
+    if errors:
+        raise ConfigErrors(errors)
+    return replace(run, job=replace(run.job, adapters=found))
+
+
+def _adapter_in(word: str, run: Run, locks: CheckpointLocks, *, option: str) -> str:
+    """Return the folder of the adapter that a run, a checkpoint or a folder names.
+
+    Raises:
+        ConfigError: it is a run or a checkpoint without one.
+    """
+    folder = _run_or_checkpoint(word, run, option=option)
+    if folder is None:
+        return word  # a folder of PEFT's, which is read later
+    folder = find_model_folder(folder, word, option=option, locks=locks)
+    if not is_adapter_folder(folder):
+        why = "is of a run that trained all weights of a model"
+        raise ConfigError(option, word, why=why, fix=f"set model.weights={word} instead of {option}")
+    return str(folder)
+
+
+def _check_base(option: str, folder: Path, run: Run) -> None:
+    """Raise if a checkpoint's adapter was trained on other weights than those of the run.
 
     Raises:
         ConfigError: naming both.
     """
-    model = run.model
-    if model.weights == "random":
-        why = "belongs to the weights that it was trained on, and the run has random ones"
-        raise ConfigError(ADAPTER, found.folder, why=why, fix="set model.weights to them")
-    manifest = adapter_manifest(found.folder)
-    base = base_weights(model, seed=run.job.seed)
+    manifest = adapter_manifest(folder)
+    base = base_weights(run.model, seed=run.job.seed)
     if manifest is not None and manifest.base is not None and not is_same_base(manifest.base, base):
         why = f"is an adapter of {manifest.base}, this run's weights are {base}"
-        raise ConfigError(ADAPTER, found.folder, why=why, fix="choose the model and weights that it was trained on")
-    modules = module_sizes(model)
-    if modules is not None:
-        for error in validate_adapter_fits(ADAPTER, found, modules, model=model.name):
-            raise error
+        raise ConfigError(option, folder, why=why, fix="choose the model and weights that it was trained on")
 
 
 def _base_of(folder: Path, composed: Composition) -> Model:

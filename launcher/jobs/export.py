@@ -62,12 +62,12 @@ def _export_adapter(source: Path, folder: Path, *, dtype: str) -> None:
 def _merged(source: Path, snapshot: Path) -> ModelTensors:
     """Return the tensors of a run's model with the adapter of a checkpoint added to them."""
     from launcher.config.activation import NoCheckpointing
-    from launcher.config.adapter_folder import read_adapter_folder
+    from launcher.config.adapter_folder import AdapterUse, read_adapter_folder
     from launcher.config.snapshot import load_run
     from launcher.models.adapters import MergedModel
     from launcher.models.build import build_model
 
-    run, found = load_run(snapshot), read_adapter_folder("run", str(source))
+    run, found = load_run(snapshot), read_adapter_folder("run", str(source), use=AdapterUse.MODEL)
     model = replace(run.model, adapter=str(source))
     built = build_model(
         model,

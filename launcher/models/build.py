@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from launcher.config.adapter_folder import read_adapter_folder
+from launcher.config.adapter_folder import AdapterUse, read_adapter_folder
 from launcher.config.model.folder import tensor_files, validate_model_folder, weight_files
 from launcher.config.quantization import method_named, read_manifest
 from launcher.errors import ConfigError, ConfigErrors
@@ -171,7 +171,9 @@ def _build_deferred(
         skip = layers.owns if isinstance(layers, Restorer) else lambda name: False
         source = _source(model, laid_out, folder, skip=skip)
     finish: Callable[[str], None] = lambda part: None  # noqa: E731  (replaced below)
-    stored = read_adapter_folder("model.adapter", model.adapter) if model.adapter is not None else None
+    stored = None
+    if model.adapter is not None:
+        stored = read_adapter_folder("model.adapter", model.adapter, use=AdapterUse.MODEL)
     if stored is not None and adapter is None and layers is not None and quantization is None:
         adapter = stored.lora  # quantized weights cannot take it up
     if adapter is not None:

@@ -28,7 +28,13 @@ from transformers.core_model_loading import (
 )
 
 from launcher.checkpoint.tensors import DTYPE_NAMES
-from launcher.config.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_key, read_adapter_folder
+from launcher.config.adapter_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterUse,
+    peft_key,
+    read_adapter_folder,
+)
 from launcher.config.model.folder import INDEX_FILE, SINGLE_FILE
 from launcher.errors import EXIT_BAD_INPUT, JobError
 from launcher.models.adapters import AdapterTensors
@@ -134,7 +140,7 @@ class AdapterExport:
     """
 
     def __init__(self, source: Path, *, dtype: torch.dtype) -> None:
-        self._source, found = source, read_adapter_folder("run", str(source))
+        self._source, found = source, read_adapter_folder("run", str(source), use=AdapterUse.MODEL)
         self._tensors = AdapterTensors(found)
         size = torch.empty((), dtype=dtype).element_size()
         self.num_params = sum(math.prod(shape) for shape in found.shapes.values())

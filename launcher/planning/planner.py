@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launcher.config.adapter_folder import LORA_BYTES
 from launcher.config.job.generating import GeneratingJob
-from launcher.config.lora_folder import LORA_BYTES
 from launcher.config.model.linear_layers import module_sizes
 from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
@@ -359,7 +359,7 @@ def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[H
     """Return the memory of weights without training state: the compute format per copy."""
     size = run.precision.compute_bytes
     ways = run.parallel.dims(1).product if job.is_model_parallel(run) else 1
-    adapters = sum(adapter.numel for adapter in job.lora_folders().values())
+    adapters = sum(adapter.numel for adapter in job.adapter_folders().values())
     parameters = job.num_replicas * (size * shape.num_params // ways + LORA_BYTES * adapters)
     state = StateBytes(parameters=parameters, gradients=0, optimizer=0)
     shared, engines = f" ÷ {ways} ranks" if ways > 1 else "", counted(job.num_replicas, "engine")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from launcher.config.compose import compose
 from launcher.config.inference import EngineLimits
-from launcher.config.lora_folder import linear_shapes
+from launcher.config.model.linear_layers import LinearSize, module_sizes
 from launcher.config.sampling import SamplingParams
 from launcher.inference.engine.base import EngineRequest, InferenceEngine
 from launcher.inference.engine.paged_engine import make_paged_engine
@@ -39,15 +39,15 @@ def main() -> None:
 
     words = ["job=serve", f"model={options.model}", "model.weights=random", "job.tokenizer=bytes", "precision=bf16"]
     run = compose([*words, "backend.ranks=1", "tracker=local"]).run
-    shapes = linear_shapes(run.model)
-    assert shapes is not None, "the sizes of this model do not decide its layers"
+    modules = module_sizes(run.model)
+    assert modules is not None, "the sizes of this model do not decide its layers"
     limits = EngineLimits(max_num_seqs=options.requests, kv_cache_tokens=1 << 14, enable_prefix_caching=False)
     print_machine("torch", "transformers")
     with tempfile.TemporaryDirectory() as root:
         folders = {}
         for number in range(options.adapters):
             folders[f"adapter{number}"] = str(Path(root) / str(number))
-            write_adapter(Path(root) / str(number), shapes, rank=options.rank, seed=number)
+            write_adapter(Path(root) / str(number), modules.linear, rank=options.rank, seed=number)
         plain = make_paged_engine(run, limits=limits, heartbeat=heartbeat, rank=0, world_size=1)
         adapted = make_paged_engine(run, limits=limits, heartbeat=heartbeat, adapters=folders, rank=0, world_size=1)
 
@@ -79,15 +79,15 @@ def heartbeat() -> None:
     """Report no progress: nothing waits for it."""
 
 
-def write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], *, rank: int, seed: int) -> None:
+def write_adapter(folder: Path, linear: Mapping[str, LinearSize], *, rank: int, seed: int) -> None:
     """Write a random adapter of all these layers, (out, in) each, as PEFT does."""
     folder.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, (outputs, inputs) in shapes.items():
-        for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+    for name, size in linear.items():
+        for side, shape in (("A", (rank, size.inputs)), ("B", (size.outputs, rank))):
             tensors[f"base_model.model.{name}.lora_{side}.weight"] = 0.01 * torch.randn(shape, generator=generator)
     save_file(tensors, folder / "adapter_model.safetensors")
 

@@ -93,6 +93,18 @@ def test_a_run_is_resumed_used_exported_and_merged(
     assert losses["run"] == losses["folder"] == pytest.approx(losses["merged"], abs=1e-4)
     assert losses["base"] != pytest.approx(losses["run"], abs=1e-3)
 
+    asked = {"prompt": "Some words", "temperature": 0, "max_tokens": 8, "logprobs": 1}
+    prompts = [*({**asked, "model": name} for name in ("run", "step", "folder")), asked]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    adapters = "job.adapters={run: whole, step: whole/checkpoints/step_00000004, folder: adapter}"
+    generate = ("job=generate", "job.input=prompts.jsonl", "precision=fp32", *own[:2], adapters, "run.dir=out")
+    launch(*WORDS[:3], *generate).expect(0)
+    run, step, folder, plain = (
+        {key: value for key, value in json.loads(line).items() if key in ("text", "logprobs")}
+        for line in (tmp_path / "out" / "generated.jsonl").read_text().splitlines()
+    )
+    assert run == step == folder != plain
+
     refuse_what_is_of_something_else(launch_in_process)
     (tmp_path / base).rename(tmp_path / "moved")
     refuse_what_has_no_base(launch_in_process, tmp_path / base)
@@ -134,3 +146,14 @@ def refuse_what_is_of_something_else(launch_in_process: Any) -> None:
         (*own, "model.adapter=adapter", "adapter=lora", "adapter.r=8"): "model.adapter=adapter is continued as it is",
     }.items():
         assert said in launch_in_process(*plan, *words).expect(2).stderr
+    serve = ("plan", "job=serve", "backend.ranks=1", "tracker=local")
+    for words, said in {
+        (*own[:2], "job.adapters.a=base"): "all weights of a model; set model.weights=base instead of job.adapters.a",
+        (*own[:2], "job.adapters.a=base/checkpoints/step_00000002"): "is of a run that trained all weights",
+        (*own[:2], "job.adapters.a=whole@step_00000007"): "has no complete checkpoint of step 7; it has @step_00000004",
+        (*own[:2], "job.adapters.a=nowhere"): "job.adapters.a=nowhere: is not a folder",
+        (*other, "job.adapters.a=whole"): "is an adapter of ./weights",
+        ("model.weights=whole", "job.adapters.a=whole"): "model.adapter adds one to it; set job.adapters.NAME=",
+    }.items():
+        assert said in launch_in_process(*serve, *words).expect(2).stderr
+    assert "a (whole@step_00000004, rank 4)" in launch_in_process(*serve, *own[:2], "job.adapters.a=whole").stdout

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from launcher.config.activation import NoCheckpointing
 from launcher.config.adapter import Dora, Lora, RsLora
-from launcher.config.adapter_folder import base_name, parameter_name, peft_key, read_adapter_folder
+from launcher.config.adapter_folder import AdapterUse, base_name, parameter_name, peft_key, read_adapter_folder
 from launcher.config.attention import SdpaAttention
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.linear_layers import module_sizes
 from launcher.config.model.llama import Llama
-from launcher.errors import ConfigError
 from launcher.models.adapters import MergedModel
 from launcher.models.build import build_model
 from launcher.quantization.codecs import is_quantized
@@ -151,7 +148,7 @@ def test_an_adapter_of_peft_gives_equal_logits_merged_and_trained_on(
     of_peft = get_peft_model(AutoModelForCausalLM.from_pretrained(bases[family]), config)
     disturb(of_peft)
     of_peft.save_pretrained(tmp_path)
-    found = read_adapter_folder("model.adapter", str(tmp_path))
+    found = read_adapter_folder("model.adapter", str(tmp_path), use=AdapterUse.MODEL)
     assert len(found.layers) == 4
     model = replace(GPT2 if family == "gpt2" else LLAMA, weights=str(bases[family]), adapter=str(tmp_path))
     for adapter in (None, found.lora):
@@ -194,42 +191,3 @@ def test_names_of_peft_and_of_parameters_are_each_others_reverse() -> None:
     assert [parameter_name(key, ("model.norm",)) for key in keys] == names
     assert "base_model.model.model.norm.weight" in keys
     assert "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector" in keys
-
-
-def write_adapter(folder: Path, tensors: dict[str, Tensor], **changes: Any) -> None:
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **changes}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"peft_type": "IA3"}, "peft_type is IA3, not LORA"),
-        ({"rank_pattern": {"q_proj": 4}}, 'rank_pattern is {"q_proj": 4}'),
-        ({"lora_bias": True}, "lora_bias is true"),
-        ({"r": 4}, "its adapter_config.json says r=4: its matrices have rank [2]"),
-        ({"r": 0}, "its adapter_config.json says r=0: must be at least 1"),
-    ],
-)
-def test_adapters_that_would_compute_something_else_are_refused(
-    tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    write_adapter(tmp_path, {key.format("A"): torch.zeros(2, 32), key.format("B"): torch.zeros(32, 2)}, **changes)
-    with pytest.raises(ConfigError) as caught:
-        read_adapter_folder("model.adapter", str(tmp_path))
-    assert said in str(caught.value)
-
-
-def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no such folder"):
-        read_adapter_folder("model.adapter", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"holds no adapter_config\.json, so it is no adapter"):
-        read_adapter_folder("model.adapter", str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
-        read_adapter_folder("model.adapter", str(tmp_path))
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="its weights are a pickle"):
-        read_adapter_folder("model.adapter", str(tmp_path))

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
-from launcher.config.lora_folder import (
+from launcher.config.adapter_folder import (
     LORA_BYTES,
-    BadLoraFolder,
-    LoraFolder,
-    adapter_folder,
-    linear_shapes,
-    read_lora_folder,
-    validate_lora_folder,
+    AdapterFolder,
+    AdapterUse,
+    adapter_label,
+    read_adapter_folder,
+    validate_adapter_fits,
 )
+from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
+from launcher.config.model.linear_layers import module_sizes
 from launcher.config.paths import PathText
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import COMPUTING_GROUPS, LEARNING_GROUPS, Job, Run
@@ -74,7 +74,7 @@ class GeneratingJob(Job):
     """Name of the chat template for chats that name none; ``null`` takes the default one."""
 
     adapters: dict[str, PathText] = field(default_factory=dict)
-    """LoRA adapters by name: PEFT folders.
+    """LoRA adapters by name: PEFT folders, runs or checkpoints.
     The field ``model`` of a request chooses one, or the base model. Requests for any of them share a batch, and get
     what the base model with that adapter alone would answer."""
 
@@ -144,12 +144,12 @@ class GeneratingJob(Job):
         """Return the name by which requests choose the base model."""
         return run.model.name
 
-    def lora_folders(self) -> Mapping[str, LoraFolder]:
+    def adapter_folders(self) -> Mapping[str, AdapterFolder]:
         """Return the adapters that can be read on this machine, by name."""
         found = {}
         for name, value in self.adapters.items():
-            with contextlib.suppress(BadLoraFolder):  # which validate_machine reports
-                found[name] = read_lora_folder(adapter_folder(value))
+            with contextlib.suppress(ConfigError):  # which validate_machine reports
+                found[name] = read_adapter_folder(f"job.adapters.{name}", value, use=AdapterUse.ENGINE)
         return found
 
     def is_model_parallel(self, run: Run) -> bool:
@@ -256,9 +256,20 @@ class GeneratingJob(Job):
         yield from super().validate_machine(run, run_dir)
         yield from validate_vllm(self)
         yield from self._validate_template(run)
-        layers = linear_shapes(run.model) if self.adapters else None
+        yield from self._validate_adapter_folders(run)
+
+    def _validate_adapter_folders(self, run: Run) -> Iterator[ConfigError]:
+        """Yield the adapters that the engine cannot apply to the model."""
+        modules = module_sizes(run.model) if self.adapters else None
         for name, value in self.adapters.items():
-            yield from validate_lora_folder(f"job.adapters.{name}", value, model=run.model.name, layers=layers)
+            option = f"job.adapters.{name}"
+            try:
+                found = read_adapter_folder(option, value, use=AdapterUse.ENGINE)
+            except ConfigError as error:
+                yield error
+                continue
+            if modules is not None:
+                yield from validate_adapter_fits(option, found, modules.linear, model=run.model.name)
 
     def _validate_template(self, run: Run) -> Iterator[ConfigError]:
         """Yield an error for a chat template that the tokenizer lacks, if its folder is here."""
@@ -276,9 +287,12 @@ class GeneratingJob(Job):
 
     def describe_adapters(self) -> Iterator[tuple[str, str]]:
         """Yield a line with the adapters, their largest rank and their size."""
-        found = self.lora_folders()
+        found = self.adapter_folders()
         if self.adapters:
-            named = [f"{name} (rank {found[name].max_rank})" if name in found else name for name in self.adapters]
+            named = [
+                f"{name} ({adapter_label(value)}, rank {found[name].max_rank})" if name in found else name
+                for name, value in self.adapters.items()
+            ]
             size = bytes_text(LORA_BYTES * sum(adapter.numel for adapter in found.values()))
             yield "adapters", f"{', '.join(named)}; {size} in an engine"
 

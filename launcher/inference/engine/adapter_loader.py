@@ -7,13 +7,21 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from launcher.config.lora_folder import BadLoraFolder, LoraFolder, adapter_folder, check_layers, read_lora_folder
+from launcher.config.adapter_folder import (
+    ADAPTER_NAME,
+    AdapterFolder,
+    AdapterUse,
+    read_adapter_folder,
+    validate_adapter_fits,
+)
+from launcher.config.model.linear_layers import LinearSize
 from launcher.errors import EXIT_BAD_INPUT, ConfigError, JobError
 from launcher.inference.kernels.low_rank import NO_ADAPTERS, AdapterSet, LowRank
+from launcher.models.adapters import AdapterTensors
 from launcher.quantization.int4 import Int4Linear
 
 if TYPE_CHECKING:
@@ -40,16 +48,14 @@ def load_adapters(
     if not folders:
         return NO_ADAPTERS
     linear = _linear_layers(model)
-    shapes = {path: shape for path, (_, shape) in linear.items()}
+    sizes = {path: size for path, (_, size) in linear.items()}
     updates: dict[nn.Module, dict[int, LowRank]] = {}
     for number, (adapter_name, value) in enumerate(folders.items()):
         option = f"job.adapters.{adapter_name}"
-        try:
-            adapter = read_lora_folder(adapter_folder(value))
-            check_layers(adapter, shapes, model=name)
-            loaded = _load(adapter, model.device)
-        except BadLoraFolder as bad:
-            raise ConfigError(option, value, why=bad.why, fix=bad.fix) from bad
+        found = read_adapter_folder(option, value, use=AdapterUse.ENGINE)
+        for error in validate_adapter_fits(option, found, sizes, model=name):
+            raise error
+        loaded = _load(option, found, model.device)
         for path, update in loaded.items():
             if not (update.down.isfinite().all() and update.up.isfinite().all()):
                 why = f"{option}={value}: its update of {path} has values that are not finite"
@@ -59,31 +65,35 @@ def load_adapters(
     return AdapterSet(tuple(folders), updates)
 
 
-def _linear_layers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, tuple[int, int]]]:
-    """Return the linear layers before the output layer, by name, with (out, in) of each."""
-    found = {}
+def _linear_layers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, LinearSize]]:
+    """Return the linear layers before the output layer, by name, with the size of each."""
+    found: dict[str, tuple[nn.Module, LinearSize]] = {}
     for path, layer in model.named_modules():
         if layer is model.get_output_embeddings():
             continue
         if isinstance(layer, Conv1D):
-            found[path] = (layer, (layer.nf, layer.nx))
+            found[path] = (layer, LinearSize(inputs=layer.nx, outputs=layer.nf))
         elif isinstance(layer, nn.Linear | Int4Linear):
-            found[path] = (layer, (layer.out_features, layer.in_features))
+            found[path] = (layer, LinearSize(inputs=layer.in_features, outputs=layer.out_features))
     return found
 
 
-def _load(adapter: LoraFolder, device: torch.device) -> dict[str, LowRank]:
+def _load(option: str, adapter: AdapterFolder, device: torch.device) -> dict[str, LowRank]:
     """Return an adapter's updates by layer, in fp32.
 
     Raises:
-        BadLoraFolder: the file changed since its header was read.
+        ConfigError: the files changed since their headers were read.
     """
     found = {}
     try:
-        with safe_open(adapter.path / "adapter_model.safetensors", framework="pt", device=str(device)) as file:
-            for path, module in adapter.modules.items():
-                down, up = (file.get_tensor(name).float() for name in adapter.tensor_names(path))
-                found[path] = LowRank(down=down, up=module.scale * up)
-    except (OSError, SafetensorError) as error:
-        raise BadLoraFolder(f"cannot be read: {error}", "save the adapter again") from error
+        tensors = AdapterTensors(adapter)
+        for path, update in adapter.layers.items():
+            down, up = (tensors.read(f"{path}.{side}.{ADAPTER_NAME}.weight") for side in ("lora_A", "lora_B"))
+            assert down is not None, "a layer with matrices"
+            assert up is not None, "a layer with matrices"
+            down, up = (matrix.to(device, torch.float32) for matrix in (down, up))
+            found[path] = LowRank(down=down, up=update.scale * up)
+    except (OSError, ValueError, SafetensorError) as error:
+        why = f"cannot be read: {error}"
+        raise ConfigError(option, adapter.folder, why=why, fix="save the adapter again") from error
     return found

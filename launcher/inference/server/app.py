@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import launcher
+from launcher.config.adapter_folder import adapter_label
 from launcher.inference.server.completions import create_chat_completion, create_completion
 from launcher.inference.server.engine_client import EngineClient
 from launcher.inference.server.protocol import GENERATION_ENDPOINTS, DetokenizeBody, RequestBody, TokenizeBody
@@ -135,7 +136,7 @@ def _model(client: EngineClient, name: str) -> dict[str, Any]:
     """
     base, folder = client.limits.name, client.limits.adapters.get(name)
     about = {"id": name, "object": "model", "created": client.created, "owned_by": "launcher"}
-    origin = {"root": base, "parent": None} if folder is None else {"root": Path(folder).name, "parent": base}
+    origin = {"root": base, "parent": None} if folder is None else {"root": adapter_label(folder), "parent": base}
     return {**about, **origin, "max_model_len": client.pool.max_model_len}
 
 

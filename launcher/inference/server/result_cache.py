@@ -8,10 +8,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launcher.checkpoint.manifest import read_manifest
-from launcher.config.lora_folder import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
+from launcher.config.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launcher.config.model.folder import checkpoint_files, weight_files
 from launcher.config.sampling import SamplingParams
 from launcher.inference.engine.base import FinishReason, GeneratedToken
@@ -143,9 +144,17 @@ def model_fingerprint(run: Run, *, tokenizer: str, heartbeat: Callable[[], None]
     return sha256_of(json.dumps(parts, sort_keys=True).encode())
 
 
-def _adapter_hash(folder: str) -> str:
-    path = adapter_folder(folder)
-    return sha256_of((path / CONFIG_FILE).read_bytes() + (path / WEIGHTS_FILE).read_bytes())
+def _adapter_hash(value: str) -> str:
+    """Return a hash of an adapter's config and tensors."""
+    folder = Path(value).expanduser()
+    config, weights = (folder / ADAPTER_CONFIG).read_bytes(), folder / ADAPTER_WEIGHTS
+    return sha256_of(config + (weights.read_bytes() if weights.is_file() else _checkpoint_hash(folder).encode()))
+
+
+def _checkpoint_hash(folder: Path) -> str:
+    """Return a hash of the tensors of the checkpoint whose ``model/`` this is."""
+    hashes = read_manifest(folder.resolve().parent).xxh3.items()
+    return sha256_of(json.dumps([pair for pair in hashes if pair[0].startswith(TENSOR_FOLDER)]).encode())
 
 
 def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
@@ -157,8 +166,7 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
         return f"random {run.job.seed} {json.dumps(run.model.architecture(), sort_keys=True)}"
     digest = hashlib.sha256()
     if checkpoint_files(folder):
-        hashes = read_manifest(folder.parent).xxh3.items()
-        return sha256_of(json.dumps([pair for pair in hashes if pair[0].startswith(TENSOR_FOLDER)]).encode())
+        return _checkpoint_hash(folder)
     files = weight_files(folder)
     if not files and (foreign := find_foreign(folder)) is not None:
         files = foreign.weight_files()

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
+from launcher.config.adapter_folder import MAX_LORA_RANK, AdapterUse, adapter_label, read_adapter_folder
 from launcher.config.compose import compose
 from launcher.config.job.generate import Generate
-from launcher.config.lora_folder import MAX_LORA_RANK, read_lora_folder
-from launcher.errors import ConfigErrors
+from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.prepare import prepare
 from launcher.planning.render import render_plan
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
@@ -53,33 +53,50 @@ def test_scales_and_ranks_are_those_of_peft(tmp_path: Path) -> None:
     tensors = {**matrices(), **matrices(key, rank=9, out=64)}
     patterns = {"rank_pattern": {"k_proj": 9}, "alpha_pattern": {r".*layers\.0\..*": 18}}
     for name, root, scales in (("plain", False, (18 / 9, 6 / 4)), ("rs", True, (18 / 3, 6 / 2))):
-        found = read_lora_folder(write_adapter(tmp_path / name, tensors, use_rslora=root, **patterns))
-        assert [module.scale for module in found.modules.values()] == pytest.approx(list(scales))
-        assert [module.rank for module in found.modules.values()] == [9, 4]
+        folder = write_adapter(tmp_path / name, tensors, use_rslora=root, **patterns)
+        found = read_adapter_folder("job.adapters.a", str(folder), use=AdapterUse.ENGINE)
+        assert [layer.scale for layer in found.layers.values()] == pytest.approx(list(scales))
+        assert [layer.rank for layer in found.layers.values()] == [9, 4]
         assert found.numel == 9 * (128 + 64) + 4 * (128 + 128)
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"peft_type": "IA3"}, "of type IA3; the engine applies LORA only; merge it"),
-        ({"task_type": "SEQ_CLS"}, "another task (SEQ_CLS)"),
-        ({"use_dora": True}, "is a DoRA adapter: it rescales the base layer's output"),
-        ({"modules_to_save": ["lm_head"]}, "replaces whole modules"),
-        ({"bias": "all"}, "changes biases of the base model (bias=all)"),
-        ({"lora_bias": True}, "biases of its own"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa); save it with path_initial_model_for_weight"),
-        ({"use_new_thing": 3}, "sets use_new_thing, which the engine does not support"),
-        ({"r": 5}, f"says rank 5 for {QUERY}, whose tensors have 4"),
-        ({"rank_pattern": {"(": 1}}, "invalid rank_pattern"),
-        ({"lora_alpha": None}, "lora_alpha None, which is not a number"),
-    ],
-)
-def test_settings_that_cannot_be_served_exactly_are_refused(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+ENGINE, MODEL = AdapterUse.ENGINE, AdapterUse.MODEL
+REFUSED: list[tuple[tuple[AdapterUse, ...], dict[str, Any], str]] = [
+    ((ENGINE, MODEL), {"peft_type": "IA3"}, "of type IA3, not LORA; merge it"),
+    ((ENGINE, MODEL), {"task_type": "SEQ_CLS"}, "another task (SEQ_CLS)"),
+    ((ENGINE, MODEL), {"lora_bias": True}, "biases of its own"),
+    ((ENGINE, MODEL), {"init_lora_weights": "pissa"}, "init_lora_weights=pissa); save it with path_initial_model_for"),
+    ((ENGINE, MODEL), {"use_new_thing": 3}, "sets use_new_thing, which the launcher does not support"),
+    ((ENGINE, MODEL), {"use_qalora": True}, "sets use_qalora, which the launcher does not support"),
+    ((ENGINE, MODEL), {"r": 5}, f"says rank 5 for {QUERY}, whose tensors have 4"),
+    ((ENGINE, MODEL), {"lora_alpha": None}, "lora_alpha None, which is not a number"),
+    ((ENGINE, MODEL), {"lora_alpha": -1}, "says alpha=-1: must be above 0"),
+    ((ENGINE,), {"use_dora": True}, "is a DoRA adapter: it rescales the base layer's output"),
+    ((ENGINE,), {"modules_to_save": ["lm_head"]}, "replaces whole modules"),
+    ((ENGINE,), {"bias": "all"}, "changes biases of the base model (bias=all)"),
+    ((ENGINE,), {"rank_pattern": {"(": 1}}, "invalid rank_pattern"),
+    ((MODEL,), {"rank_pattern": {"q_proj": 4}}, "values of their own (rank_pattern), which job.adapters supports"),
+    ((MODEL,), {"alpha_pattern": {"q_proj": 4}}, "values of their own (alpha_pattern)"),
+    ((MODEL,), {"use_dora": True, "use_rslora": True}, "of DoRA and rsLoRA together"),
+]
+
+
+@pytest.mark.parametrize(("use", "changed", "said"), [(use, *rest) for uses, *rest in REFUSED for use in uses])
+def test_settings_that_mean_something_else_are_refused(
+    use: AdapterUse, changed: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     folder = write_adapter(tmp_path / "a", **changed)
-    (error,) = refused(f"job.adapters.polite={folder}")
-    assert error.startswith(f"job.adapters.polite={folder}: ")
-    assert said in error
+    with pytest.raises(ConfigError) as caught:
+        read_adapter_folder("job.adapters.polite", str(folder), use=use)
+    assert str(caught.value).startswith(f"job.adapters.polite={folder}: ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}])
+def test_a_model_takes_what_the_engine_refuses(changed: dict[str, Any], tmp_path: Path) -> None:
+    found = read_adapter_folder("model.adapter", str(write_adapter(tmp_path / "a", **changed)), use=MODEL)
+    assert list(found.layers) == [QUERY]
+    assert (found.lora.is_dora, found.lora.bias) == (changed.get("use_dora", False), changed.get("bias", "none"))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +124,10 @@ def test_tensors_that_do_not_fit_the_model_are_refused(
 
 
 def test_folders_that_hold_no_adapter_are_refused(tmp_path: Path) -> None:
-    model, pickled, cut, broken = (tmp_path / name for name in ("model", "pickled", "cut", "broken"))
-    for folder in (model, pickled, cut, broken):
+    model, pickled, cut, broken, empty = (tmp_path / name for name in ("model", "pickled", "cut", "broken", "empty"))
+    for folder in (model, pickled, cut, broken, empty):
         write_adapter(folder)
+    (empty / "adapter_model.safetensors").unlink()
     (model / "adapter_config.json").rename(model / "config.json")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     with (cut / "adapter_model.safetensors").open("r+b") as file:
@@ -117,7 +135,8 @@ def test_folders_that_hold_no_adapter_are_refused(tmp_path: Path) -> None:
     (broken / "adapter_config.json").write_text("{")
     said = {
         model: "is a whole model, not an adapter",
-        pickled: "a pickle (adapter_model.bin), which could run code; load it with PEFT and save it again",
+        pickled: "a pickle (adapter_model.bin), which could run code when it is read; load it with PEFT and save it",
+        empty: "holds no adapter_model.safetensors; give a folder with adapter_config.json and",
         cut: "adapter_model.safetensors has 500 bytes",
         broken: "adapter_config.json cannot be read",
         tmp_path / "absent": "there is no such folder; give a folder with adapter_config.json",
@@ -174,6 +193,13 @@ def test_lines_choose_among_the_base_model_and_the_adapters(tmp_path: Path) -> N
 def test_the_plan_shows_adapters_and_counts_their_memory(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
     shown = planned(f"job.adapters.polite={folder}", "job.replicas=2")
-    assert "polite (rank 4); 4.00 KiB in an engine" in shown
+    assert "polite (a, rank 4); 4.00 KiB in an engine" in shown
     assert "4 bytes of fp32 a parameter of the adapters" in shown
     assert "parameter of the adapters" not in planned()
+
+
+def test_the_label_of_an_adapter_is_its_folder_or_its_checkpoint() -> None:
+    assert adapter_label("adapters/polite") == "polite"
+    assert adapter_label("/runs/a/20260101-120000-abcd/checkpoints/step_00000004/model") == (
+        "20260101-120000-abcd@step_00000004"
+    )

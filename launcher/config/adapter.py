@@ -157,6 +157,24 @@ class Lora(Adapter):
         known = {**modules.others, **linear}
         return count + sum(known[name] for name in self.saved_names(known))
 
+    def trained_names(self, modules: ModuleSizes, *, adapter: str) -> list[str]:
+        """Return the names of the parameters that are trained.
+
+        Args:
+            modules: of the model.
+            adapter: name of the adapter in the model.
+        """
+        targets, whole = self.target_names(modules.linear), self.saved_names({**modules.others, **modules.linear})
+        parts = ("lora_A", "lora_B", *(["lora_magnitude_vector"] if self.is_dora else []))
+        names = [f"{target}.{part}.{adapter}.weight" for target in targets for part in parts]
+        names += [f"{name}.modules_to_save.{adapter}.{leaf}" for name in whole for leaf in modules.parameters_of(name)]
+        biased = [name for name in (*modules.others, *modules.linear) if "bias" in modules.parameters_of(name)]
+        if self.bias != "none":
+            names += [f"{name}.base_layer.bias" for name in biased if name in targets]
+        if self.bias == "all":
+            names += [f"{name}.bias" for name in biased if name not in targets and name not in whole]
+        return names
+
     def describe(self, modules: ModuleSizes | None, *, num_params: int | None) -> str:
         """Return what is trained, for the plan."""
         if modules is None or num_params is None:

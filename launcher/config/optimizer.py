@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -75,6 +75,25 @@ class Optimizer(Component):
         if earlier:
             why = f"optimizer.groups[{self.groups.index(earlier[0])}] ({earlier[0].pattern}) matches all of them first"
             yield ConfigError(option, what, why=why, fix="put it before that group, or leave it out")
+
+    def group_without(self, number: int, trained: Collection[str]) -> ConfigError:
+        """Return the error of a group that no parameter is in.
+
+        Args:
+            number: of the group.
+            trained: names of the parameters that are trained.
+        """
+        own = self.groups[number]
+        taken = any(own.matches(name) for name in trained)
+        why = "earlier groups match all of its parameters" if taken else "it matches no parameter that is trained"
+        example = ", ".join(sorted(trained)[:3])
+        fix = f"name parameters that are trained, such as {example}, or leave the group out"
+        return ConfigError(f"optimizer.groups[{number}]", own.pattern, why=why, fix=fix)
+
+    def validate_groups(self, trained: Collection[str]) -> Iterator[ConfigError]:
+        """Yield the groups that no parameter is in, by the names of those that are trained."""
+        used = {self.group_of(name) for name in trained}
+        yield from (self.group_without(number, trained) for number in range(len(self.groups)) if number not in used)
 
     def group_of(self, name: str) -> int | None:
         """Return the number of the first group whose pattern matches a parameter's name."""

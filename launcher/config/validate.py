@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from launcher.config.activation import OffloadCheckpointing
 from launcher.config.adapter import Lora
+from launcher.config.adapter_folder import ADAPTER_NAME
 from launcher.config.attention import FlashAttention, FlexAttention
 from launcher.config.backend import base
 from launcher.config.compile import RegionalCompile
@@ -61,6 +62,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from run.backend.validate_hosts(hosts)
     yield from _validate_quantization(run)
     yield from _validate_adapter(run, world_size)
+    yield from _validate_parameter_groups(run)
     yield from _validate_checkpoint(run)
     yield from run.job.validate_run(run, world_size=world_size)
     yield from _validate_profile(run, world_size)
@@ -226,6 +228,20 @@ def _validate_adapter(run: Run, world_size: int) -> Iterator[ConfigError]:
         yield from _validate_staged_adapter(run, lora, modules)
     if run.model.quantization != "none":
         yield from validate_adapter_on_quantized(lora, run.model.quantization, option="model.quantization")
+
+
+def _validate_parameter_groups(run: Run) -> Iterator[ConfigError]:
+    """Reject groups of the optimizer that no trained parameter is in, where the model's sizes decide the names.
+
+    Plugins that transform the model may add or freeze parameters: then the ranks check.
+    """
+    modules = module_sizes(run.model) if run.optimizer.groups else None
+    if modules is None or "optimizer" in run.job.unused_groups(run) or getattr(run.job, "transforms", ()):
+        return
+    if run.lora is None:
+        yield from run.optimizer.validate_groups(modules.parameter_names)
+    elif not list(run.lora.validate_modules(modules)):
+        yield from run.optimizer.validate_groups(run.lora.trained_names(modules, adapter=ADAPTER_NAME))
 
 
 def _validate_staged_adapter(run: Run, lora: Lora, modules: ModuleSizes) -> Iterator[ConfigError]:

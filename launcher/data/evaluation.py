@@ -10,6 +10,7 @@ import numpy as np
 
 from launcher.config.data.auto import AutoData
 from launcher.config.data.base import Corpus
+from launcher.config.job.eval_sets import examples_in_set
 from launcher.data.dataset import TokenStream, open_stream
 from launcher.data.rows import IGNORE_INDEX, TokenRow
 from launcher.data.token_cache import token_folder
@@ -112,8 +113,7 @@ def open_eval_sets(
     for name, path in sets.items():
         text = data.with_path(path)
         if isinstance(text, AutoData) and not text.is_stream:
-            why = "holds examples, and windows are cut from text"
-            raise ConfigError(f"job.eval_sets.{name}", path, why=why, fix="give text, or set data.eval_path")
+            raise examples_in_set(name, path)
         folder, _ = token_folder(text, model, tokenizer=tokenizer, heartbeat=heartbeat)
         windows = TextWindows(stream=open_stream(folder), prefix=tokenizer.end_id, length=length, stride=stride)
         if windows.num_counted < 1:

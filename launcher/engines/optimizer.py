@@ -87,7 +87,7 @@ class OptimizerStep:
         self.scale = LossScale(run.precision)
         names = {parameter: (tied or {}).get(name, name) for parameter, name in parameter_names(models).items()}
         groups = parameter_groups(names, run.optimizer, hidden=_hidden_matrices(models, run.optimizer))
-        check_groups(run.optimizer, names.values(), device=device)
+        check_groups(run.optimizer, names, device=device)
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         skipped = set(map(id, counted_elsewhere))
         self._counted = [parameter for parameter in self._parameters if id(parameter) not in skipped]
@@ -300,12 +300,12 @@ def _without_mesh(key: tuple[Any, ...]) -> tuple[Any, ...]:
     return (has_number, number or 0, *flags)
 
 
-def check_groups(options: Optimizer, names: Collection[str], *, device: torch.device) -> None:
-    """Raise where a group of the options has no parameter on any rank.
+def check_groups(options: Optimizer, parameters: Mapping[nn.Parameter, str], *, device: torch.device) -> None:
+    """Raise where a group of the options has no parameter that is trained on any rank.
 
     Args:
         options: of the run.
-        names: of the parameters that this rank has.
+        parameters: of this rank, with their names.
         device: where this rank computes.
 
     Raises:
@@ -313,16 +313,12 @@ def check_groups(options: Optimizer, names: Collection[str], *, device: torch.de
     """
     if not options.groups:
         return
+    names = [name for parameter, name in parameters.items() if parameter.requires_grad]
     numbers = [options.group_of(name) for name in names]
     counts = sum_over_ranks([float(numbers.count(number)) for number in range(len(options.groups))], device=device)
     for number, count in enumerate(counts):
         if not count:
-            own = options.groups[number]
-            taken = any(own.matches(name) for name in names)
-            why = "earlier groups match all of its parameters" if taken else "it matches no parameter of the model"
-            example = ", ".join(sorted(names)[:3])
-            fix = f"name parameters of this model, such as {example}, or leave the group out"
-            raise ConfigError(f"optimizer.groups[{number}]", own.pattern, why=why, fix=fix)
+            raise options.group_without(number, names)
 
 
 def _hidden_matrices(models: Sequence[nn.Module], options: Optimizer) -> list[nn.Parameter] | None:

@@ -157,6 +157,15 @@ def test_more_ranks_than_documents_are_refused(plan_of: Any, tasks: Path) -> Non
         plan_of(*words, "benchmark.limit=1")
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_task_with_fewer_documents_than_ranks_is_refused(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tasks)
+    benchmark = LmEvalBenchmark(tasks=("colours.yaml",))
+    with pytest.raises(ConfigError, match=r"benchmark\.tasks=colours: has 7 documents for 8 ranks.*backend\.ranks=7"):
+        make_task_manager(benchmark, num_ranks=8).load(list(benchmark.tasks))
+    assert list(make_task_manager(benchmark, num_ranks=7).load(list(benchmark.tasks))["tasks"]) == ["colours"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

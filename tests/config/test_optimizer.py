@@ -112,6 +112,27 @@ def test_groups_can_be_written_on_a_command_line() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("[{pattern:'*.biass',lr_scale:2}]",), "[0]=*.biass: it matches no parameter that is trained"),
+        (("[{pattern:'*.bias',lr_scale:2}]",), None),
+        (("[{pattern:'*.ln_1.*',lr_scale:2},{pattern:'*.ln_1.bias',lr_scale:3}]",), "[1]=*.ln_1.bias: earlier groups"),
+        (("[{pattern:'*.bias',lr_scale:2}]", "adapter=lora"), "such as transformer.h.0.attn.c_attn.lora_A"),
+        (("[{pattern:'*.lora_B.*',lr_scale:16}]", "adapter=lora"), None),
+        (("[{pattern:'*.bias',lr_scale:2}]", "adapter=lora", "adapter.bias=all"), None),
+        (("[{pattern:'*.bias',lr_scale:2}]", "model=llama_tiny"), "it matches no parameter"),
+    ],
+)
+def test_a_group_without_parameters_is_refused_in_the_plan(words: tuple[str, ...], said: str | None) -> None:
+    groups, *others = words
+    run = compose(("model=gpt2_tiny", f"optimizer.groups={groups}", *others)).run
+    errors = [str(error) for error in validate_run(run, [Host(name="here", slots=1)])]
+    own = [error for error in errors if error.startswith("optimizer.groups")]
+    assert [said in error for error in own if said] == ([True] if said else []), errors
+    assert bool(own) == bool(said)
+
+
 def test_an_unknown_optimizer_may_be_one_of_a_plugin() -> None:
     with pytest.raises(ConfigErrors, match=r"choose from: adafactor, .*plugins=\[MODULE\]"):
         compose(("optimizer=lion",))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from launcher.config.optimizer import AdamW, ParameterGroup
+from launcher.engines.optimizer import check_groups
+from launcher.errors import ConfigError
 
 from .conftest import losses
 
@@ -102,3 +108,15 @@ def test_groups_change_the_steps(answers: dict[str, Any]) -> None:
     found = {name: losses(answers[f"single_{name}"]) for name in OPTIMIZERS}
     assert len({tuple(values) for values in found.values()}) == len(OPTIMIZERS)
     assert len({values[0] for values in found.values()}) == 1
+
+
+def test_a_group_of_frozen_parameters_is_refused_at_start() -> None:
+    """Models whose names the plan does not know are checked on the ranks."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for pattern, said in (("0.*", "matches no parameter that is trained; .* such as 1.bias"), ("1.*", "")):
+        options = AdamW(groups=(ParameterGroup(pattern=pattern, lr_scale=2),))
+        expected = pytest.raises(ConfigError, match=said) if said else nullcontext()
+        with expected:
+            check_groups(options, names, device=torch.device("cpu"))

@@ -9,15 +9,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from launcher.config.activation import NoCheckpointing
 from launcher.config.adapter import Dora, Lora, RsLora
-from launcher.config.adapter_folder import AdapterUse, base_name, parameter_name, peft_key, read_adapter_folder
+from launcher.config.adapter_folder import (
+    ADAPTER_NAME,
+    AdapterUse,
+    base_name,
+    parameter_name,
+    peft_key,
+    read_adapter_folder,
+)
 from launcher.config.attention import SdpaAttention
+from launcher.config.model.config_json import sizes_from_config
 from launcher.config.model.gpt2 import Gpt2
-from launcher.config.model.linear_layers import module_sizes
+from launcher.config.model.linear_layers import module_sizes, modules_of
 from launcher.config.model.llama import Llama
+from launcher.config.model.shape import LlamaSizes
 from launcher.models.adapters import MergedModel
 from launcher.models.build import build_model
 from launcher.quantization.codecs import is_quantized
@@ -33,6 +43,10 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=IDS).logits
     return found
+
+
+def trained(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def disturb(model: Any) -> None:
@@ -63,7 +77,21 @@ def test_the_model_is_as_without_it_and_the_plan_counts_what_is_trained(model: A
     assert torch.allclose(logits(plain), logits(adapted), atol=1e-6)
     sizes = module_sizes(model)
     assert sizes is not None
+    assert set(sizes.parameter_names) == {name for name, _ in plain.named_parameters()}
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == lora.num_trained(sizes)
+    assert set(lora.trained_names(sizes, adapter=ADAPTER_NAME)) == trained(adapted)
+
+
+def test_norms_of_queries_and_keys_are_modules() -> None:
+    """Qwen 3 has them: they can be trained whole, and optimizer.groups can name them."""
+    sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2)
+    widths = {"head_dim": 16, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
+    config = Qwen3Config(**sizes, **widths, max_position_embeddings=32, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    read = sizes_from_config(config.to_dict())
+    assert isinstance(read, LlamaSizes)
+    assert set(modules_of(read).parameter_names) == {name for name, _ in model.named_parameters()}
 
 
 def test_matrices_depend_on_seed_and_name_alone() -> None:
@@ -84,6 +112,7 @@ def test_modules_trained_whole_begin_as_the_models_own() -> None:
     sizes = module_sizes(LLAMA)
     assert sizes is not None
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == lora.num_trained(sizes)
+    assert set(lora.trained_names(sizes, adapter=ADAPTER_NAME)) == trained(adapted)
     whole = adapted.get_parameter("lm_head.modules_to_save.default.weight")
     assert whole.requires_grad
     assert torch.equal(whole, plain.lm_head.weight)

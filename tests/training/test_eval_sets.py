@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from launcher.config.compose import compose
+from launcher.config.data.auto import AutoData
 from launcher.config.validate import validate_overrides_used
 from launcher.data.dataset import open_splits
 from launcher.errors import ConfigErrors
@@ -136,3 +137,26 @@ def test_the_files_of_a_set_are_checked_and_named_in_the_plan(texts: Path, monke
     assert any(error.startswith("job.eval_sets.gone=gone.txt: there is no such file") for error in errors), errors
     assert any("job.eval_sets.rows=" in error and "JSON" in error for error in errors), errors
     assert not any("fine" in error or "data=hf" in error for error in errors)
+
+
+def test_a_set_of_chats_is_refused_in_the_plan(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello yourself"}]
+    (texts / "chats.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 4)
+    words = ["data=auto", "data.path=code.txt", "tracker=local", *ALONE]
+    host = Host(name="box", slots=1, cores=1, memory_bytes=2**34)
+    for job in ("job=evaluate", "job=train"):
+        run = compose([job, *words, "job.eval_sets={chats: chats.jsonl, fine: prose.txt}"]).run
+        errors = [str(error) for error in validate_machine(run, texts / "run", hosts=[host])]
+        own = [error for error in errors if error.startswith("job.eval_sets")]
+        assert own == [
+            "job.eval_sets.chats=chats.jsonl: holds examples, and windows are cut from text; "
+            "give text, or set data.eval_path to the examples"
+        ]
+
+
+def test_the_text_of_a_set_is_not_packed() -> None:
+    run = compose(["job=evaluate", "data=auto", "data.path=chats.jsonl", "data.packing=true"]).run
+    assert isinstance(run.data, AutoData)
+    assert run.data.packing
+    assert run.data.with_path("prose.txt").packing is None

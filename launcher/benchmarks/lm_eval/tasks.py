@@ -27,7 +27,7 @@ from launcher.inference.engine.model_loader import load_model
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import load_transformers_tokenizer
 from launcher.utils.files import write_atomic
-from launcher.utils.text import did_you_mean
+from launcher.utils.text import counted, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -73,6 +73,25 @@ class RankModel(HFLM):  # type: ignore[misc]  # lm_eval is not followed
         barrier()
 
 
+class RankTaskManager(TaskManager):  # type: ignore[misc]  # lm_eval is not followed
+    """Loads tasks, each of which must have a document for every rank."""
+
+    num_ranks: int = 1
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loaded tasks.
+
+        Raises:
+            ConfigError: a task has fewer documents than there are ranks; lm_eval needs one on each.
+        """
+        loaded = super().load(*args, **kwargs)
+        for name, task in loaded["tasks"].items() if self.num_ranks > 1 else ():
+            if (count := len(task.eval_docs)) < self.num_ranks:
+                why = f"has {counted(count, 'document')} for {self.num_ranks} ranks, and each needs one"
+                raise ConfigError("benchmark.tasks", name, why=why, fix=f"set backend.ranks={max(count, 1)}")
+        return loaded
+
+
 def run_lm_eval_benchmark(benchmark: LmEvalBenchmark, context: Context) -> BenchmarkResults | None:
     """Answer the tasks; rank 0 returns the results.
 
@@ -87,7 +106,7 @@ def run_lm_eval_benchmark(benchmark: LmEvalBenchmark, context: Context) -> Bench
     device = choose_device(context.local_rank)
     connect(context, device)
     try:
-        manager = make_task_manager(benchmark)
+        manager = make_task_manager(benchmark, num_ranks=context.world_size)
         folder = tokenizer_folder(context.run.model, heartbeat=loading) if benchmark.tokenizer == "model" else None
         option = tokenizer_folder_option(context.run.model) if folder else "benchmark.tokenizer"
         tokenizer = load_transformers_tokenizer(
@@ -104,15 +123,20 @@ def run_lm_eval_benchmark(benchmark: LmEvalBenchmark, context: Context) -> Bench
     return None if found is None else _results(benchmark, found, context)
 
 
-def make_task_manager(benchmark: LmEvalBenchmark) -> TaskManager:
+def make_task_manager(benchmark: LmEvalBenchmark, *, num_ranks: int = 1) -> RankTaskManager:
     """Return the index of the tasks that a benchmark can name.
+
+    Args:
+        benchmark: whose tasks they are.
+        num_ranks: that divide the documents of each.
 
     Raises:
         ConfigError: it names an unknown one.
     """
     only_files = all(map(is_task_file, benchmark.tasks))
     folders = list(benchmark.include_path) or None
-    manager = TaskManager(include_path=folders, include_defaults=not only_files)  # seconds for thousands of files
+    manager = RankTaskManager(include_path=folders, include_defaults=not only_files)  # seconds for thousands of files
+    manager.num_ranks = num_ranks
     for name in benchmark.tasks:
         if not is_task_file(name) and name not in manager.task_index:
             fix = did_you_mean(name, manager.all_tasks)
@@ -120,7 +144,7 @@ def make_task_manager(benchmark: LmEvalBenchmark) -> TaskManager:
     return manager
 
 
-def _evaluate(benchmark: LmEvalBenchmark, manager: TaskManager, model: RankModel) -> dict[str, Any] | None:
+def _evaluate(benchmark: LmEvalBenchmark, manager: RankTaskManager, model: RankModel) -> dict[str, Any] | None:
     """Return what lm_eval found, on rank 0."""
     found: dict[str, Any] | None
     try:

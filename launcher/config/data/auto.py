@@ -332,8 +332,8 @@ class AutoData(Corpus):
             yield self.error("chat_template", why, "leave it out, or set data.shape to what the rows are")
 
     def with_path(self, path: str | tuple[str, ...]) -> Self:
-        """Return the same options with other data, in equal shares."""
-        return replace(self, path=path, weights=(), eval_path=())
+        """Return the same options with other data, in equal shares; text is not packed."""
+        return replace(self, path=path, weights=(), eval_path=(), packing=None)
 
     def entries(self, field: EntryField) -> tuple[str, ...]:
         """Return the entries of ``path`` or ``eval_path``."""
@@ -593,6 +593,11 @@ class AutoData(Corpus):
     def is_stream(self) -> bool:
         """Whether training cuts sequences from one stream of text, the end of which is held out."""
         return self.is_documents and not self.packing and not self.weights and not self.eval_path
+
+    @property
+    def holds_examples(self) -> bool:
+        """Whether data that is here, without a download, holds examples instead of text."""
+        return any(not source.is_documents for source in self.sources(fetches=False))
 
     def fingerprint(self) -> str:
         """Return a string that changes with the data and the text that is made of it."""

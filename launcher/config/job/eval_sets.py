@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from launcher.config.data.auto import AutoData
 from launcher.config.data.base import Corpus
 from launcher.config.option_text import component_text
 from launcher.config.paths import PathText
@@ -56,11 +57,15 @@ class EvaluatingJob(BatchedJob):
         if not isinstance(run.data, Corpus):
             return
         for name, path in (self.eval_sets or {}).items():
+            text: Corpus | None = None
             try:
-                errors = list(run.data.with_path(path).validate_machine())
+                text = run.data.with_path(path)
+                errors = list(text.validate_machine())
             except ConfigError as error:
                 errors = list(getattr(error, "errors", (error,)))
             yield from (_of_set(error, name, run.data) for error in errors if error.option != "data.cache")
+            if not errors and isinstance(text, AutoData) and text.holds_examples:
+                yield examples_in_set(name, path)
 
     def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield the sets."""
@@ -74,6 +79,12 @@ class EvaluatingJob(BatchedJob):
     def eval_set_words(self) -> str:
         """What is measured of each set, for the plan."""
         return "every token once"
+
+
+def examples_in_set(name: str, path: str | tuple[str, ...]) -> ConfigError:
+    """Return the error of a set of examples, such as chats: only text is cut into windows."""
+    why = "holds examples, and windows are cut from text"
+    return ConfigError(f"job.eval_sets.{name}", path, why=why, fix="give text, or set data.eval_path to the examples")
 
 
 def _of_set(error: ConfigError, name: str, data: Corpus) -> ConfigError:

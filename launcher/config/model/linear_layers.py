@@ -33,13 +33,31 @@ class ModuleSizes:
     """Elements of all biases."""
     tied: frozenset[str]
     """Those of ``others`` that share their weight with each other."""
+    biased: frozenset[str] = frozenset()
+    """Those of ``others`` that have a bias too."""
+
+    def parameters_of(self, module: str) -> list[str]:
+        """Return the names, within a module, of its parameters."""
+        size = self.linear.get(module)
+        has_bias = module in self.biased if size is None else size.has_bias
+        return ["weight", "bias"] if has_bias else ["weight"]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the model's parameters; shared ones have the embedding's."""
+        shared = {"lm_head"} & self.tied
+        modules = [name for name in (*self.others, *self.linear) if name not in shared]
+        return [f"{name}.{leaf}" for name in modules for leaf in self.parameters_of(name)]
 
 
 def module_sizes(model: Model) -> ModuleSizes | None:
     """Return the modules of a model; ``None`` for families whose sizes are not known exactly."""
     sizes = _sizes_of(model.architecture())
-    if sizes is None:
-        return None
+    return None if sizes is None else modules_of(sizes)
+
+
+def modules_of(sizes: Gpt2Sizes | LlamaSizes) -> ModuleSizes:
+    """Return the modules of a model of these sizes."""
     return _gpt2_modules(sizes) if isinstance(sizes, Gpt2Sizes) else _llama_modules(sizes)
 
 
@@ -74,6 +92,7 @@ def _gpt2_modules(sizes: Gpt2Sizes) -> ModuleSizes:
         others={**{f"transformer.{name}": size for name, size in ends.items()}, **norms, "lm_head": embedding},
         num_biases=count * 11 * width + width,
         tied=frozenset({"transformer.wte", "lm_head"}),
+        biased=frozenset({"transformer.ln_f", *norms}),
     )
 
 
@@ -88,6 +107,12 @@ def _llama_modules(sizes: LlamaSizes) -> ModuleSizes:
         for number in range(sizes.num_hidden_layers)
         for name in ("input_layernorm", "post_attention_layernorm")
     }
+    if sizes.qk_norm:
+        norms |= {
+            f"model.layers.{number}.self_attn.{name}": sizes.head_dim
+            for number in range(sizes.num_hidden_layers)
+            for name in ("q_norm", "k_norm")
+        }
     embedding = sizes.vocab_size * sizes.hidden_size
     return ModuleSizes(
         linear=linear,

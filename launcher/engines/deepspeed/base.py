@@ -71,7 +71,7 @@ class DeepSpeedEngineBase(Engine):
         import deepspeed
 
         options = self._context.run.optimizer
-        check_groups(options, names.values(), device=self.device)
+        check_groups(options, names, device=self.device)
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(names, options),

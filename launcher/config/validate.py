@@ -236,7 +236,8 @@ def _validate_parameter_groups(run: Run) -> Iterator[ConfigError]:
     Plugins that transform the model may add or freeze parameters: then the ranks check.
     """
     modules = module_sizes(run.model) if run.optimizer.groups else None
-    if modules is None or "optimizer" in run.job.unused_groups(run) or getattr(run.job, "transforms", ()):
+    transforms: tuple[str, ...] = getattr(run.job, "transforms", ())
+    if modules is None or transforms or "optimizer" in run.job.unused_groups(run):
         return
     if run.lora is None:
         yield from run.optimizer.validate_groups(modules.parameter_names)

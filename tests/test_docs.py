@@ -58,7 +58,7 @@ SLOW = {
             "launch export 20260101-120000-abcd myadapter",
             "launch export 20260101-120000-abcd mymodel merge=true",
             "launch job=evaluate model=smollm2_135m model.adapter=myadapter",
-            "launch job=generate model=smollm2_135m job.adapters='{mine: 20260101-120000-abcd}' job.input=prompts.jsonl",
+            "launch job=generate model=smollm2_135m job.adapters='{my: 20260101-120000-abcd}' job.input=prompts.jsonl",
         ),
         "jobs/test_adapters.py::test_a_run_is_resumed_used_exported_and_merged",
     ),

@@ -213,8 +213,9 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
         if Path(reference.source).expanduser().is_absolute() and reference.selector is None:
             return None
         why = f"backend={run.backend.kind} runs where this machine's runs are not visible"
-        where = "the folder of a checkpoint" if option == RESUME else "the folder step_…/model"
-        raise ConfigError(option, word, why=why, fix=f"give {where} as an absolute path on its hosts")
+        where = {RESUME: "the folder of a checkpoint", WEIGHTS: "the folder step_…/model"}
+        fix = f"give {where.get(option, 'the folder of the adapter')} as an absolute path on its hosts"
+        raise ConfigError(option, word, why=why, fix=fix)
     return find_run_or_checkpoint(word, Path(run.run.root), option=option)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from launcher.config.data.auto import AutoData
+from launcher.config.data.chat_tasks import chat_tasks
 from launcher.config.data.sources import Source
 from launcher.config.data.text import Text
 from launcher.errors import ConfigError, EnvironmentProblem
@@ -122,6 +124,7 @@ def test_urls_are_copied_once(tmp_path: Path) -> None:
     ("name", "kind"),
     [
         ("python-docs", "builtin"),
+        ("chat-tasks", "builtin"),
         ("org/chat", "hub"),
         ("chat.jsonl", "local"),
         ("data/chat.jsonl", "local"),
@@ -159,3 +162,27 @@ def test_files_that_hold_no_data(name: str, content: bytes, why: str, tmp_path: 
     (error,) = AutoData(path=str(tmp_path / name)).validate_machine()
     assert (error.option, error.value) == ("data.path", tmp_path / name)
     assert why in error.why
+
+
+def test_chats_about_tasks_are_always_the_same_and_ask_nothing_twice() -> None:
+    rows = list(chat_tasks())
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    assert digest == "c329026b3ef262374b41db8bbf3413afc21a52ba39b5fac57d68f77c74fb37f6"
+    questions = [one["content"] for row in rows for one in row["messages"] if one["role"] == "user"]
+    assert len(set(questions)) == len(questions) > len(rows) == 2000
+    data = AutoData(path="chat-tasks", chat_template="chatml")
+    (source,) = data.sources()
+    template = data.template(None)
+    assert source.describe(template) == "2,000 chats about small tasks, loss on assistant turns"
+    places = [place for place, _ in source.placed_examples(template, wanted=lambda number: number % 500 == 0)]
+    assert places == ["chat 1", "chat 501", "chat 1,001", "chat 1,501"]
+    assert len(list(data.examples(template))) == 2000
+
+
+def test_options_that_do_not_fit_chats_about_tasks_are_refused() -> None:
+    (error,) = AutoData(path="chat-tasks", chat_template="none").validate_length(256)
+    assert "chat-tasks holds conversations" in error.why
+    (error,) = AutoData(path="chat-tasks", messages_column="turns").validate_machine()
+    assert str(error).startswith("data.path=chat-tasks: has no column turns; it has messages")
+    (error,) = AutoData(path="chat-tasks", shape="alpaca").validate_machine()
+    assert "has no columns of instruction, input and output" in error.why

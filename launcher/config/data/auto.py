@@ -14,8 +14,9 @@ from typing import ClassVar, Literal, Self
 from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
 from launcher.config.data.bpe import folder_tokenizer, without_threads
+from launcher.config.data.builtin import BUILTIN_DATA, builtin_rows
 from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_template
-from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample, TextSegment
+from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample
 from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, inspect_file, look_bytes_of_each
 from launcher.config.data.hf import LONGEST_LINE_BYTES
 from launcher.config.data.mixture import weights_error
@@ -75,13 +76,15 @@ class DataSource:
     weight: float
     """Its share of a mixture, relative to the others'."""
     files: tuple[OpenFile, ...]
-    """Empty of Python's documentation."""
+    """Empty of built-in data."""
+    columns: Columns
+    """What holds the parts of an example, the same in all files."""
     data: AutoData
 
     @property
     def shape(self) -> Shape:
         """What its rows are."""
-        return self.files[0].columns.shape if self.files else "text"
+        return self.columns.shape
 
     @property
     def is_documents(self) -> bool:
@@ -91,13 +94,15 @@ class DataSource:
     def describe(self, template: ChatTemplate | None) -> str:
         """Return the shape, the columns and the number of rows, for plans."""
         if not self.files:
-            return "Python's documentation"
-        what = SHAPES[self.shape]
-        first = self.files[0]
-        if first.written.kind != "text":
-            what += f" ({', '.join(first.columns.used)})"
-        many = "" if len(self.files) == 1 else f"{counted(len(self.files), 'file')}, "
-        parts = [f"{many}{self._rows_text()}{what}"]
+            builtin = BUILTIN_DATA[self.name]
+            many = "" if builtin.num_rows is None else f"{builtin.num_rows:,} "
+            parts = [f"{many}{builtin.label}"]
+        else:
+            what = SHAPES[self.shape]
+            if self.files[0].written.kind != "text":
+                what += f" ({', '.join(self.columns.used)})"
+            many = "" if len(self.files) == 1 else f"{counted(len(self.files), 'file')}, "
+            parts = [f"{many}{self._rows_text()}{what}"]
         if not self.is_documents and self.shape != "preference":
             counts = {"assistant": "assistant turns", "last": "last assistant turn", "all": "all tokens"}
             turns = counts[self.data.train_on] if template or self.data.train_on == "all" else "responses"
@@ -128,7 +133,7 @@ class DataSource:
     def fingerprint(self) -> str:
         """Return a hash of its contents."""
         if not self.files:
-            return hashlib.sha256("\0".join(python_docs()).encode()).hexdigest()
+            return _builtin_fingerprint(self.name)
         return files.fingerprint(file.path for file in self.files)
 
     def examples_of(
@@ -162,9 +167,7 @@ class DataSource:
     ) -> Iterator[tuple[str, Example]]:
         """Yield each example with its place, for messages."""
         if not self.files:
-            for number, text in enumerate(python_docs()):
-                if wanted(number):
-                    yield f"topic {number + 1}", RenderedExample((TextSegment(text, True),))
+            yield from self.data.examples_of_builtin(self.name, self.columns, template, wanted=wanted)
         for file in self.files:
             yield from self.data.examples_of_file(file, template, wanted=wanted)
 
@@ -194,7 +197,7 @@ class AutoData(Corpus):
     path: tuple[PathText, ...] | PathText = PYTHON_DOCS
     """File, glob, folder, data set of the hub (``org/name``), URL, or a list.
     Text, JSON lines, JSON, CSV, Parquet and Arrow are read, also packed by gzip, bz2, xz or zstd.
-    ``python-docs`` is ``pydoc_data.topics``, 465 kB of English."""
+    ``python-docs`` is ``pydoc_data.topics``, 465 kB of English; ``chat-tasks`` are 2,000 made-up chats."""
 
     weights: tuple[float, ...] = ()
     """Shares of the entries of ``path`` in training; by default each counts by its size."""
@@ -385,7 +388,19 @@ class AutoData(Corpus):
         paths = source.local_files(split=self.split, configuration=self.name, cache=self.cache_folder, fetches=fetches)
         if paths is None:
             return None
-        return DataSource(name=source.name, weight=weight, files=self._open_files(source, paths), data=self)
+        opened = self._open_files(source, paths)
+        columns = opened[0].columns if opened else self._builtin_columns(source)
+        return DataSource(name=source.name, weight=weight, files=opened, columns=columns, data=self)
+
+    def _builtin_columns(self, source: Source) -> Columns:
+        builtin = BUILTIN_DATA[source.name]
+        if builtin.is_text:
+            return Columns(shape="text", text=builtin.column)
+        shape = None if self.shape == "auto" else self.shape
+        try:
+            return detect_columns([builtin.column], [], shape=shape, named=self.named_columns)
+        except ShapeUnknown as unknown:
+            raise ConfigError(source.option, source.name, why=unknown.why, fix=unknown.fix) from unknown
 
     def examples(self, template: ChatTemplate | None = None) -> Iterator[Example]:
         """Yield every training example, source by source, in a fixed order.
@@ -429,7 +444,8 @@ class AutoData(Corpus):
                 if source.shape == "messages" and template is None:
                     yield self._template_error(source)
                 elif not source.is_documents:
-                    check.add(itertools.islice(source.placed_examples(template), self._num_checked(sources)))
+                    most = self._num_checked(sources) if source.files else _CHECKED_ROWS
+                    check.add(itertools.islice(source.placed_examples(template), most))
         except ConfigError as error:
             yield error
             return
@@ -541,35 +557,60 @@ class AutoData(Corpus):
         Raises:
             ConfigError: a row gives no example, and ``data.on_bad_row`` is ``refuse``; or none does.
         """
-        renderer = Renderer(columns=file.columns, template=template, train_on=self.train_on)
-        num_rows = num_bad = 0
-        first_bad = ""
         try:
-            for record in self._records(file, wanted):
-                num_rows += 1
-                try:
-                    if record.problem:
-                        raise BadRow(record.problem)
-                    example = renderer.example(record.fields)
-                except BadRow as bad:
-                    where = file.place(record)
-                    if self.on_bad_row == "refuse":
-                        fix = f"{_SKIP}, or {record.fix}" if record.fix else f"correct it, or {_SKIP}"
-                        raise ConfigError("data.path", None, why=f"{where} {bad}", fix=fix) from bad
-                    first_bad = first_bad or f"{where} {bad}"
-                    num_bad += 1
-                    continue
-                yield file.place(record), example
+            records = self._records(file, wanted)
+            yield from self._examples(
+                records, file.columns, template, place=file.place, origin=file.path, wanted=wanted
+            )
         except BadFile as bad_file:
             raise ConfigError("data.path", file.path, why=bad_file.why, fix=bad_file.fix) from bad_file
         except OSError as error:
             why = f"cannot be read: {error.strerror or error}"
             raise ConfigError("data.path", file.path, why=why, fix="check the disk it is on") from error
+
+    def examples_of_builtin(
+        self, name: str, columns: Columns, template: ChatTemplate | None, *, wanted: Every
+    ) -> Iterator[tuple[str, Example]]:
+        """Yield the examples of built-in data with their places."""
+        unit = BUILTIN_DATA[name].unit
+        records = (Record(number, number + 1, row) for number, row in enumerate(builtin_rows(name)) if wanted(number))
+        yield from self._examples(
+            records, columns, template, place=lambda record: f"{unit} {record.line:,}", origin=name, wanted=wanted
+        )
+
+    def _examples(
+        self,
+        records: Iterable[Record],
+        columns: Columns,
+        template: ChatTemplate | None,
+        *,
+        place: Callable[[Record], str],
+        origin: object,
+        wanted: Every,
+    ) -> Iterator[tuple[str, Example]]:
+        renderer = Renderer(columns=columns, template=template, train_on=self.train_on)
+        num_rows = num_bad = 0
+        first_bad = ""
+        for record in records:
+            num_rows += 1
+            try:
+                if record.problem:
+                    raise BadRow(record.problem)
+                example = renderer.example(record.fields)
+            except BadRow as bad:
+                where = place(record)
+                if self.on_bad_row == "refuse":
+                    fix = f"{_SKIP}, or {record.fix}" if record.fix else f"correct it, or {_SKIP}"
+                    raise ConfigError("data.path", None, why=f"{where} {bad}", fix=fix) from bad
+                first_bad = first_bad or f"{where} {bad}"
+                num_bad += 1
+                continue
+            yield place(record), example
         if num_bad and num_bad == num_rows and wanted is every_row:
             why = f"none of its {num_rows:,} rows is an example; {first_bad}"
-            raise ConfigError("data.path", file.path, why=why, fix="correct the rows, or give other data")
+            raise ConfigError("data.path", origin, why=why, fix="correct the rows, or give other data")
         if num_bad:
-            _print_once(f"{num_bad:,} of {num_rows:,} rows of {file.path} are skipped; the first: {first_bad}")
+            _print_once(f"{num_bad:,} of {num_rows:,} rows of {origin} are skipped; the first: {first_bad}")
 
     def _records(self, file: OpenFile, wanted: Every) -> Iterator[Record]:
         if file.written.kind == "text":
@@ -695,6 +736,11 @@ def _texts(examples: Iterator[Example]) -> Iterator[TextChunk]:
 
 def _described(columns: Columns) -> str:
     return f"{columns.shape} ({', '.join(columns.used)})"
+
+
+@functools.cache
+def _builtin_fingerprint(name: str) -> str:
+    return hashlib.sha256("\0".join(map(json.dumps, builtin_rows(name))).encode()).hexdigest()
 
 
 @functools.cache

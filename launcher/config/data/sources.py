@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.config.data import files
+from launcher.config.data.builtin import BUILTIN_DATA
 from launcher.config.data.formats import full_ending, kind_of_ending
 from launcher.config.data.hf import SPLITS, data_files, split_of_name
-from launcher.config.data.text import PYTHON_DOCS
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.utils.hub import HUB_NAME, cached_folder
 from launcher.utils.text import did_you_mean
@@ -41,7 +41,7 @@ class Source:
     @property
     def kind(self) -> SourceKind:
         """What the entry names."""
-        if self.name == PYTHON_DOCS:
+        if self.name in BUILTIN_DATA:
             return "builtin"
         if "://" in self.name:
             return "url"

@@ -108,11 +108,15 @@ class Workload:
             yield torch.randint(self.vocab_size, (self.micro_batch, self.sequence_length + 1), generator=generator)
 
 
-def log_step(step: int, loss: float, grad_norm: float, *, peak_bytes: int | None = None) -> None:
+def log_step(
+    step: int, loss: float, grad_norm: float, *, peak_bytes: int | None = None, num_tokens: int | None = None
+) -> None:
     """Append one JSON line to the file that the benchmark watches; only rank 0 writes."""
     if os.environ.get("RANK", "0") == "0":
         line: dict[str, float] = {"train/step": step, "train/loss": loss, "train/grad_norm": grad_norm}
         if peak_bytes is not None:
             line["memory/peak_bytes"] = peak_bytes
+        if num_tokens is not None:
+            line["num_tokens"] = num_tokens
         with Path(os.environ["BENCH_METRICS"]).open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -86,7 +86,8 @@ class Bench:
         files = (f"job.input={self.folder / 'prompts.jsonl'}", f"job.output={answers}")
         self.launch(f"{name}_answers", "job=generate", *model, *files, "job.temperature=0", f"job.max_tokens={TOKENS}")
         found = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-        return statistics.mean(one["text"].strip() == one["id"] for one in found)
+        num_right = sum(1 for one in found if one["text"].strip() == one["id"])
+        return num_right / len(found)
 
 
 def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -97,16 +97,18 @@ def order_rows(work: Work, ordered: Path) -> list[int]:
     """Write the chats in the order in which the launcher draws them; return the tokens of each of its steps."""
     from launcher.config.compose import compose
     from launcher.data.dataset import open_run_splits
+    from launcher.data.rows import ExampleRows
     from launcher.execution.run_references import resolve_run_references
 
     run = resolve_run_references(compose(work.overrides()))
     splits = open_run_splits(run)
+    assert isinstance(splits.train, ExampleRows), "the data has examples"
     lines = Path(work.rows).read_text(encoding="utf-8").splitlines(keepends=True)
     steps = [
         [splits.train_order.index(run.job.seed, step * work.global_batch + at) for at in range(work.global_batch)]
         for step in range(work.steps)
     ]
-    chosen = (number for rows in steps for row in rows for number in splits.train.examples(row).tolist())
+    chosen = (number for rows in steps for row in rows for number in splits.train.examples(row))
     ordered.write_text("".join(lines[number] for number in chosen), encoding="utf-8")
     return [sum(splits.train.num_tokens(row) for row in rows) for rows in steps]
 
@@ -160,7 +162,7 @@ def has_gpu() -> bool:
     """Return whether a GPU is used."""
     import torch
 
-    return torch.cuda.is_available()
+    return bool(torch.cuda.is_available())
 
 
 def main() -> None:

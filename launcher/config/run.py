@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,9 @@ from launcher.config.batch import solve_batch
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compile import Compile
 from launcher.config.component import Component
+from launcher.config.data.auto import AutoData
 from launcher.config.data.base import Data
+from launcher.config.data.shapes import SHAPES, Shape
 from launcher.config.model.base import Model
 from launcher.config.optimizer import Optimizer
 from launcher.config.parallel.base import Parallel
@@ -240,6 +242,19 @@ class BatchedJob(Job):
         yield from self.validate_minimum(2, "sequence_length")
         yield from self.validate_minimum(0, "seed")
 
+    def validate_shapes(self, run: Run, data: AutoData, shapes: Collection[Shape]) -> Iterator[ConfigError]:
+        """Yield why the job cannot use rows of these shapes.
+
+        Args:
+            run: of the job.
+            data: whose rows they are.
+            shapes: of them; none where the data is not on this machine yet.
+        """
+        if "preference" in shapes:
+            why = f"holds {SHAPES['preference']}, and job={self.kind} takes single answers"
+            fix = "give rows of messages or of prompt and response, as of the preferred answers"
+            yield ConfigError("data.path", _shown_path(data), why=why, fix=fix)
+
     def batch(self, run: Run, *, world_size: int) -> Batch:
         """Return how ``world_size`` ranks go through one global batch.
 
@@ -253,6 +268,11 @@ class BatchedJob(Job):
             data_parallel=run.parallel.data_parallel(world_size),
             default=run.parallel.default_gradient_accumulation_steps,
         )
+
+
+def _shown_path(data: AutoData) -> str:
+    entries = data.entries("path")
+    return entries[0] if len(entries) == 1 else f"[{','.join(entries)}]"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from launcher.data.dataset import Splits
-from launcher.data.rows import IGNORE_INDEX, Sequences, TokenRow
+from launcher.data.rows import IGNORE_INDEX, PairRows, Sequences, TokenRow
 from launcher.protocol.plan import Batch
 
 
@@ -35,6 +36,10 @@ class MicroBatch:
     position_ids: torch.Tensor | None = None
     """int64, shape (sequences or 1, sequence_length); ``None``: 0, 1, 2, … in every row.
     Where they restart at 0 another document begins, which attends to nothing before it."""
+    is_paired: bool = False
+    """Whether rows n to 2n - 1 are the rejected answers to the prompts of rows 0 to n - 1."""
+    reference: torch.Tensor | None = None
+    """fp32, shape (sequences,), of pairs: log-probability of each answer in the reference."""
 
 
 class Loader:
@@ -47,6 +52,11 @@ class Loader:
     def __init__(self, splits: Splits, batch: Batch, *, seed: int, rank: int) -> None:
         self._splits, self._batch, self._seed, self._rank = splits, batch, seed, rank
         self._from_step = self._from_sequence = 0
+        self._references: dict[int, np.ndarray] = {}
+
+    def use_references(self, *, train: np.ndarray, held_out: np.ndarray) -> None:
+        """Give batches of pairs what the reference model says of both answers, (pairs, 2)."""
+        self._references = {id(self._splits.train): train, id(self._splits.held_out): held_out}
 
     def continue_at(self, step: int, *, sequences: int) -> None:
         """Let optimizer step ``step`` (0-based) begin after the first ``sequences`` of the run."""
@@ -64,9 +74,23 @@ class Loader:
         """
         train, first = self._splits.train, self.drawn(step)
         return [
-            _tensors([train.row(self._number_at(first + at)) for at in places], fixed=train.row_length)
+            self._batch_of(train, [self._number_at(first + at) for at in places])
             for places in batch_positions(self._rank, batch=self._batch)
         ]
+
+    def _batch_of(self, sequences: Sequences, numbers: Sequence[int], *, num_labelled: int | None = None) -> MicroBatch:
+        """Return sequences as one micro-batch; those after ``num_labelled`` have no labels."""
+        fixed = sequences.row_length
+        if not isinstance(sequences, PairRows):
+            return _tensors([sequences.row(number) for number in numbers], fixed=fixed, num_labelled=num_labelled)
+        pairs = [sequences.pair(number) for number in numbers]
+        batch = _tensors([pair[side] for side in (0, 1) for pair in pairs], fixed=fixed)
+        if num_labelled is not None:
+            batch.labels[num_labelled : len(pairs)] = IGNORE_INDEX
+            batch.labels[len(pairs) + num_labelled :] = IGNORE_INDEX
+        known = self._references.get(id(sequences))
+        reference = None if known is None else torch.from_numpy(known[list(numbers)].T.reshape(-1)).float()
+        return replace(batch, is_paired=True, reference=reference)
 
     def _number_at(self, position: int) -> int:
         return self._splits.train_order.index(self._seed, position)
@@ -77,10 +101,17 @@ class Loader:
         real = whole = 0
         for rank in range(self._batch.data_parallel):
             for places in batch_positions(rank, batch=self._batch):
-                lengths = [train.num_tokens(self._number_at(first + at)) for at in places]
+                numbers = [self._number_at(first + at) for at in places]
+                lengths = [length for number in numbers for length in _lengths(train, number)]
                 real += sum(lengths)
                 whole += len(lengths) * (train.row_length or padded_length(lengths))
         return 1 - real / whole
+
+    def num_labels(self, step: int) -> int:
+        """Return the labels of optimizer step ``step`` (0-based) that count, over all ranks."""
+        first = self.drawn(step)
+        numbers = (self._number_at(first + at) for at in range(self._batch.global_batch))
+        return sum(self._splits.train.num_labels(number) for number in numbers)
 
     def held_out(self, num_sequences: int) -> Iterator[list[MicroBatch]]:
         """Yield this rank's share of the first ``num_sequences`` held-out sequences, or of all.
@@ -95,17 +126,28 @@ class Loader:
     def in_order(self, sequences: Sequences, num_sequences: int) -> Iterator[list[MicroBatch]]:
         """Yield this rank's share of the first ``num_sequences``, as :meth:`held_out` does."""
         available = min(num_sequences, sequences.num_sequences)
+        for parts in self.positions(available):
+            yield [
+                self._batch_of(
+                    sequences,
+                    [at if at < available else 0 for at in places],
+                    num_labelled=sum(at < available for at in places),
+                )
+                for places in parts
+            ]
+
+    def positions(self, available: int) -> Iterator[list[range]]:
+        """Yield the sequences of each batch of :meth:`in_order`, also those that only fill up."""
         segment = self._batch.micro_batch * self._batch.data_parallel
         parts = list(enumerate(batch_positions(self._rank, batch=self._batch)))
         for first in range(0, available, self._batch.global_batch):
             needed = [places for part, places in parts if first + part * segment < available]
-            yield [_labelled_below(available, sequences, [first + at for at in places]) for places in needed]
+            yield [range(first + places.start, first + places.stop) for places in needed]
 
 
-def _labelled_below(end: int, sequences: Sequences, wanted: Sequence[int]) -> MicroBatch:
-    """Return the ``wanted`` sequences; those from ``end`` on only fill up, without labels."""
-    rows = [sequences.row(at if at < end else 0) for at in wanted]
-    return _tensors(rows, fixed=sequences.row_length, num_labelled=sum(at < end for at in wanted))
+def _lengths(sequences: Sequences, number: int) -> list[int]:
+    """Return the tokens of each row of a sequence."""
+    return sequences.lengths(number) if isinstance(sequences, PairRows) else [sequences.num_tokens(number)]
 
 
 _MULTIPLE = 8

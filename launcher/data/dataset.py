@@ -21,7 +21,7 @@ from launcher.config.supported_models import packing_error
 from launcher.data.example_encoding import example_folders
 from launcher.data.example_rows import RowSettings, open_rows
 from launcher.data.order import SampleOrder, Shuffled
-from launcher.data.rows import Sequences, TokenRow, row_of_window
+from launcher.data.rows import PairRows, Sequences, TokenRow, row_of_window
 from launcher.data.token_cache import token_folder
 from launcher.errors import ConfigError
 from launcher.models.pretrained import transformers_config
@@ -193,13 +193,18 @@ class Splits:
     max_length: int
     """Longest sequence of the model, in tokens."""
     baselines: Mapping[str, float]
-    """Losses to compare with, in nats a token, by name."""
+    """Losses to compare with, in nats a token or a pair, by name."""
     summary: str = ""
     """How examples are laid out in rows; empty where rows are windows of a stream."""
     whole: TokenStream | None = None
     """All tokens of a text, in their order."""
     order: SampleOrder | None = None
     """Of the training sequences; ``None``: each once an epoch, shuffled."""
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the sequences are preferences."""
+        return isinstance(self.train, PairRows)
 
     @functools.cached_property
     def train_order(self) -> SampleOrder:
@@ -219,8 +224,12 @@ def open_run_splits(run: Run, data: Data | None = None, *, heartbeat: Callable[[
         ConfigError: the parts do not fit together, with the numbers.
         EnvironmentProblem: something must be fetched and cannot be, or the cache cannot be written.
     """
+    data = run.data if data is None else data
+    if isinstance(data, AutoData):
+        for error in run.batched_job.validate_shapes(run, data, data.shapes):
+            raise error
     return open_splits(
-        run.data if data is None else data,
+        data,
         run.model,
         sequence_length=run.batched_job.sequence_length,
         seed=run.job.seed,
@@ -335,14 +344,14 @@ def _open_examples(
         evaluation=folders.evaluation,
         evaluation_splits=folders.evaluation_splits,
     )
-    vocab_size = folders.tokenizer.vocab_size
+    vocab_size, is_paired = folders.tokenizer.vocab_size, isinstance(opened.train, PairRows)
     return Splits(
         train=opened.train,
         held_out=opened.held_out,
         tokenizer=folders.tokenizer,
         vocab_size=vocab_size,
         max_length=max_length,
-        baselines={"uniform": uniform_loss(vocab_size)},
+        baselines={"reference": math.log(2)} if is_paired else {"uniform": uniform_loss(vocab_size)},
         summary=opened.summary,
         order=opened.order,
     )

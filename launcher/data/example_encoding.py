@@ -69,6 +69,7 @@ def example_folders(
         ConfigError: a row gives no example, or the tokenizer cannot be used.
         JobError: a process that tokenises was killed.
     """
+    data.check_shapes([*data.sources(), *data.sources("eval_path")])
     given = None if data.trains_tokenizer else given_tokenizer(data, model, heartbeat=heartbeat)
     template = data.template(None if given is None else given_folder(data, model, heartbeat=heartbeat))
 
@@ -135,7 +136,12 @@ def write_data(folder: Path, task: EncodingTask, *, vocab_size: int, heartbeat: 
             yield block
 
     left_out = write_examples(
-        folder, counted(), num_sources=len(task.sources), vocab_size=vocab_size, heartbeat=heartbeat
+        folder,
+        counted(),
+        num_sources=len(task.sources),
+        vocab_size=vocab_size,
+        is_paired=task.is_paired,
+        heartbeat=heartbeat,
     )
     progress.end(processes=task.num_workers)
     if left_out:

@@ -14,7 +14,7 @@ from launcher.config.data.mixture import exact_weights
 from launcher.data.example_store import ExampleStore, held_out_examples
 from launcher.data.order import ByLength, Mixture, SampleOrder, Shuffled, sample_index
 from launcher.data.packing import PackedRows, one_a_row, pack
-from launcher.data.rows import ExampleRows, piece_tokens
+from launcher.data.rows import ExampleRows, PairRows, both_of, piece_tokens
 from launcher.errors import ConfigError
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import sha256_of, write_json
@@ -41,8 +41,8 @@ class RowSettings:
 class OpenedRows:
     """Training and held-out rows."""
 
-    train: ExampleRows
-    held_out: ExampleRows
+    train: ExampleRows | PairRows
+    held_out: ExampleRows | PairRows
     order: SampleOrder
     summary: str
     """How full the rows are."""
@@ -72,13 +72,15 @@ def open_rows(
     Raises:
         ConfigError: an example is too long, or a part of the data has no examples.
     """
-    length = settings.sequence_length
+    length, store = settings.sequence_length, ExampleStore(folder)
+    settings = replace(settings, packed=settings.packed and not store.is_paired)
     row_length = length if settings.packed or equal_shapes else None
 
-    def rows_of(store: ExampleStore, laid_out: PackedRows) -> ExampleRows:
+    def rows_of(store: ExampleStore, laid_out: PackedRows) -> ExampleRows | PairRows:
+        if store.is_paired:
+            return PairRows(store, laid_out.examples, max_tokens=length + 1, row_length=row_length)
         return ExampleRows(store, laid_out, packed=settings.packed, max_tokens=length + 1, row_length=row_length)
 
-    store = ExampleStore(folder)
     made = _lay_out(folder, replace(settings, held_out=0 if evaluation else settings.held_out), heartbeat=heartbeat)
     train, counted = rows_of(store, _load(made, "train")), json.loads((made / _COUNTS).read_text())
     if evaluation is None:
@@ -95,7 +97,7 @@ def open_rows(
     return OpenedRows(train=train, held_out=held_out, order=order, summary=summary)
 
 
-def _order(train: ExampleRows, sizes: Sequence[int], *, weights: Sequence[float] | None) -> SampleOrder:
+def _order(train: ExampleRows | PairRows, sizes: Sequence[int], *, weights: Sequence[float] | None) -> SampleOrder:
     order: SampleOrder = Shuffled(train.num_sequences)
     if weights is not None:
         for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
@@ -111,8 +113,10 @@ def _order(train: ExampleRows, sizes: Sequence[int], *, weights: Sequence[float]
     return ByLength(order, train.num_tokens, sizes=sizes, epoch=None)
 
 
-def _summary(train: ExampleRows, settings: RowSettings, *, tokens: int) -> str:
+def _summary(train: ExampleRows | PairRows, settings: RowSettings, *, tokens: int) -> str:
     rows = train.num_sequences
+    if isinstance(train, PairRows):
+        return f"{rows:,} pairs of {tokens / rows / 2:,.0f} tokens an answer on average, batched by length"
     if not settings.packed:
         return f"{rows:,} examples of {tokens / rows:,.0f} tokens on average, batched by length"
     full = tokens / (rows * settings.sequence_length)
@@ -135,14 +139,18 @@ def _lay_out(folder: Path, settings: RowSettings, *, heartbeat: Callable[[], Non
 
     def build(made: Path) -> None:
         store = ExampleStore(folder)
-        kept, is_held_out = _fitting(store, settings), held_out_examples(store.sources, settings.held_out)
+        kept: np.ndarray = _fitting(store, settings)
+        if store.is_paired:
+            kept = np.all(kept.reshape(-1, 2), axis=1)
+        is_held_out = held_out_examples(_sizes(store), settings.held_out)
         for name, chosen in (("train", kept & ~is_held_out), ("held_out", kept & is_held_out)):
             rows, sizes = _rows(store, chosen, settings)
             heartbeat()
             if mixes or name == "held_out":
                 rows = _mixed(rows)
             if name == "train":
-                tokens = piece_tokens(store, rows.examples, max_tokens=settings.sequence_length + 1)
+                examples = both_of(rows.examples) if store.is_paired else rows.examples
+                tokens = piece_tokens(store, examples, max_tokens=settings.sequence_length + 1)
                 write_json(made / _COUNTS, {"rows": sizes, "tokens": int(tokens.sum())})
             np.save(made / f"{name}_examples.npy", rows.examples)
             np.save(made / f"{name}_starts.npy", rows.starts)
@@ -182,12 +190,17 @@ def _fitting(store: ExampleStore, settings: RowSettings) -> np.ndarray:
     return kept
 
 
+def _sizes(store: ExampleStore) -> list[int]:
+    """Return the examples of each source, or its pairs."""
+    return [size // 2 for size in store.sources] if store.is_paired else store.sources
+
+
 def _rows(store: ExampleStore, chosen: np.ndarray, settings: RowSettings) -> tuple[PackedRows, list[int]]:
-    """Return the rows of the chosen examples, source by source, and how many each source has."""
+    """Return the rows of the chosen examples or pairs, and how many each source has."""
     examples: list[np.ndarray] = []
     starts: list[np.ndarray] = [np.zeros(1, np.int64)]
     sizes, first, num_examples = [], 0, 0
-    for source, size in enumerate(store.sources):
+    for source, size in enumerate(_sizes(store)):
         numbers: np.ndarray = first + np.flatnonzero(chosen[first : first + size])
         first += size
         if settings.splits_documents and settings.splits_documents[source]:

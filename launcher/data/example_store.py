@@ -2,7 +2,8 @@
 
 A folder holds ``ids.bin`` (uint16 or uint32, example after example), ``trained.bin`` (a byte for each token),
 and for each example ``ends.bin`` (int64, where it ends among all tokens), ``lengths.bin`` and ``first_trained.bin``
-(int32). ``examples.json`` is written last.
+(int32). ``examples.json`` is written last. Of preferences, examples 2k and 2k + 1 are the preferred and the rejected
+answer of pair k.
 """
 
 from __future__ import annotations
@@ -53,8 +54,12 @@ class ExampleStore:
 
     def __init__(self, folder: Path) -> None:
         layout = read_json(folder / LAYOUT)
+        self.name = folder.name
+        """Changes with the data, the template and the tokenizer."""
         self.sources: list[int] = layout["sources"]
         """Examples of each source, whose numbers follow each other."""
+        self.is_paired: bool = layout.get("is_paired", False)
+        """Whether each two examples are the preferred and the rejected answer to one prompt."""
         self._ids = _map(folder / _IDS, layout["dtype"])
         self._trained = _map(folder / _TRAINED, "uint8")
         self.lengths: np.ndarray = _map(folder / _LENGTHS, "int32")
@@ -81,7 +86,13 @@ def _map(file: Path, dtype: str) -> np.ndarray:
 
 
 def write_examples(
-    folder: Path, blocks: Iterable[EncodedBlock], *, num_sources: int, vocab_size: int, heartbeat: Callable[[], None]
+    folder: Path,
+    blocks: Iterable[EncodedBlock],
+    *,
+    num_sources: int,
+    vocab_size: int,
+    heartbeat: Callable[[], None],
+    is_paired: bool = False,
 ) -> int:
     """Write examples into an empty folder, for :class:`ExampleStore` to map.
 
@@ -91,6 +102,7 @@ def write_examples(
         num_sources: of the data set, those without examples too.
         vocab_size: one more than the largest token number.
         heartbeat: called after each block.
+        is_paired: whether each two examples are a pair, which is kept or left out as a whole.
 
     Returns:
         How many examples were left out, because none of their tokens is trained.
@@ -109,6 +121,8 @@ def write_examples(
         for block in blocks:
             first = _first_trained(block)
             kept = first > 0
+            if is_paired:
+                kept = np.repeat(kept.reshape(-1, 2).all(axis=1), 2)
             left_out += int((~kept).sum())
             tokens: np.ndarray = np.repeat(kept, block.lengths)
             write(_IDS, block.ids[tokens].astype(dtype))
@@ -124,7 +138,8 @@ def write_examples(
         for file in files.values():
             file.close()
     sizes = {name: (folder / name).stat().st_size for name in _FILES}
-    write_json(folder / LAYOUT, {"dtype": dtype, "sources": counts, "bytes": sizes, "crc32": checksums})
+    layout = {"dtype": dtype, "sources": counts, "is_paired": is_paired, "bytes": sizes, "crc32": checksums}
+    write_json(folder / LAYOUT, layout)
     return left_out
 
 

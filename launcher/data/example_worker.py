@@ -18,7 +18,8 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from launcher.config.data.examples import ExampleEncoder, PreferencePair, RenderedExample
+from launcher.config.data.auto import texts_of
+from launcher.config.data.examples import Example, ExampleEncoder, RenderedExample
 from launcher.data.example_store import BlockKey, EncodedBlock
 from launcher.errors import ConfigError
 
@@ -44,6 +45,11 @@ class EncodingTask:
     It takes the blocks whose number, plus that of their file, is this modulo ``num_workers``."""
     num_workers: int
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether its examples are preferences: each is two texts."""
+        return any(source.shape == "preference" for source in self.sources)
+
 
 def encode_blocks(task: EncodingTask) -> Iterator[EncodedBlock]:
     """Yield the blocks of a worker in their order.
@@ -61,12 +67,12 @@ def encode_blocks(task: EncodingTask) -> Iterator[EncodedBlock]:
             yield _encoded(key, waiting, encoder)
             waiting = []
         key = found
-        waiting.append(example)
+        waiting += texts_of(example)
     if key is not None:
         yield _encoded(key, waiting, encoder)
 
 
-def _wanted_examples(task: EncodingTask) -> Iterator[tuple[BlockKey, RenderedExample]]:
+def _wanted_examples(task: EncodingTask) -> Iterator[tuple[BlockKey, Example]]:
     for number, source in enumerate(task.sources):
         for file_number in range(max(1, len(source.files))):
             at = [0]
@@ -76,10 +82,6 @@ def _wanted_examples(task: EncodingTask) -> Iterator[tuple[BlockKey, RenderedExa
                 return (file_number + at[0]) % task.num_workers == task.worker
 
             for example in source.examples_of(file_number, task.template, wanted=is_wanted):
-                if isinstance(example, PreferencePair):
-                    error = source.untrainable("path")
-                    assert error is not None, "pairs are preferences"
-                    raise error
                 yield (number, file_number, at[0]), example
 
 

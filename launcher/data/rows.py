@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from launcher.data.example_store import ExampleStore
-from launcher.data.packing import PackedRows
+from launcher.data.packing import PackedRows, one_a_row
 
 IGNORE_INDEX = -100
 """Label that the loss ignores; the default of ``torch.nn.functional.cross_entropy``."""
@@ -56,6 +57,12 @@ def piece_tokens(store: ExampleStore, numbers: np.ndarray, *, max_tokens: int) -
     pieces, examples = np.divmod(numbers, len(store))
     left = store.lengths[examples].astype(np.int64) - pieces * (max_tokens - 1)
     found: np.ndarray = np.minimum(left, max_tokens) - 1
+    return found
+
+
+def both_of(pairs: np.ndarray) -> np.ndarray:
+    """Return the numbers of both examples of each pair, the preferred one first."""
+    found: np.ndarray = np.stack([2 * pairs, 2 * pairs + 1], axis=-1).reshape(-1)
     return found
 
 
@@ -117,3 +124,63 @@ class ExampleRows:
             labels=np.concatenate(labels),
             position_ids=np.concatenate(positions) if self._packed else None,
         )
+
+
+class PairRows:
+    """Preferences: a sequence is two rows, the preferred and the rejected answer to a prompt.
+
+    Args:
+        store: of examples 2k and 2k + 1 of pair k.
+        pairs: numbers of the pairs that are used.
+        max_tokens: of an example; more are cut off its end.
+        row_length: of every row, with padding; ``None`` if batches are as long as their longest row.
+    """
+
+    def __init__(self, store: ExampleStore, pairs: np.ndarray, *, max_tokens: int, row_length: int | None) -> None:
+        self._store, self._pairs, self._max_tokens = store, pairs, max_tokens
+        rows = one_a_row(np.arange(len(store)))
+        self._rows = ExampleRows(store, rows, packed=False, max_tokens=max_tokens, row_length=row_length)
+        self.row_length = row_length
+
+    @property
+    def num_sequences(self) -> int:
+        """How many pairs there are."""
+        return len(self._pairs)
+
+    @property
+    def num_examples(self) -> int:
+        """How many answers there are."""
+        return 2 * len(self._pairs)
+
+    def number(self, index: int) -> int:
+        """Return the number of pair ``index`` among all pairs of the data."""
+        return int(self._pairs[index])
+
+    def lengths(self, index: int) -> list[int]:
+        """Return the tokens of both rows of pair ``index``, without reading them."""
+        numbers = both_of(self._pairs[index : index + 1])
+        found: list[int] = piece_tokens(self._store, numbers, max_tokens=self._max_tokens).tolist()
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a string that changes with the tokens of the pairs."""
+        key = f"{self._store.name} {self._max_tokens} ".encode() + self._pairs.astype(np.int64).tobytes()
+        return hashlib.sha256(key).hexdigest()
+
+    def num_tokens(self, index: int) -> int:
+        """Return the tokens of the longer row of pair ``index``, which decides its padding."""
+        return max(self.lengths(index))
+
+    def num_labels(self, index: int) -> int:
+        """Return how many labels of pair ``index`` count."""
+        return sum(int((row.labels != IGNORE_INDEX).sum()) for row in self.pair(index))
+
+    def row(self, index: int) -> TokenRow:
+        """Return the preferred answer of pair ``index``."""
+        return self.pair(index)[0]
+
+    def pair(self, index: int) -> tuple[TokenRow, TokenRow]:
+        """Return the preferred and the rejected answer of pair ``index``."""
+        chosen, rejected = both_of(self._pairs[index : index + 1]).tolist()
+        return self._rows.row(chosen), self._rows.row(rejected)

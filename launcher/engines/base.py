@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
+    from launcher.engines.preferences import DpoLoss
     from launcher.profiling.performance import StepClock
     from launcher.protocol.plan import StateBytes
 
@@ -31,11 +32,11 @@ class StepResult:
     """One optimizer step, the same on every rank."""
 
     loss: float
-    """Mean over all tokens of the global batch, before the update, in nats."""
+    """Mean over all tokens or pairs of the global batch, before the update, in nats."""
     grad_norm: float | None
     """Global L2 norm of the gradient before clipping; ``None`` where the step was skipped."""
     tokens: int
-    """Tokens with a label in the global batch."""
+    """Tokens with a label in the global batch; of preferences, pairs."""
     skipped: bool = False
     """The gradient was not finite, or the loss above the limit: the weights are unchanged.
     In fp16 the loss scale drops where the gradient was not finite."""
@@ -63,6 +64,9 @@ class Engine(ABC):
     module: nn.Module
     """The model; under ZeRO-3 its parameters are empty outside of a forward pass."""
 
+    preferences: DpoLoss | None = None
+    """The loss of pairs, where these are what a job trains on."""
+
     @abstractmethod
     def step(
         self,
@@ -85,7 +89,7 @@ class Engine(ABC):
 
     @abstractmethod
     def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
-        """Return the loss summed over this rank's tokens, and their number, without training.
+        """Return the loss summed over this rank's tokens or pairs, and their number.
 
         Summed over all ranks, both may count a token several times, but equally often.
 

@@ -117,8 +117,19 @@ def num_labels(micro_batches: Sequence[MicroBatch]) -> int:
     return sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
 
 
+def num_items(micro_batches: Sequence[MicroBatch]) -> int:
+    """Return how many labelled tokens, or pairs, the loss of these batches is over."""
+    return sum(num_pairs(batch) if batch.is_paired else num_labels([batch]) for batch in micro_batches)
+
+
+def num_pairs(batch: MicroBatch) -> int:
+    """Return how many pairs of a batch have labels."""
+    chosen = batch.labels[: len(batch.labels) // 2]
+    return int((chosen != IGNORE_INDEX).any(dim=1).sum())
+
+
 class TokenCount:
-    """Labelled tokens of the global batch, summed over ranks during the first forward pass.
+    """Labelled tokens or pairs of the global batch, summed during the first forward pass.
 
     Args:
         micro_batches: of this rank.
@@ -127,11 +138,11 @@ class TokenCount:
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], *, device: torch.device, copies: int = 1) -> None:
-        self._total, self._copies = torch.tensor(num_labels(micro_batches), device=device), copies
+        self._total, self._copies = torch.tensor(num_items(micro_batches), device=device), copies
         self._work = dist.all_reduce(self._total, async_op=True) if dist.is_initialized() else None
 
     def total(self) -> torch.Tensor:
-        """Return the number of tokens as an int64 scalar on the device, without synchronising."""
+        """Return their number as an int64 scalar on the device, without synchronising."""
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from launcher.config.run import BatchedJob
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.base import Observer
+    from launcher.engines.preferences import DpoLoss
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -44,8 +45,9 @@ def token_loss_sum(
     device: torch.device,
     function: LossFunction | None = None,
     observe: Observer | None = None,
+    preferences: DpoLoss | None = None,
 ) -> Tensor:
-    """Return the loss summed over the labelled tokens, an fp32 scalar on ``device``.
+    """Return the loss summed over labelled tokens or pairs, an fp32 scalar on ``device``.
 
     Args:
         module: a causal language model of Transformers, or what wraps it.
@@ -53,15 +55,22 @@ def token_loss_sum(
         device: of the module.
         function: computes it from all logits; by default it is cross-entropy, of which no rank holds all.
         observe: gets all logits, and the labels.
+        preferences: computes the loss of batches of pairs.
     """
     input_ids = micro_batch.input_ids.to(device, non_blocking=True)
     labels = micro_batch.labels.to(device, non_blocking=True)
     where = micro_batch.position_ids
     positions = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
-    with labels_at_head(module, labels) if function is None and observe is None else nullcontext():
+    needs_logits = function is not None or observe is not None or micro_batch.is_paired
+    with nullcontext() if needs_logits else labels_at_head(module, labels):
         output = module(input_ids=input_ids, use_cache=False, **positions).logits
     if observe is not None:
         observe(output, labels)
+    if micro_batch.is_paired:
+        assert preferences is not None, "a job on pairs has their loss"
+        assert micro_batch.reference is not None, "the reference model has been evaluated"
+        reference = micro_batch.reference.to(device, non_blocking=True)
+        return preferences(row_log_probs(output, labels), reference, labels)
     return loss_of(output, labels) if function is None else function(output, labels)
 
 
@@ -138,6 +147,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     loss: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), labels.reshape(-1))
     return loss
+
+
+def row_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-probability of each row's labels together, fp32 of shape (rows,).
+
+    Args:
+        logits: (rows, tokens, vocabulary) in any format.
+        labels: (rows, tokens), ``IGNORED`` where a token does not count.
+    """
+    tokens: Tensor = _TokenLogProbs.apply(logits.flatten(0, -2), labels.reshape(-1))
+    return tokens.view(labels.shape).sum(dim=-1)
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
@@ -225,4 +245,26 @@ class _CrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is 
         gradient = torch.empty_like(logits)
         for chunk in _chunks(*logits.shape):
             gradient[chunk] = _gradient_(_log_softmax(logits[chunk]), labels[chunk]).mul_(grad_output)
+        return gradient, None
+
+
+class _TokenLogProbs(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+    """Log-probability of each label, 0 where it is ignored; keeps the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        found = torch.zeros(len(labels), dtype=torch.float32, device=logits.device)
+        for chunk in _chunks(*logits.shape):
+            counted = labels[chunk].clamp(min=0).unsqueeze(1)
+            log_probs = _log_softmax(logits[chunk]).gather(1, counted).squeeze(1)
+            found[chunk] = log_probs * (labels[chunk] != IGNORE_INDEX)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for chunk in _chunks(*logits.shape):
+            gradient[chunk] = _gradient_(_log_softmax(logits[chunk]), labels[chunk]).mul_(-grad_output[chunk, None])
         return gradient, None

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from launcher.config.parallel.data_parallel import Fsdp
 from launcher.engines.base import Engine, Observer, StepResult, never_preempted
-from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_labels
+from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_items
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model_state import torch_state_bytes
 from launcher.engines.optimizer import OptimizerStep
 from launcher.engines.parallelize import ModelLayout, ReplicatedModel, ShardedModel
+from launcher.engines.preferences import preference_loss
 from launcher.engines.state import (
     fill_tensors,
     optimizer_tensors,
@@ -51,6 +52,7 @@ class TorchEngine(Engine):
         self._dtype = DTYPES[run.precision.compute]
         self._update = OptimizerStep([self.module], run, device=self.device)
         self._loss = loss_function(run.batched_job)
+        self.preferences = preference_loss(run.batched_job, device=self.device)
         self._adapter_only = run.lora is not None
         self._state_names, self._trains = run.optimizer.saved_names, run.batched_job.trains
 
@@ -71,7 +73,13 @@ class TorchEngine(Engine):
             reduced = self._layout.without_reduction() if number < last else contextlib.nullcontext()
             with reduced, self._split(micro_batches[number]):
                 with self._clock.phase("forward"), self._autocast():
-                    loss = token_loss_sum(self._layout.forward, micro_batch, device=self.device, function=self._loss)
+                    loss = token_loss_sum(
+                        self._layout.forward,
+                        micro_batch,
+                        device=self.device,
+                        function=self._loss,
+                        preferences=self.preferences,
+                    )
                 with self._clock.phase("backward"):
                     own_sum += loss.detach()
                     (loss * (self._layout.averaged_over * self._update.scale.value / count.total())).backward()
@@ -100,9 +108,13 @@ class TorchEngine(Engine):
         with torch.no_grad(), self._autocast():
             for whole, batch in zip(micro_batches, own, strict=True):
                 with self._split(whole):
-                    losses.append(token_loss_sum(self.module, batch, device=self.device, observe=observe))
+                    losses.append(
+                        token_loss_sum(
+                            self.module, batch, device=self.device, observe=observe, preferences=self.preferences
+                        )
+                    )
         self.module.train()
-        return torch.stack(losses).double().sum().item(), num_labels(own)
+        return torch.stack(losses).double().sum().item(), num_items(own)
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Continue greedily; every rank does all of it, by itself where it holds the whole model."""

@@ -14,6 +14,7 @@ from launcher.config.data.bpe import count_folder_tokens, folder_vocabulary, tra
 from launcher.config.data.hf import HfData
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
+from launcher.config.job.train import Train
 from launcher.config.model.base import (
     FOLDER_WITH_TOKENIZER,
     Model,
@@ -41,7 +42,7 @@ def validate_inputs(run: Run, run_dir: RunDir, *, hosts: Sequence[Host]) -> Iter
     if not of_model and fetches_here and (uses_model or (benchmark and benchmark.needs_model)):
         of_model += _validate_hub_model(run.model)
     yield from of_model
-    of_data = list(_validate_data(run.data, fetches_here=fetches_here)) if _reads_data(run) else []
+    of_data = list(_validate_data(run, run.data, fetches_here=fetches_here)) if _reads_data(run) else []
     yield from of_data
     if benchmark and benchmark.needs_data and fetches_here:
         yield from _validate_hub_data(run.data)  # the job looks at local files
@@ -73,11 +74,11 @@ def _reads_data(run: Run) -> bool:
     return isinstance(run.job, BatchedJob) or (isinstance(run.job, GeneratingJob) and run.job.reads_data)
 
 
-def _validate_data(data: Data, *, fetches_here: bool) -> Iterator[ConfigError]:
+def _validate_data(run: Run, data: Data, *, fetches_here: bool) -> Iterator[ConfigError]:
     errors = list(data.validate_machine())
     yield from errors
-    if not errors and isinstance(data, AutoData):
-        yield from data.validate_trainable()
+    if not errors and isinstance(data, AutoData) and isinstance(run.job, BatchedJob):
+        yield from run.job.validate_shapes(run, data, data.local_shapes())
     if not errors and fetches_here:
         yield from _validate_hub_data(data)
 
@@ -156,7 +157,10 @@ def data_details(run: Run, folder: Path) -> dict[str, str]:
     if not isinstance(run.data, AutoData) or not _reads_data(run) or not run.backend.shares_paths:
         return {}
     own = None if run.data.trains_tokenizer else local_tokenizer_folder(run, RunDir(folder), run.data.tokenizer)
-    return dict(run.data.describe(own))
+    details = dict(run.data.describe(own))
+    if isinstance(run.job, Train):
+        details |= dict(run.job.describe_shapes(run, run.data.local_shapes()))
+    return details
 
 
 def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[ConfigError]:

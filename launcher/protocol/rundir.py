@@ -25,7 +25,16 @@ _PRE_SNAPSHOT_ENTRIES = frozenset({".lock", ".submission", "logs"})
 
 _OWN_ENTRIES = frozenset(
     {
-        *("run.yaml", "plan.json", "session.json", "metrics.jsonl", "result.json", "failure.json", "timeline.jsonl"),
+        *(
+            "run.yaml",
+            "plan.json",
+            "session.json",
+            "reference.safetensors",
+            "metrics.jsonl",
+            "result.json",
+            "failure.json",
+            "timeline.jsonl",
+        ),
         *("environment.json", "sample.txt", "samples.jsonl", "loss.png", "report.html", "hostfile", "job.sbatch"),
         *(
             "logs",
@@ -82,6 +91,11 @@ class RunDir:
     def result(self) -> Path:
         """How the run ended."""
         return self.path / "result.json"
+
+    @property
+    def reference(self) -> Path:
+        """Log-probabilities of preferences in the reference model."""
+        return self.path / "reference.safetensors"
 
     @property
     def failure(self) -> Path:

@@ -113,11 +113,11 @@ class Recorder:
             f"  {tokens / seconds:,.0f} tokens/s{used}{skipped}"
         )
 
-    def baselines(self, done: int, losses: Mapping[str, float]) -> None:
+    def baselines(self, done: int, losses: Mapping[str, float], *, unit: str) -> None:
         """Record the losses that a model has to beat."""
         self.write(done, {f"baseline/{name}": loss for name, loss in losses.items()})
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.print(f"loss to beat (nats a token): {shown}")
+        self.print(f"loss to beat (nats a {unit}): {shown}")
 
     def evaluation(self, done: int, loss: float, *, metrics: Mapping[str, float], parts: Mapping[str, float]) -> None:
         """Record a held-out loss, and the metrics of plugins."""

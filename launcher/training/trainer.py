@@ -28,6 +28,7 @@ from launcher.training.eval_texts import EvalTexts, set_metrics
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.evaluation_metrics import load_metrics
 from launcher.training.recorder import Recorder
+from launcher.training.reference import load_references, with_objective
 from launcher.training.saving import CheckpointSaver
 from launcher.utils.files import write_atomic
 
@@ -55,6 +56,7 @@ def train(job: Train, context: Context) -> None:
                 resolve_tokenizer(context, context.run.data),
                 heartbeat=lambda: context.heartbeat.update("load"),
             )
+        job, context = with_objective(job, context, splits)
         job, context = with_epoch_steps(job, context, num_sequences=splits.train.num_sequences)
         with make_engine(context, clock) as engine:
             Trainer(job, context, splits, engine, clock, context.preemption).run(check)
@@ -89,12 +91,16 @@ class Trainer:
         restored = restore_checkpoint(
             self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer, check=check
         )
+        if self.engine.preferences is not None:
+            with self.clock.phase("load"):
+                self._use_references(restored)
         first = self.continue_from(restored)
         tokens = restored.tokens if restored else 0
         with Recorder(self.job, self.context, self.engine, start_step=first, tokens=tokens) as self.recorder:
             if self.splits.summary:
                 self.recorder.print(f"data: {self.splits.summary}")
-            self.recorder.baselines(first, self.splits.baselines)
+            unit = "pair" if self.splits.is_paired else "token"
+            self.recorder.baselines(first, self.splits.baselines, unit=unit)
             if self.job.epochs is not None:
                 self.recorder.write(first, {NUM_STEPS: float(self.job.steps)})
             self.preemption.defer()
@@ -119,6 +125,10 @@ class Trainer:
                 self.callbacks.on_exception(error)
                 raise
         self.context.heartbeat.update("done", step, steps=step)
+
+    def _use_references(self, restored: CheckpointManifest | None) -> None:
+        known = load_references(self.loader, self.splits, self.context, self.engine, restored=restored)
+        self.loader.use_references(train=known.train, held_out=known.held_out)
 
     def continue_from(self, manifest: CheckpointManifest | None) -> int:
         """Draw the data from where a loaded checkpoint stands; return the steps already done."""
@@ -171,6 +181,10 @@ class Trainer:
         result = self.engine.step(micro_batches, lr=rate, max_loss=limit, preempted=self.preemption.requested)
         if (why := self.bad_steps.judge(result)) is not None and self.job.on_bad_step == "stop":
             raise fatal(step + 1, why)
+        preferences = self.engine.preferences
+        rewards = {} if preferences is None else preferences.take_metrics()
+        if preferences is not None:
+            result = replace(result, tokens=self.loader.num_labels(step))
         self.recorder.step(
             step + 1,
             result,
@@ -179,6 +193,7 @@ class Trainer:
             parts=self.clock.pop_times(),
             padding=self.loader.padding(step) if self.splits.summary and self.context.is_main else None,
         )
+        self.recorder.callbacks(step + 1, rewards)
         self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
         return result, why
 
@@ -216,6 +231,8 @@ class Trainer:
             held_out = evaluate(
                 self.engine, self.loader.held_out(self.job.eval_sequences), preempted=asked, metrics=self.metrics
             )
+            if self.engine.preferences is not None:
+                held_out = replace(held_out, metrics={**held_out.metrics, **self.engine.preferences.take_metrics()})
             if not held_out.preempted:
                 of_sets = self.texts.evaluate(self.engine, self.loader, preempted=asked)
                 asked_since = any(each.preempted for each in of_sets.values())

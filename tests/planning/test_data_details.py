@@ -98,10 +98,62 @@ def test_weights_are_checked(words: list[str], said: str, tmp_path: Path) -> Non
     assert any(said in one for one in refused(f"data.path=[{files[0]},{files[1]}]", *words))
 
 
-def test_preferences_are_not_trained_on(tmp_path: Path) -> None:
-    pairs = written(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"}, name="y.jsonl")
-    (said,) = refused(f"data.path={pairs}")
-    assert said.startswith(f"data.path={pairs}: holds chosen and rejected answers, and jobs train on single answers")
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def test_a_plan_says_what_is_trained_on_preferences(tmp_path: Path) -> None:
+    pairs = written(tmp_path, *[PAIR] * 20)
+    said = details(f"data.path={pairs}", "job.dpo_beta=0.2")["objective"]
+    assert said.startswith(
+        "dpo, beta 0.2; the reference is the weights before the first step; 8 pairs of a micro-batch"
+    )
+    said = details(f"data.path={pairs}", "job.objective=dpo", "adapter=lora")["objective"]
+    assert "the reference is the model without its adapter" in said
+    assert "objective" not in details(f"data.path={written(tmp_path, {'messages': ASKED})}")
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "said"),
+    [
+        (PAIR, ["job.objective=sft"], "job.objective=sft: the data holds chosen and rejected answers"),
+        (PAIR, ["job.objective=next_token"], "job.objective=next_token: the data holds chosen and rejected answers"),
+        (PAIR, ["job=evaluate"], "holds chosen and rejected answers, and job=evaluate takes single answers"),
+        (PAIR, ["data.packing=true"], "data.packing=true: the data is preferences"),
+        (PAIR, ["data.train_on=all"], "data.train_on=all: the data is preferences"),
+        (PAIR, ["parallel=pipeline", "backend.ranks=2"], "parallel=pipeline: the data is preferences"),
+        (PAIR, ["parallel=deepspeed_pipeline", "backend.ranks=2"], "parallel=deepspeed_pipeline: the data is"),
+        (
+            PAIR,
+            ["parallel=fsdp", "parallel.sequence_parallel=2", "backend.ranks=2"],
+            "parallel.sequence_parallel=2: the data is preferences",
+        ),
+        (PAIR, ["job.dpo_beta=0"], "job.dpo_beta=0 (command line): must be above 0"),
+        (PAIR, ["job.dpo_label_smoothing=0.5"], "job.dpo_label_smoothing=0.5 (command line): must be from 0 to"),
+        ({"messages": ASKED}, ["job.objective=dpo"], "job.objective=dpo: the data holds conversations, no preferences"),
+        ({"messages": ASKED}, ["job.dpo_beta=0.2"], "job.dpo_beta=0.2: the data holds conversations, no preferences"),
+        (
+            {"messages": ASKED},
+            ["job.objective=next_token"],
+            "job.objective=next_token: the data holds conversations, and data.train_on=assistant leaves tokens out",
+        ),
+        ({"text": "q"}, ["job.objective=sft", "data.chat_template=auto"], "job.objective=sft: the data holds text"),
+    ],
+)
+def test_objectives_that_contradict_the_data_are_refused(
+    row: dict[str, Any], words: list[str], said: str, tmp_path: Path
+) -> None:
+    file = written(tmp_path, *[row] * 40)
+    assert any(said in one for one in refused(f"data.path={file}", *words)), refused(f"data.path={file}", *words)
+
+
+def test_text_has_no_answers() -> None:
+    with pytest.raises(ConfigErrors, match=r"job\.objective=dpo: data=text holds no answers"):
+        prepare(compose(["data=text", "model=gpt2_tiny", "backend.ranks=1", "job.objective=dpo"]))
+
+
+def test_a_next_token_objective_takes_conversations_whose_tokens_all_count(tmp_path: Path) -> None:
+    file = written(tmp_path, *[{"messages": ASKED}] * 40)
+    assert details(f"data.path={file}", "job.objective=next_token", "data.train_on=all")
 
 
 def test_preferences_and_conversations_do_not_mix(tmp_path: Path) -> None:

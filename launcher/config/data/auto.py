@@ -122,14 +122,6 @@ class DataSource:
             return ""  # the check of its rows names the place
         return f"{counted(num_rows, 'row')} of "
 
-    def untrainable(self, field: EntryField) -> ConfigError | None:
-        """Return why no job trains on this source of ``data.<field>``; ``None`` if one does."""
-        if self.shape != "preference":
-            return None
-        why = f"holds {SHAPES['preference']}, and jobs train on single answers"
-        fix = "give rows of messages or of prompt and response, as of the preferred answers"
-        return ConfigError(f"data.{field}", self.name, why=why, fix=fix)
-
     def fingerprint(self) -> str:
         """Return a hash of its contents."""
         if not self.files:
@@ -197,7 +189,8 @@ class AutoData(Corpus):
     path: tuple[PathText, ...] | PathText = PYTHON_DOCS
     """File, glob, folder, data set of the hub (``org/name``), URL, or a list.
     Text, JSON lines, JSON, CSV, Parquet and Arrow are read, also packed by gzip, bz2, xz or zstd.
-    ``python-docs`` is ``pydoc_data.topics``, 465 kB of English; ``chat-tasks`` are 2,000 made-up chats."""
+    ``python-docs`` is ``pydoc_data.topics``, 465 kB of English; ``chat-tasks`` are 2,000 made-up chats;
+    ``sample-preferences`` are 64 questions, each with a short and a wordy answer."""
 
     weights: tuple[float, ...] = ()
     """Shares of the entries of ``path`` in training; by default each counts by its size."""
@@ -315,21 +308,34 @@ class AutoData(Corpus):
             sources = (Source(name=entry, option=f"data.{field}") for entry in self.entries(field))
             yield from ((source.option, source.name) for source in sources if source.kind == "hub")
 
-    def validate_trainable(self) -> Iterator[ConfigError]:
-        """Yield the local sources that can be previewed and that no job trains on."""
-        for field in ENTRY_FIELDS:
-            for source in self.sources(field, fetches=False):
-                if (error := source.untrainable(field)) is not None:
-                    yield error
+    def local_shapes(self) -> frozenset[Shape]:
+        """Return what the rows are of all entries that are on this machine."""
+        return frozenset(source.shape for field in ENTRY_FIELDS for source in self.sources(field, fetches=False))
 
-    def _validate_mixture(self) -> Iterator[ConfigError]:
-        """Yield why the sources cannot be trained together, and columns that no source has."""
-        sources = [*self.sources(fetches=False), *self.sources("eval_path", fetches=False)]
+    @property
+    def shapes(self) -> frozenset[Shape]:
+        """What the training rows are; data that is not here yet is downloaded."""
+        return frozenset(source.shape for source in self._cached_sources)
+
+    def check_shapes(self, sources: Sequence[DataSource]) -> None:
+        """Raise where preferences and other rows would be trained together.
+
+        Raises:
+            ConfigError: no loss takes both.
+        """
         pairs = [source for source in sources if source.shape == "preference"]
         if pairs and len(pairs) < len(sources):
             other = next(source for source in sources if source.shape != "preference")
             why = f"{pairs[0].name} holds preferences, and {other.name} {SHAPES[other.shape]}"
-            yield ConfigError("data.path", why=why, fix="train on them in two runs")
+            raise ConfigError("data.path", why=why, fix="train on them in two runs")
+
+    def _validate_mixture(self) -> Iterator[ConfigError]:
+        """Yield why the sources cannot be trained together, and columns that no source has."""
+        sources = [*self.sources(fetches=False), *self.sources("eval_path", fetches=False)]
+        try:
+            self.check_shapes(sources)
+        except ConfigError as error:
+            yield error
         if self.chat_template not in ("auto", "none") and sources and all(source.is_documents for source in sources):
             why = "all data is text, which is trained as it stands"
             yield self.error("chat_template", why, "leave it out, or set data.shape to what the rows are")
@@ -395,10 +401,10 @@ class AutoData(Corpus):
     def _builtin_columns(self, source: Source) -> Columns:
         builtin = BUILTIN_DATA[source.name]
         if builtin.is_text:
-            return Columns(shape="text", text=builtin.column)
+            return Columns(shape="text", text=builtin.columns[0])
         shape = None if self.shape == "auto" else self.shape
         try:
-            return detect_columns([builtin.column], [], shape=shape, named=self.named_columns)
+            return detect_columns(builtin.columns, [], shape=shape, named=self.named_columns)
         except ShapeUnknown as unknown:
             raise ConfigError(source.option, source.name, why=unknown.why, fix=unknown.fix) from unknown
 

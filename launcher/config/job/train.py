@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from launcher.config.checkpoint import LOWEST_LOSS
+from launcher.config.data.auto import AutoData
 from launcher.config.data.base import Corpus
+from launcher.config.data.shapes import SHAPES, Shape
 from launcher.config.job.eval_sets import EvaluatingJob
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import LearningJob, Run
@@ -21,6 +23,9 @@ from launcher.utils.text import counted
 _PIPELINES = ("pipeline", "deepspeed_pipeline")
 """Strategies under which no rank has the whole model, or logits and labels together."""
 
+
+DPO_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+"""What is measured of preferences, as TRL names it."""
 
 LOSS_WINDOW, FEWEST_LOSSES = 64, 8
 """Most and fewest losses of good steps whose median a new loss is compared with."""
@@ -64,7 +69,7 @@ class PluggableJob(EvaluatingJob):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(LearningJob, PluggableJob):
-    """Next-token training with evaluation on a held-out split."""
+    """Training on text, on answers or on preferences, with evaluation on a held-out split."""
 
     kind: ClassVar[str] = "train"
     saves: ClassVar[bool] = True
@@ -106,6 +111,18 @@ class Train(LearningJob, PluggableJob):
 
     Evaluations always measure cross-entropy."""
 
+    objective: Literal["auto", "next_token", "sft", "dpo"] = "auto"
+    """What is trained; ``auto`` decides by the rows of the data.
+    ``next_token``: all tokens of text. ``sft``: the answers of conversations, or of prompts with responses. ``dpo``:
+    direct preference optimization (arXiv:2305.18290) on pairs of a preferred and a rejected answer, whose reference is
+    the model without its adapter, or as it is before the first step."""
+
+    dpo_beta: float = 0.1
+    """How close ``dpo`` keeps the model to its reference; the larger, the closer."""
+
+    dpo_label_smoothing: float = 0.0
+    """Probability that a preference is the wrong way round, for ``dpo`` (arXiv:2403.00409)."""
+
     callbacks: tuple[str, ...] = ()
     """Callbacks of plugins, called on every rank around steps, evaluations and checkpoints."""
 
@@ -144,6 +161,9 @@ class Train(LearningJob, PluggableJob):
         unused = {} if self.sample_tokens else {"sample_prompt": why, "sample_prompts": why}
         if self.epochs is not None:
             unused["steps"] = f"job.epochs={self.epochs:g} sets the number of steps"
+        if self.objective in ("next_token", "sft"):
+            why = f"job.objective={self.objective} trains on no preferences"
+            unused |= {"dpo_beta": why, "dpo_label_smoothing": why}
         if self.early_stopping_patience is None:
             unused["early_stopping_threshold"] = "without job.early_stopping_patience no run stops early"
         return unused | ({"max_bad_steps": "job.on_bad_step=stop ends the run"} if self.on_bad_step == "stop" else {})
@@ -161,6 +181,10 @@ class Train(LearningJob, PluggableJob):
         yield from self.validate_minimum(0, "eval_every", "sample_tokens")
         if self.spike_factor is not None and self.spike_factor <= 1:
             yield self.error("spike_factor", "must be above 1", "set job.spike_factor=2, or leave it out")
+        if self.dpo_beta <= 0:
+            yield self.error("dpo_beta", "must be above 0", "set job.dpo_beta=0.1")
+        if not 0 <= self.dpo_label_smoothing < 0.5:
+            yield self.error("dpo_label_smoothing", "must be from 0 to below 0.5", "leave it out, or set 0.1")
         yield from validate_named("job.loss", LOSS, (self.loss,), own=(CROSS_ENTROPY,))
         yield from validate_named("job.callbacks", CALLBACK, self.callbacks)
         yield from validate_callback_metrics("job.callbacks", self.callbacks)
@@ -181,8 +205,12 @@ class Train(LearningJob, PluggableJob):
         if self.on_bad_step == "skip" and not run.parallel.skips_steps:
             why = f"parallel={run.parallel.kind} updates the weights whatever the loss is"
             yield self.error("on_bad_step", why, "set job.on_bad_step=rewind, or parallel=ddp, fsdp, zero2 or pipeline")
+        if self.objective in ("sft", "dpo") and not isinstance(run.data, AutoData):
+            why = f"data={run.data.kind} holds no answers"
+            yield self.error("objective", why, "set data=auto and data.path to conversations or preferences")
         name = run.checkpoint.best_metric.partition(":")[2]
-        measured = ("loss", *self.metrics, *self.set_metrics)
+        rewards = DPO_METRICS if self.objective == "dpo" else ()
+        measured = ("loss", *self.metrics, *self.set_metrics, *rewards)
         if name not in measured:
             why = f"{name} is not measured: evaluations measure {', '.join(measured)}"
             fix = f"set checkpoint.best_metric={LOWEST_LOSS}, or add {name} to job.metrics"
@@ -192,6 +220,62 @@ class Train(LearningJob, PluggableJob):
         if self.loss != CROSS_ENTROPY and run.parallel.kind in _PIPELINES:
             why = f"parallel={run.parallel.kind} trains on {CROSS_ENTROPY} only"
             yield self.error("loss", why, f"set job.loss={CROSS_ENTROPY}, or parallel=ddp")
+
+    def validate_shapes(self, run: Run, data: AutoData, shapes: Collection[Shape]) -> Iterator[ConfigError]:
+        """Yield contradictions between objective and data, and what cannot train on preferences."""
+        if not shapes:
+            return
+        if "preference" not in shapes:
+            yield from self._validate_single_answers(data, shapes)
+        elif self.objective in ("next_token", "sft"):
+            why = f"the data holds {SHAPES['preference']}"
+            yield self.error("objective", why, "set job.objective=dpo, or give rows of single answers")
+        else:
+            yield from self._validate_preferences(run, data)
+
+    def describe_shapes(self, run: Run, shapes: Collection[Shape]) -> Iterator[tuple[str, str]]:
+        """Yield the objective of preferences, with names for plans."""
+        if "preference" in shapes:
+            reference = "the weights before the first step" if run.lora is None else "the model without its adapter"
+            rows = f"{counted(self.micro_batch, 'pair')} of a micro-batch are {2 * self.micro_batch} rows"
+            yield "objective", f"dpo, beta {self.dpo_beta:g}; the reference is {reference}; {rows}"
+
+    def _validate_single_answers(self, data: AutoData, shapes: Collection[Shape]) -> Iterator[ConfigError]:
+        text_only = set(shapes) == {"text"}
+        found = " and ".join(sorted(SHAPES[shape] for shape in shapes))
+        if self.objective == "dpo":
+            why = f"the data holds {found}, no preferences"
+            yield self.error("objective", why, "leave it out, or give rows with chosen and rejected answers")
+        elif self.objective == "sft" and text_only:
+            yield self.error("objective", "the data holds text without answers", "set job.objective=next_token")
+        elif self.objective == "next_token" and not text_only and data.train_on != "all":
+            why = f"the data holds {found}, and data.train_on={data.train_on} leaves tokens out"
+            yield self.error("objective", why, "set data.train_on=all, or job.objective=sft")
+        if self.objective == "auto":
+            for field, default in (("dpo_beta", 0.1), ("dpo_label_smoothing", 0.0)):
+                if getattr(self, field) != default:
+                    fix = "leave it out, or give rows with chosen and rejected answers"
+                    yield self.error(field, f"the data holds {found}, no preferences", fix)
+
+    def _validate_preferences(self, run: Run, data: AutoData) -> Iterator[ConfigError]:
+        what = "the data is preferences (job.objective=dpo), and"
+        if run.parallel.kind in _PIPELINES:
+            why = f"{what} no stage of a pipeline computes the probabilities of whole answers"
+            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=ddp, fsdp, zero2 or zero3")
+        if (degree := getattr(run.parallel, "sequence_parallel", 1)) > 1:
+            why = f"{what} no rank has the probability of a whole answer"
+            yield ConfigError("parallel.sequence_parallel", degree, why=why, fix="set parallel.sequence_parallel=1")
+        if data.packing:
+            why = f"{what} both answers of a pair are rows of their own"
+            yield ConfigError("data.packing", "true", why=why, fix="leave it out")
+        if data.train_on != "assistant":
+            why = f"{what} their answers alone count"
+            yield ConfigError("data.train_on", data.train_on, why=why, fix="leave it out")
+        if self.loss != CROSS_ENTROPY:
+            yield self.error("loss", f"{what} their loss is another", f"set job.loss={CROSS_ENTROPY}")
+        if self.metrics:
+            why = f"{what} metrics of plugins are of single answers"
+            yield ConfigError("job.metrics", f"[{','.join(self.metrics)}]", why=why, fix="leave it out")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the optimizer steps; 0 where they follow from data that only a rank counts."""

@@ -20,11 +20,12 @@ from launcher.config.parallel.zero import Zero
 from launcher.engines.base import Observer, StepResult, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam, read_parameters_once
 from launcher.engines.deepspeed.nvme import SwapFolder
-from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_labels, sum_over_ranks
+from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_items, sum_over_ranks
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model import build_run_model
 from launcher.engines.optimizer import parameter_names, set_rates
+from launcher.engines.preferences import preference_loss
 from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
@@ -49,6 +50,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         self._swap = self._swap_folder()
         config = self._config()
         self._loss = loss_function(context.run.batched_job)
+        self.preferences = preference_loss(context.run.batched_job, device=self.device)
         self._gain = context.world_size * context.batch.gradient_accumulation_steps
         dtype = DTYPES[context.run.precision.compute]
         self._partitioning = ZeroPartitioner(config, dtype=dtype) if zero.stage == 3 else None
@@ -113,7 +115,9 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         last, scalars, is_high = len(micro_batches) - 1, self.scalars(), False
         for number, micro_batch in enumerate(micro_batches):
             with self._clock.phase("forward"):
-                loss = token_loss_sum(self._engine, micro_batch, device=self.device, function=self._loss)
+                loss = token_loss_sum(
+                    self._engine, micro_batch, device=self.device, function=self._loss, preferences=self.preferences
+                )
             with self._clock.phase("backward"):
                 own_sum += loss.detach()
                 factor = self._gain / count.total()  # DeepSpeed divides by the number of ranks and of micro-batches
@@ -144,11 +148,13 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         self._engine.eval()
         with torch.no_grad():
             losses = [
-                token_loss_sum(self._engine, micro_batch, device=self.device, observe=observe)
+                token_loss_sum(
+                    self._engine, micro_batch, device=self.device, observe=observe, preferences=self.preferences
+                )
                 for micro_batch in micro_batches
             ]
         self._engine.train()
-        return torch.stack(losses).double().sum().item(), num_labels(micro_batches)
+        return torch.stack(losses).double().sum().item(), num_items(micro_batches)
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Continue greedily; under ZeRO-3 every rank takes part in every token."""

@@ -25,7 +25,10 @@ PathText = Annotated[str, _MARK]
 """The type of an option that holds a path, or may hold one instead of a word."""
 
 _KEYWORDS = frozenset(
-    {"auto", "none", "random", "pretrained", "model", "data", "bytes", "bpe", "sample", "python-docs", "chat-tasks"}
+    {
+        *("auto", "none", "random", "pretrained", "model", "data", "bytes", "bpe", "sample"),
+        *("python-docs", "chat-tasks", "sample-preferences"),
+    }
 )
 """Keywords of options that otherwise take a path."""
 

@@ -107,12 +107,6 @@ class Loader:
                 whole += len(lengths) * (train.row_length or padded_length(lengths))
         return 1 - real / whole
 
-    def num_labels(self, step: int) -> int:
-        """Return the labels of optimizer step ``step`` (0-based) that count, over all ranks."""
-        first = self.drawn(step)
-        numbers = (self._number_at(first + at) for at in range(self._batch.global_batch))
-        return sum(self._splits.train.num_labels(number) for number in numbers)
-
     def held_out(self, num_sequences: int) -> Iterator[list[MicroBatch]]:
         """Yield this rank's share of the first ``num_sequences`` held-out sequences, or of all.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,16 @@ from launcher.engines.distributed import sum_over_ranks
 
 if TYPE_CHECKING:
     from launcher.config.run import BatchedJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairMetrics:
+    """What was measured of pairs, over all ranks."""
+
+    rewards: dict[str, float]
+    """Means over the pairs; empty without any."""
+    labels_per_pair: float
+    """Mean labels of both answers together."""
 
 
 class DpoLoss:
@@ -34,7 +45,7 @@ class DpoLoss:
         self._sums = self._no_sums()
 
     def _no_sums(self) -> Tensor:
-        return torch.zeros(len(DPO_METRICS) + 1, dtype=torch.float64, device=self._device)
+        return torch.zeros(len(DPO_METRICS) + 2, dtype=torch.float64, device=self._device)
 
     def __call__(self, log_probs: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
         """Return the loss summed over the pairs, an fp32 scalar.
@@ -45,21 +56,25 @@ class DpoLoss:
             labels: (2 * pairs, tokens); pairs without any do not count.
         """
         chosen, rejected = (log_probs - reference).chunk(2)
-        counts = (labels != IGNORE_INDEX).any(dim=1).chunk(2)[0]
+        counted = labels != IGNORE_INDEX
+        counts = counted.any(dim=1).chunk(2)[0]
         margin = self._beta * (chosen - rejected)
         losses = -logsigmoid(margin) * (1 - self._smoothing) - logsigmoid(-margin) * self._smoothing
-        self._add(self._beta * chosen.detach(), self._beta * rejected.detach(), counts)
+        self._add(self._beta * chosen.detach(), self._beta * rejected.detach(), counts, num_labels=counted.sum())
         return (losses * counts).sum()
 
-    def _add(self, chosen: Tensor, rejected: Tensor, counts: Tensor) -> None:
+    def _add(self, chosen: Tensor, rejected: Tensor, counts: Tensor, *, num_labels: Tensor) -> None:
         values = [chosen, rejected, chosen > rejected, chosen - rejected, torch.ones_like(chosen)]
-        self._sums += torch.stack([(value.double() * counts).sum() for value in values])
+        self._sums += torch.stack([*((value.double() * counts).sum() for value in values), num_labels.double()])
 
-    def take_metrics(self) -> dict[str, float]:
-        """Return the mean rewards of all pairs since the last call, over all ranks."""
-        *sums, count = sum_over_ranks(self._sums.tolist(), device=self._device)
+    def take_metrics(self) -> PairMetrics:
+        """Return the means over all pairs since the last call; all ranks call it together."""
+        *sums, count, num_labels = sum_over_ranks(self._sums.tolist(), device=self._device)
         self._sums = self._no_sums()
-        return {name: total / count for name, total in zip(DPO_METRICS, sums, strict=True)} if count else {}
+        if not count:
+            return PairMetrics(rewards={}, labels_per_pair=0.0)
+        rewards = {name: total / count for name, total in zip(DPO_METRICS, sums, strict=True)}
+        return PairMetrics(rewards=rewards, labels_per_pair=num_labels / count)
 
 
 def preference_loss(job: BatchedJob, *, device: torch.device) -> DpoLoss | None:

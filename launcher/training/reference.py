@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,25 +56,26 @@ def load_references(
 ) -> References:
     """Return what the reference model says of every pair; all ranks call it together.
 
-    The reference is the model without its adapter, else the weights with which the run begins. A run that continues
-    reads what was computed then.
+    The reference is the model without its new adapter, else the model as the run begins. A run that continues reads
+    what was computed then.
 
     Raises:
-        JobError: a run without an adapter continues, and the file is gone or belongs to other data.
+        JobError: the run continues, the file is gone or belongs to other data, and the model has changed.
     """
     from launcher.engines.distributed import barrier
 
-    own = context.run_dir.reference
+    own, run = context.run_dir.reference, context.run
     found = next((known for file in _files(context, restored) if (known := _read(file, splits)) is not None), None)
     if found is None:
-        if restored is not None and context.run.lora is None and context.run.checkpoint.is_own:
+        is_base = run.lora is not None and run.model.adapter is None
+        is_kept = is_base and run.lora is not None and run.lora.bias == "none"
+        if restored is not None and not is_kept and (run.checkpoint.is_own or is_base):
             why = "the weights have changed since, so the reference model is gone"
             say = f"{own} does not hold the log-probabilities of this data, and {why}; start another run"
             raise JobError(say, exit_code=EXIT_BAD_INPUT)
-        if context.is_main:
-            pairs = splits.train.num_sequences + splits.held_out.num_sequences
-            print(f"reference model: computing the log-probabilities of {pairs:,} pairs, once", flush=True)
-        found = _compute(loader, splits, engine, heartbeat=lambda: context.heartbeat.update("reference"))
+        named = f"as of step {restored.step}" if restored is not None else "as the run begins"
+        progress = _Progress(context, splits, reference="the model without its adapter" if is_base else named)
+        found = _compute(loader, splits, engine, progress, without=is_base)
     barrier()  # no rank still looks for the file
     if context.is_main and _read(own, splits) is None:
         _write(own, found, splits)
@@ -119,24 +121,57 @@ def _write(file: Path, found: References, splits: Splits) -> None:
     temporary.replace(file)
 
 
-def _compute(loader: Loader, splits: Splits, engine: Engine, *, heartbeat: Callable[[], None]) -> References:
+class _Progress:
+    """Counts the pairs that are done, and prints them every few seconds.
+
+    Args:
+        context: of this rank.
+        splits: whose pairs are counted.
+        reference: what the reference model is.
+    """
+
+    _EVERY_S = 10.0
+
+    def __init__(self, context: Context, splits: Splits, *, reference: str) -> None:
+        self._context, self._done = context, 0
+        self.batch = context.batch.global_batch
+        """Pairs of a global batch."""
+        self._total = splits.train.num_sequences + splits.held_out.num_sequences
+        self._printed = time.monotonic()
+        self._print(f"computing the log-probabilities of {self._total:,} pairs, once, by {reference}")
+
+    def add(self, num_pairs: int) -> None:
+        """Count the pairs of a global batch."""
+        self._done += num_pairs
+        self._context.heartbeat.update("reference")
+        if time.monotonic() - self._printed > self._EVERY_S:
+            self._printed = time.monotonic()
+            self._print(f"{self._done:,} of {self._total:,} pairs")
+
+    def _print(self, what: str) -> None:
+        if self._context.is_main:
+            print(f"reference model: {what}", flush=True)
+
+
+def _compute(loader: Loader, splits: Splits, engine: Engine, progress: _Progress, *, without: bool) -> References:
     from launcher.engines.preferences import without_adapter
 
-    with without_adapter(engine.module):
-        both = {name: _log_probs(loader, getattr(splits, name), engine, heartbeat) for name in _SPLITS}
+    with without_adapter(engine.module) if without else nullcontext():
+        both = {name: _log_probs(loader, getattr(splits, name), engine, progress) for name in _SPLITS}
     return References(**both)
 
 
-def _log_probs(loader: Loader, pairs: PairRows, engine: Engine, heartbeat: Callable[[], None]) -> np.ndarray:
+def _log_probs(loader: Loader, pairs: PairRows, engine: Engine, progress: _Progress) -> np.ndarray:
     import torch
     from torch import distributed as dist
 
     from launcher.engines.loss import row_log_probs
 
     size = pairs.num_sequences
-    sums = torch.zeros((size, 3), dtype=torch.float64, device=engine.device)  # ranks may share a pair: the last counts
-    for places, batches in zip(loader.positions(size), loader.in_order(pairs, size), strict=True):
-        heartbeat()
+    sums = torch.zeros((size, 3), dtype=torch.float64, device=engine.device)  # and how many ranks had each pair
+    for first, places, batches in zip(
+        range(0, size, progress.batch), loader.positions(size), loader.in_order(pairs, size), strict=True
+    ):
         rows: list[Tensor] = []
 
         def observe(logits: Tensor, labels: Tensor, rows: list[Tensor] = rows) -> None:
@@ -148,6 +183,7 @@ def _log_probs(loader: Loader, pairs: PairRows, engine: Engine, heartbeat: Calla
             if known > 0:
                 both = found.view(2, -1).T[:known]
                 sums[at.start : at.start + known] += torch.cat([both, torch.ones_like(both[:, :1])], dim=1)
+        progress.add(min(progress.batch, size - first))
     if dist.is_initialized():
         dist.all_reduce(sums)
     means: np.ndarray = (sums[:, :2] / sums[:, 2:]).cpu().contiguous().numpy()

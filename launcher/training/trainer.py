@@ -181,10 +181,9 @@ class Trainer:
         result = self.engine.step(micro_batches, lr=rate, max_loss=limit, preempted=self.preemption.requested)
         if (why := self.bad_steps.judge(result)) is not None and self.job.on_bad_step == "stop":
             raise fatal(step + 1, why)
-        preferences = self.engine.preferences
-        rewards = {} if preferences is None else preferences.take_metrics()
-        if preferences is not None:
-            result = replace(result, tokens=self.loader.num_labels(step))
+        pairs = None if self.engine.preferences is None else self.engine.preferences.take_metrics()
+        if pairs is not None:
+            result = replace(result, tokens=round(result.tokens * pairs.labels_per_pair))
         self.recorder.step(
             step + 1,
             result,
@@ -193,7 +192,7 @@ class Trainer:
             parts=self.clock.pop_times(),
             padding=self.loader.padding(step) if self.splits.summary and self.context.is_main else None,
         )
-        self.recorder.callbacks(step + 1, rewards)
+        self.recorder.callbacks(step + 1, {} if pairs is None else pairs.rewards)
         self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
         return result, why
 
@@ -232,7 +231,8 @@ class Trainer:
                 self.engine, self.loader.held_out(self.job.eval_sequences), preempted=asked, metrics=self.metrics
             )
             if self.engine.preferences is not None:
-                held_out = replace(held_out, metrics={**held_out.metrics, **self.engine.preferences.take_metrics()})
+                rewards = self.engine.preferences.take_metrics().rewards
+                held_out = replace(held_out, metrics={**held_out.metrics, **rewards})
             if not held_out.preempted:
                 of_sets = self.texts.evaluate(self.engine, self.loader, preempted=asked)
                 asked_since = any(each.preempted for each in of_sets.values())

@@ -132,6 +132,6 @@ def ranks_count_their_own_tokens() -> None:
         def __init__(self, micro_batches: Any, *, device: Any, copies: int = 1) -> None:
             super().__init__(micro_batches, device=device, copies=copies)
             self._work.wait()
-            self._work, self._total = None, torch.tensor(zero.num_labels(micro_batches))
+            self._work, self._total = None, torch.tensor(zero.num_items(micro_batches))
 
     zero.TokenCount = Own

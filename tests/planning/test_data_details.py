@@ -103,12 +103,13 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 def test_a_plan_says_what_is_trained_on_preferences(tmp_path: Path) -> None:
     pairs = written(tmp_path, *[PAIR] * 20)
-    said = details(f"data.path={pairs}", "job.dpo_beta=0.2")["objective"]
-    assert said.startswith(
-        "dpo, beta 0.2; the reference is the weights before the first step; 8 pairs of a micro-batch"
-    )
-    said = details(f"data.path={pairs}", "job.objective=dpo", "adapter=lora")["objective"]
-    assert "the reference is the model without its adapter" in said
+    said = details(f"data.path={pairs}", "job.dpo_beta=0.2")
+    assert said["objective"] == "dpo, beta 0.2"
+    assert said["reference"].startswith("the weights before the first step, computed for all pairs")
+    assert said["rows"] == "8 pairs of a micro-batch are 16"
+    assert said["first example"].endswith("rejected: ⟦b⟧")
+    said = details(f"data.path={pairs}", "job.objective=dpo", "adapter=lora")
+    assert said["reference"].startswith("the model without its adapter, computed")
     assert "objective" not in details(f"data.path={written(tmp_path, {'messages': ASKED})}")
 
 

@@ -691,14 +691,14 @@ class _LengthCheck:
 
     def add(self, examples: Iterable[tuple[str, Example]]) -> None:
         for batch in _batches(examples):
-            both = [(place, one) for place, example in batch for one in texts_of(example)]
             self._num_examples += len(batch)
             if self._encoder is None:
                 continue
             with without_threads():
-                encoded = self._encoder.encode_batch([one for _, one in both])
-            for (place, one), found in zip(both, encoded, strict=True):
-                length = len(found.ids) + (not one.has_special_tokens)  # the end of text
+                encoded = iter(self._encoder.encode_batch([one for _, each in batch for one in texts_of(each)]))
+            for place, example in batch:
+                # and the end of text
+                length = max(len(next(encoded).ids) + (not one.has_special_tokens) for one in texts_of(example))
                 self._num_long += length > self._most
                 if length > self._longest:
                     self._longest, self._place = length, place
@@ -725,9 +725,23 @@ def texts_of(example: Example) -> tuple[RenderedExample, ...]:
 
 
 def marked_text(example: Example, *, limit: int) -> str:
-    """Return an example in one line of ``limit`` characters, trained text in ⟦brackets⟧."""
-    shown = [f"⟦{one.text}⟧" if one.is_trained else one.text for one in texts_of(example)[0].segments]
-    return one_line_of(cut_middle("".join(shown), limit=limit))
+    """Return an example in one line of ``limit`` characters, trained text in ⟦brackets⟧.
+
+    Of a pair, the rejected answer follows the whole example of the chosen one.
+    """
+    chosen, *rejected = (_marked(one) for one in texts_of(example))
+    if rejected:
+        answer = "".join(f"⟦{one.text}⟧" for one in texts_of(example)[1].segments if one.is_trained)
+        return f"{_line(chosen, limit=limit // 2)} rejected: {_line(answer, limit=limit // 2)}"
+    return _line(chosen, limit=limit)
+
+
+def _marked(example: RenderedExample) -> str:
+    return "".join(f"⟦{one.text}⟧" if one.is_trained else one.text for one in example.segments)
+
+
+def _line(text: str, *, limit: int) -> str:
+    return one_line_of(cut_middle(text, limit=limit))
 
 
 def one_line_of(text: str) -> str:

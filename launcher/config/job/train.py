@@ -115,7 +115,7 @@ class Train(LearningJob, PluggableJob):
     """What is trained; ``auto`` decides by the rows of the data.
     ``next_token``: all tokens of text. ``sft``: the answers of conversations, or of prompts with responses. ``dpo``:
     direct preference optimization (arXiv:2305.18290) on pairs of a preferred and a rejected answer, whose reference is
-    the model without its adapter, or as it is before the first step."""
+    the model as it is before the first step, which is the model without its adapter where that is new."""
 
     dpo_beta: float = 0.1
     """How close ``dpo`` keeps the model to its reference; the larger, the closer."""
@@ -236,9 +236,14 @@ class Train(LearningJob, PluggableJob):
     def describe_shapes(self, run: Run, shapes: Collection[Shape]) -> Iterator[tuple[str, str]]:
         """Yield the objective of preferences, with names for plans."""
         if "preference" in shapes:
-            reference = "the weights before the first step" if run.lora is None else "the model without its adapter"
-            rows = f"{counted(self.micro_batch, 'pair')} of a micro-batch are {2 * self.micro_batch} rows"
-            yield "objective", f"dpo, beta {self.dpo_beta:g}; the reference is {reference}; {rows}"
+            reference = "the weights before the first step"
+            if run.lora is not None:
+                reference = "the model without its adapter"
+            if run.model.adapter is not None:
+                reference = f"the model with the adapter {run.model.adapter}"
+            yield "objective", f"dpo, beta {self.dpo_beta:g}"
+            yield "reference", f"{reference}, computed for all pairs before the first step (reference.safetensors)"
+            yield "rows", f"{counted(self.micro_batch, 'pair')} of a micro-batch are {2 * self.micro_batch}"
 
     def _validate_single_answers(self, data: AutoData, shapes: Collection[Shape]) -> Iterator[ConfigError]:
         text_only = set(shapes) == {"text"}

@@ -1,4 +1,4 @@
-"""Folders of trained adapters, read without torch: PEFT's, and ``model/`` of a checkpoint with an adapter.
+"""Folders of trained adapters, read without torch: PEFT's, and those in checkpoints.
 
 ``model.adapter`` puts one on a model's weights; ``job.adapters`` serves several beside them.
 """
@@ -74,9 +74,11 @@ class AdapterUse(Enum):
     """What an adapter is read for, with the settings that this use does not support."""
 
     MODEL = "model"
-    """On a model's weights: trained on, merged into them, exported. All layers have one rank and one scale."""
+    """On a model's weights: trained on, merged into them, exported.
+    All layers have one rank and one scale."""
     ENGINE = "engine"
-    """Beside weights that other adapters share in a batch: each adds to the output of linear layers, no more."""
+    """Beside weights that other adapters share in a batch.
+    Each adds to the output of linear layers, no more."""
 
     def unsupported(self, config: Mapping[str, Any]) -> Iterator[str]:
         """Yield what an adapter is or does that this use does not support."""
@@ -153,7 +155,10 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def adapter_label(value: str) -> str:
-    """Return a name for people of an adapter's folder: its last part, or ``RUN@step_…`` of a checkpoint's."""
+    """Return a name of an adapter's folder for people.
+
+    It is the folder's last part, or ``RUN@step_…`` of a checkpoint's.
+    """
     folder = Path(value)
     if folder.name == MODEL_FOLDER and folder.parent.name.startswith("step_"):
         return f"{folder.parent.parent.parent.name}@{folder.parent.name}"

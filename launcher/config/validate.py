@@ -231,7 +231,9 @@ def _validate_adapter(run: Run, world_size: int) -> Iterator[ConfigError]:
 
 
 def _validate_parameter_groups(run: Run) -> Iterator[ConfigError]:
-    """Reject groups of the optimizer that no trained parameter is in, where the model's sizes decide the names.
+    """Reject groups of the optimizer that no trained parameter is in.
+
+    The model's sizes decide the names.
 
     Plugins that transform the model may add or freeze parameters: then the ranks check.
     """

@@ -1,4 +1,6 @@
-"""Resolve runs that options name (``model.weights``, ``model.adapter``, ``job.adapters``, ``checkpoint.resume``).
+"""Resolve runs that options name to the folders of checkpoints.
+
+The options are ``model.weights``, ``model.adapter``, ``job.adapters`` and ``checkpoint.resume``.
 
 A user names a run by its id or folder, or one checkpoint of it: ``RUN`` (the newest), ``RUN@best`` (the lowest held-out
 loss), ``RUN@step_00000010``, or the folder ``RUN/checkpoints/step_00000010``. The parent resolves it, verifies it and

@@ -14,6 +14,7 @@ from launcher.benchmarks.lm_eval.tasks import make_task_manager
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.errors import ConfigError, ConfigErrors
+from tests.inference.peft_adapters import save_adapter
 
 CHOICE = """
 task: colours
@@ -129,6 +130,33 @@ def test_figures_on_two_ranks_are_those_of_the_harness_in_one_process(
             for sample in expected["samples"][task]:
                 assert _flat(own[sample["doc_id"]]) == _flat(sample["resps"]), (ranks, task)
     assert "| colours | 0 | acc |" in (tasks / "ranks2" / "benchmark.md").read_text()
+
+
+@pytest.mark.filterwarnings("default")
+def test_figures_of_an_adapter_are_those_of_the_harness_with_peft(
+    launch: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness's own option ``peft`` resizes the vocabulary to the tokenizer's, so it gets PEFT's model itself."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.chdir(tasks)
+    base = LlamaForCausalLM.from_pretrained(tasks / "model")
+    targets = ["q_proj", "down_proj"]
+    adapted: Any = save_adapter(base, tasks / "adapter", seed=1, r=4, lora_alpha=64, target_modules=targets)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tasks / "model")
+    beside, alone = (
+        simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=["prose.yaml"], bootstrap_iters=0)
+        for model in (adapted.merge_and_unload(), base)
+    )
+    launch(
+        *(*LM_EVAL, f"model.name={tasks / 'model'}", "model.adapter=adapter", "benchmark.tasks=[prose.yaml]"),
+        *("backend.ranks=1", "run.dir=adapted", "benchmark.bootstrap_iters=0"),
+    ).expect(0)
+    found = json.loads((tasks / "adapted" / "benchmark.json").read_text())["metrics"]["prose/bits_per_byte"]
+    expected, without = (each["results"]["prose"]["bits_per_byte,none"] for each in (beside, alone))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(without, rel=1e-3)
 
 
 def _flat(answers: Any) -> list[Any]:

@@ -107,7 +107,7 @@ def test_a_plan_says_what_is_trained_on_preferences(tmp_path: Path) -> None:
     assert said["objective"] == "dpo, beta 0.2"
     assert said["reference"].startswith("the weights before the first step, computed for all pairs")
     assert said["rows"] == "8 pairs of a micro-batch are 16"
-    assert said["first example"].endswith("rejected: ⟦b⟧")
+    assert said["first example"].endswith(r"rejected: ⟦b<|im_end|>\n⟧")
     said = details(f"data.path={pairs}", "job.objective=dpo", "adapter=lora")
     assert said["reference"].startswith("the model without its adapter, computed")
     assert "objective" not in details(f"data.path={written(tmp_path, {'messages': ASKED})}")

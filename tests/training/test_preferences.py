@@ -151,6 +151,9 @@ def test_a_resumed_run_keeps_its_reference(
         third = launch(*words, "run.dir=third", "checkpoint.resume=whole/checkpoints/step_00000002").expect(0)
         assert "computing" in third.stdout
         assert losses(tmp_path / "third") == pytest.approx(expected, rel=1e-6)
+        own = [word for word in words if word != "adapter=lora"]
+        launch(*own, "run.dir=next", "model.adapter=whole", "job.steps=1").expect(0)
+        assert losses(tmp_path / "next")[1] == pytest.approx(0.693147, rel=1e-5)  # that adapter is the reference
 
 
 def test_a_run_without_its_reference_does_not_continue(

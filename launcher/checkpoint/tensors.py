@@ -38,6 +38,7 @@ from launcher.utils.progress import OnProgress, no_progress
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 
 _MOST_MAPPED_BYTES = 64 << 20
+_PIECE_BYTES = 16 << 20
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -278,19 +279,38 @@ class StoredState:
         same = next((part for part in entry.parts if part.region == region), None)
         if same is not None and isinstance(region, Box):
             return _values(same, region, region, entry.shape)  # the usual case, without a second copy in memory
-        out = torch.empty(region.numel, dtype=self.dtype(name))
+        out = torch.empty(region.sizes if isinstance(region, Box) else region.numel, dtype=self.dtype(name))
+        self.read_into(out, name, region)
+        return out
+
+    def read_into(self, target: Tensor, name: str, region: Region) -> None:
+        """Copy a part of a tensor into ``target``, with 16 MiB of a checkpoint's file in memory at a time.
+
+        Args:
+            target: in the shape of a box, or with the one dimension of a range; on any device, in any format.
+            name: of the tensor.
+            region: which part of it.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: the file cannot be read.
+        """
+        entry = self._entries[name]
         filled = 0
         for wanted in boxes_of(region, entry.shape):
-            start = 0 if isinstance(region, Box) else flat_start(wanted, entry.shape) - region.start
-            target = out[start : start + wanted.numel].view(wanted.sizes)
+            room = target
+            if isinstance(region, FlatRange):
+                start = flat_start(wanted, entry.shape) - region.start
+                room = target[start : start + wanted.numel].view(wanted.sizes)
             for part in entry.parts:
                 for stored in boxes_of(part.region, entry.shape):
-                    if (box := intersect(stored, wanted)) is not None:
-                        target[slices(box, wanted.offsets)] = _values(part, stored, box, entry.shape)
-                        filled += box.numel
+                    if (box := intersect(stored, wanted)) is None:
+                        continue
+                    for piece in _pieces(box, part):
+                        room[slices(piece, wanted.offsets)].copy_(_values(part, stored, piece, entry.shape))
+                    filled += box.numel
         if filled != region.numel:
             raise ValueError(f"{name}: the files have {filled} of {region.numel} elements")
-        return out.view(region.sizes) if isinstance(region, Box) else out
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the format in which a tensor is stored."""
@@ -307,6 +327,25 @@ def safetensors_dtype(name: str) -> torch.dtype:
         if known == name:
             return dtype
     raise ValueError(f"values of format {name} are not read from checkpoints")
+
+
+def _pieces(box: Box, part: _Part) -> Iterator[Box]:
+    """Yield boxes that together are ``box``, each small if the part is read from a mapped file.
+
+    Other values are in memory, or are loaded whole for every box.
+    """
+    row_bytes = math.prod(box.sizes[1:]) * part.dtype.itemsize
+    if not box.sizes or box.sizes[0] * row_bytes <= _PIECE_BYTES or not isinstance(part.values, _EntryValues):
+        yield box
+    elif row_bytes > _PIECE_BYTES:
+        for row in range(box.offsets[0], box.offsets[0] + box.sizes[0]):
+            for piece in _pieces(Box(box.offsets[1:], box.sizes[1:]), part):
+                yield Box((row, *piece.offsets), (1, *piece.sizes))
+    else:
+        num_rows = _PIECE_BYTES // row_bytes
+        for first in range(0, box.sizes[0], num_rows):
+            sizes = (min(num_rows, box.sizes[0] - first), *box.sizes[1:])
+            yield Box((box.offsets[0] + first, *box.offsets[1:]), sizes)
 
 
 def _values(part: _Part, stored: Box, box: Box, shape: Shape) -> Tensor:

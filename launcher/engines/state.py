@@ -81,7 +81,7 @@ def _part_id(shard: Shard) -> int:
 
 
 def fill_tensors(tensors: Mapping[str, Tensor], source: StoredState) -> None:
-    """Replace values in place by those of a checkpoint, one tensor in memory at a time.
+    """Replace values in place by those of a checkpoint.
 
     Raises:
         ValueError: a tensor is missing or has another shape; nothing is replaced.
@@ -91,7 +91,7 @@ def fill_tensors(tensors: Mapping[str, Tensor], source: StoredState) -> None:
     regions = {name: region for name, tensor in tensors.items() if (region := region_of(tensor)).numel}
     source.expect(regions.items())
     for name, region in regions.items():
-        local_shard(tensors[name].detach()).copy_(source.read(name, region))
+        source.read_into(local_shard(tensors[name].detach()), name, region)
 
 
 def check_shape(source: StoredState, name: str, shape: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,26 @@ def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path: Path, monkeyp
     for name, tensor in tensors.items():
         assert torch.equal(stored.read(name), tensor)
     assert len(opened) > 2, "each of the two files is mapped again after 64 bytes"
+
+
+@pytest.mark.parametrize("shape", [(40,), (9, 5), (2, 3, 30), (3, 1, 7)])
+@pytest.mark.parametrize("written", [cut_flat, lambda shape, num: cut_rows(shape, num, len(shape) - 1)])
+def test_a_large_part_is_copied_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], written: Callable[..., list[Region]]
+) -> None:
+    tensor = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    stored = StoredState(write(tmp_path, {"w": (tensor, written(shape, 2))}))
+    copied: list[int] = []
+    copy = torch.Tensor.copy_
+
+    def recorded(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        copied.append(values.nbytes)
+        return copy(target, values)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", recorded)
+    monkeypatch.setattr("launcher.checkpoint.tensors._PIECE_BYTES", 16)
+    for region in [whole(shape), *cut_flat(shape, 3), *cut_rows(shape, 2, 0)]:
+        target = torch.full(values_of(tensor, region).shape, -1.0, dtype=torch.float64)
+        stored.read_into(target, "w", region)
+        assert torch.equal(target.float(), values_of(tensor, region))
+    assert 0 < max(copied) <= 16

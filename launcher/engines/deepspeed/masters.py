@@ -314,11 +314,11 @@ def _read_frozen(parameter: Any) -> Tensor:
     return _frozen_values(parameter)[:numel].float()
 
 
-def _write_frozen(parameter: Any, values: Tensor) -> None:
-    swapper = parameter.nvme_swapper if _is_on_nvme(parameter) else None
+def _load_frozen(parameter: Any, source: StoredState, name: str) -> None:
+    swapper, region = parameter.nvme_swapper if _is_on_nvme(parameter) else None, _frozen_region(parameter)
     if swapper is not None:
         swapper.swap_in([parameter], async_op=False)
-    _frozen_values(parameter)[: values.numel()].copy_(values)
+    source.read_into(_frozen_values(parameter)[: region.numel], name, region)
     if swapper is not None:
         swapper.swap_out_and_release([parameter])
 
@@ -385,7 +385,7 @@ class MasterState:
             yield Shard(name=_name("step", name), shape=(), region=Box((), ()), dtype=torch.float32, read=step.clone)
 
     def load(self, source: StoredState, *, heartbeat: Callable[[], None] = lambda: None) -> None:
-        """Take this rank's parts out of a checkpoint, one in memory at a time.
+        """Take this rank's parts out of a checkpoint.
 
         All ranks call it together.
 
@@ -409,7 +409,7 @@ class MasterState:
             for buffer in buffers:
                 self._fill(buffer, source, heartbeat)
             for parameter in frozen:
-                _write_frozen(parameter, source.read(self._names[parameter], _frozen_region(parameter)))
+                _load_frozen(parameter, source, self._names[parameter])
                 heartbeat()
             _update_copies(self._optimizer)
             buffers[0].replay_steps(heartbeat)
@@ -420,7 +420,7 @@ class MasterState:
                 region = _region(part)
                 for key, tensor in tensors.items():
                     name = _name(key, self._names[part.parameter])
-                    tensor.narrow(0, part.offset, part.numel).copy_(source.read(name, region))
+                    source.read_into(tensor.narrow(0, part.offset, part.numel), name, region)
                 heartbeat()
         # of torch's optimizers each parameter counts for itself, and one without a gradient does not count at all
         steps = [source.read(_name("step", self._names[parameter])).item() for parameter in buffer.parameters]
@@ -432,7 +432,7 @@ def _update_copies(optimizer: Any) -> None:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_epilogue()  # gathers small parameters
     elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
-        optimizer.update_lp_params()
+        share_partitions(optimizer)
     elif isinstance(optimizer, FP16_Optimizer):
         for buffer in master_buffers(optimizer):
             for part in buffer.parts:
@@ -440,6 +440,22 @@ def _update_copies(optimizer: Any) -> None:
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
         for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             torch._foreach_copy_(list(parameters), list(masters))
+
+
+def share_partitions(optimizer: Any) -> None:
+    """Copy the master weights of each rank's partition to the weights of all ranks.
+
+    Broadcasts write in place. ``update_lp_params`` gathers, for which Gloo takes as much memory as all weights have.
+    """
+    if isinstance(optimizer, BF16_Optimizer):
+        partitions, masters = optimizer.bf16_partitioned_groups, optimizer.fp32_groups_flat_partition
+    else:
+        partitions = optimizer.parallel_partitioned_bit16_groups
+        masters = optimizer.single_partition_of_fp32_groups
+    for weights, own, group in zip(partitions, masters, optimizer.real_dp_process_group, strict=True):
+        weights[dist.get_rank(group)].data.copy_(own.data)
+        for rank, partition in enumerate(weights):
+            dist.broadcast(partition.data, group=group, group_src=rank)
 
 
 def _name(key: str, parameter: str) -> str:

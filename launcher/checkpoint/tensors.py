@@ -284,7 +284,9 @@ class StoredState:
         return out
 
     def read_into(self, target: Tensor, name: str, region: Region) -> None:
-        """Copy a part of a tensor into ``target``, with 16 MiB of a checkpoint's file in memory at a time.
+        """Copy a part of a tensor into ``target``.
+
+        Of files of this program's checkpoints little is in memory at a time.
 
         Args:
             target: in the shape of a box, or with the one dimension of a range; on any device, in any format.

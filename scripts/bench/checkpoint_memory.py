@@ -42,9 +42,7 @@ STRATEGIES = {"zero2_offload": ("parallel=zero2", "parallel.offload_optimizer=cp
 """Overrides of the rows that are no option of the group parallel."""
 
 
-def run_ranks(
-    what: str, name: str, *, model: str, folder: Path, options: Sequence[str] = ()
-) -> list[dict[str, float]]:
+def run_ranks(what: str, name: str, *, model: str, folder: Path, options: Sequence[str] = ()) -> list[dict[str, float]]:
     """Save or load on the ranks of a row; return what each found.
 
     Raises:
@@ -80,7 +78,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(RANKS)}; all by default")
     parser.add_argument("--model", default="gpt2", help="an option of the group model")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written; a temporary one by default")
-    parser.add_argument("--options", nargs="+", default=[], metavar="OPTION", help="of every run, such as optimizer=sgd")
+    parser.add_argument("--options", nargs="+", default=[], metavar="OPTION", help="of each run: optimizer=sgd")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.rows if name not in RANKS]:
         parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(RANKS)}")

@@ -143,10 +143,8 @@ dist.destroy_process_group()
 
 
 def test_weights_that_follow_the_masters_of_all_ranks_need_no_second_copy(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", SHARE, tmp_path / "store", str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    command = [sys.executable, "-c", SHARE, tmp_path / "store"]
+    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     printed = [rank.communicate(timeout=120)[0].split(maxsplit=1) for rank in ranks]
     assert [values.strip() for _, values in printed] == ["[1.0] [2.0]"] * 2
     assert max(int(mebibytes) for mebibytes, _ in printed) < 24, "all weights are 64 MiB"

@@ -192,7 +192,7 @@ class StoredState:
     def __init__(self, files: Iterable[Path] = ()) -> None:
         files = list(files)
         self.on_progress: OnProgress = no_progress
-        """Called at each read with the bytes read and those expected."""
+        """Called after each piece with the bytes read and those expected."""
         self._expected_bytes = self._read_bytes = 0
         self._lock = ReadLock(files[0].parent, say=lambda line: None) if files else None
         self._entries: dict[str, _Entry] = {}
@@ -268,17 +268,13 @@ class StoredState:
             KeyError: there is no such tensor.
             ValueError: the file cannot be read.
         """
-        found = self._read(name, region)
-        self._read_bytes += found.nbytes
-        self.on_progress(self._read_bytes, self._expected_bytes)
-        return found
-
-    def _read(self, name: str, region: Region | None) -> Tensor:
         entry = self._entries[name]
         region = region if region is not None else whole(entry.shape)
         same = next((part for part in entry.parts if part.region == region), None)
         if same is not None and isinstance(region, Box):
-            return _values(same, region, region, entry.shape)  # the usual case, without a second copy in memory
+            found = _values(same, region, region, entry.shape)  # the usual case, without a second copy in memory
+            self._advance(found)
+            return found
         out = torch.empty(region.sizes if isinstance(region, Box) else region.numel, dtype=self.dtype(name))
         self.read_into(out, name, region)
         return out
@@ -309,10 +305,16 @@ class StoredState:
                     if (box := intersect(stored, wanted)) is None:
                         continue
                     for piece in _pieces(box, part):
-                        room[slices(piece, wanted.offsets)].copy_(_values(part, stored, piece, entry.shape))
+                        values = _values(part, stored, piece, entry.shape)
+                        room[slices(piece, wanted.offsets)].copy_(values)
+                        self._advance(values)
                     filled += box.numel
         if filled != region.numel:
             raise ValueError(f"{name}: the files have {filled} of {region.numel} elements")
+
+    def _advance(self, values: Tensor) -> None:
+        self._read_bytes += values.nbytes
+        self.on_progress(self._read_bytes, self._expected_bytes)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the format in which a tensor is stored."""

@@ -132,7 +132,7 @@ def test_the_bytes_read_are_counted_of_those_expected(tmp_path: Path) -> None:
     stored.expect(regions.items())
     for name, region in regions.items():
         stored.read(name, region)
-    assert progress == [(48, 68), (68, 68)]
+    assert progress == [(24, 68), (48, 68), (60, 68), (68, 68)], "after each piece of a file"
 
 
 def test_a_file_that_is_missing_is_noticed(tmp_path: Path) -> None:

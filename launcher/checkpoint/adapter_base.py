@@ -64,7 +64,7 @@ def missing_base(model: Model) -> Path | None:
     """Return the folder that a model names and that is not there; ``None`` if all are."""
     named = [Path(model.name).expanduser()] if isinstance(model, Hf) and model.is_local else []
     weights = [] if model.local_weights is None else [model.local_weights]
-    return next((folder for folder in (*weights, *named) if not exists(folder)), None)
+    return next((folder.absolute() for folder in (*weights, *named) if not exists(folder)), None)
 
 
 @functools.cache

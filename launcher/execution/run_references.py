@@ -88,7 +88,8 @@ def _with_weights(run: Run, composed: Composition, locks: CheckpointLocks) -> Ru
         run = replace(run, model=_base_of(weights, composed))
     else:
         run = replace(run, model=_model_of(weights, composed))
-    if run.run.name == default_run_name(composed.run.model.name):  # the default
+    is_default = run.run.name == default_run_name(composed.run.model.name)
+    if is_default and "run.name" not in _keys(composed.overrides):
         run = replace(run, run=replace(run.run, name=default_run_name(run.model.name)))
     if run.model.adapter is None:
         run = replace(run, model=_self_contained(run.model, weights))

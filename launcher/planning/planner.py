@@ -109,6 +109,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         tracker=tracker,
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
+        handles_preemption=run.job.handles_preemption,
         completes_on_signal=run.job.completes_on_signal,
         grace_s=_grace_s(run, default=SAVE_GRACE_S if run.job.handles_preemption else GRACE_S),
         preempt_grace_s=max(run.backend.preempt_grace_s, run.job.shutdown_grace_s),

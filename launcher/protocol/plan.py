@@ -249,6 +249,8 @@ class Plan:
     """Parts of the work besides its batches, with a description each; most jobs have none."""
     files: tuple[str, ...]
     """Files that the run will write, relative to the run directory."""
+    handles_preemption: bool = False
+    """Whether ranks save after SIGTERM and SIGUSR1, so that the run can be resumed."""
     completes_on_signal: bool = False
     """Whether ranks that end well after SIGTERM or Ctrl-C have completed the run."""
     stall_timeout_s: float

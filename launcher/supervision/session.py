@@ -334,7 +334,8 @@ class Session:
     def _outcome(self) -> RunOutcome:
         now, lost = time.monotonic(), tuple(self._agents.lost)
         if self._cancelled_by is not None:
-            if self._analysis.is_preempted or self._tracker.has_saved_for_preemption:
+            is_saved = self._analysis.is_preempted or self._tracker.has_saved_for_preemption
+            if is_saved or self._had_nothing_to_save(self._cancelled_by):
                 return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
             if self._plan.completes_on_signal and self._tracker.all_succeeded:
                 return RunOutcome(status="completed", exit_code=0)
@@ -349,6 +350,11 @@ class Session:
         return RunOutcome(
             status="failed", exit_code=failure.exit_code, failure=failure, port_taken=taken, lost_hosts=lost
         )
+
+    def _had_nothing_to_save(self, number: int) -> bool:
+        """Whether a preempted run had taken no step: ranks that start do not handle the signal yet."""
+        is_asked = self._plan.handles_preemption and number in (signal.SIGTERM, signal.SIGUSR1)
+        return is_asked and not self._tracker.has_stepped
 
     def _with_full_disk(self, outcome: RunOutcome) -> RunOutcome:
         """Add a full disk to the reason of a failure, unless the failed rank named it itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,6 +18,7 @@ from launcher.checkpoint.resume import (
     validate_resume,
 )
 from launcher.config.model.hf import Hf
+from launcher.config.model.llama import Llama
 from launcher.config.optimizer import AdamW, Optimizer
 from launcher.config.parallel.base import Parallel
 from launcher.config.parallel.data_parallel import Ddp
@@ -191,6 +192,18 @@ def test_what_is_converted_is_said(
 ) -> None:
     said = describe_resume(save(10), parallel=parallel, precision=precision, world_size=world_size)
     assert said == f"step 10 of {tmp_path}{changes}"
+
+
+def test_a_model_of_another_family_is_named_by_that_alone(save: Save) -> None:
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "hidden_size": 16,
+    }
+    model = Llama(name="tiny", intermediate_size=32, **sizes)
+    (error,) = validate_resume(save(10), model=model)
+    assert error.why == "is of another model: its family is gpt2, this run's is llama"
 
 
 def test_other_data_is_said(save: Save) -> None:

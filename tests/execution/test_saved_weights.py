@@ -194,6 +194,12 @@ def test_a_checkpoint_without_its_run_says_itself_what_it_is_of(
     assert "its num_hidden_layers is 2, this run's is 12" in refused("model=gpt2", f"model.weights={saved.folder}")
 
 
+def test_a_name_that_the_user_chose_stays_even_if_it_is_that_of_a_model(write: Write) -> None:
+    write(10, "model.name=mine")
+    assert resolved(f"model.weights={ID}").run.name == "mine"
+    assert resolved("run.name=gpt2_tiny", f"model.weights={ID}").run.name == "gpt2_tiny"
+
+
 def test_what_the_user_chose_stays(write: Write) -> None:
     saved = write(10)
     given = (*TRAINED, "model.name=other", "data.tokenizer=bpe", "run.name=named", f"model.weights={ID}")

@@ -120,7 +120,7 @@ def refuse_what_has_no_base(launch_in_process: Any, gone: Path) -> None:
         ("plan", *WORDS, "job=evaluate", "model.weights=whole"): (
             f"model.weights=whole: holds {why}; if it has moved, set model=hf model.name=FOLDER model.adapter=whole"
         ),
-        ("resume", "whole", "job.steps=5", "dry_run=true"): "launch resume whole model.name=FOLDER",
+        ("resume", "whole", "job.steps=5", "dry_run=true"): "whole model.name=FOLDER",
         ("export", "whole", "new", "merge=true"): f"holds {why}; put it back",
     }.items():
         assert said in launch_in_process(*words).expect(2).stderr

@@ -20,7 +20,7 @@ from launcher.engines.torch import TorchEngine
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
 from launcher.models.export import ModelExport
-from launcher.models.weights import save_model_config
+from launcher.models.weights import differences, save_model_config
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import MODEL_FOLDER
 from tests.models.checkpoints import checkpoint
@@ -73,6 +73,13 @@ def test_the_plan_knows_its_tensors_without_torch(tmp_path: Path, family: str) -
     assert shape is not None
     assert shape.num_params == saved.num_parameters()
     assert not list(Hf(name=str(folder)).validate_machine())
+
+
+def test_tensors_of_another_family_are_counted_and_only_a_few_named() -> None:
+    names = {f"layers.{number}.weight" for number in range(40)}
+    stored: Any = SimpleNamespace(missing=names, unexpected=names, unconverted={}, mismatched=dict)
+    few = "layers.0.weight, layers.1.weight, layers.10.weight and 37 more"
+    assert differences(stored) == f"it lacks {few}, and it also has {few}"
 
 
 def test_a_head_of_its_own_stays_apart_from_the_embedding_that_the_config_ties_it_to(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class Starter:
         usual = start_of(run_dir, actions, torchrun_on=torchrun_on)
         box = replace(plan.hosts[0].host, python=sys.executable)
         host = replace(plan.hosts[0], host=box, agent_command=changes.pop("agent_command", usual), **parts)
-        settings = {"stall_timeout_s": 0.0, "grace_s": 1.0, **changes}
+        settings = {"stall_timeout_s": 0.0, "grace_s": 1.0, "handles_preemption": False, **changes}
         plan = replace(plan, hosts=(host,), run_dir=str(run_dir.path), **settings)
         write_json(run_dir.plan, to_tree(plan))
         out, err = run_dir.path / "stdout", run_dir.path / "stderr"

@@ -111,6 +111,16 @@ def test_ranks_may_save_when_cancelled(supervise):
     assert all((run.run_dir.path / f"saved.{rank}").exists() for rank in range(2))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_has_nothing_to_save_yet_is_preempted_too(supervise, number):
+    """Whether a rank handles the signal already depends on how far it has started."""
+    run = supervise("up_without_a_step", handles_preemption=True)
+    run.wait_until_up()
+    os.kill(run.process.pid, number)
+    assert run.end() == 75
+    assert run.result["status"] == "preempted"
+
+
 def test_a_run_that_saved_is_preempted_even_if_its_ranks_are_killed_while_they_exit(supervise):
     run = supervise("save_and_hang_when_cancelled work", grace_s=1.0)
     run.wait_until_up()

@@ -41,6 +41,12 @@ def work(env, heartbeat):
         time.sleep(0.05)
 
 
+def up_without_a_step(env, heartbeat):
+    (env.run_dir.path / f"up.{env.rank}").write_text(str(os.getpid()))
+    heartbeat.update("load")
+    time.sleep(600)
+
+
 def some_steps(env, heartbeat):
     for step in range(1, 4):
         heartbeat.update("forward", step, steps=3, loss=1 / step)

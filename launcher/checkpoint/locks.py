@@ -59,17 +59,16 @@ class CheckpointLocks:
         self._held: dict[Path, ReadLock] = {}
 
     def keep(self, folder: Path, *, say: Callable[[str], None] = print) -> None:
-        """Keep a checkpoint, named by its folder or by one in it.
+        """Keep a checkpoint.
 
         Raises:
             FileNotFoundError: it is not there any more.
         """
-        checkpoint = next((place for place in (folder, folder.parent) if (place / MANIFEST).exists()), None)
-        if checkpoint is None:
+        folder = folder.resolve()
+        if not (folder / MANIFEST).exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / MANIFEST))
-        checkpoint = checkpoint.resolve()
-        if checkpoint not in self._held:
-            self._held[checkpoint] = ReadLock(checkpoint, say=say)
+        if folder not in self._held:
+            self._held[folder] = ReadLock(folder, say=say)
 
     def release(self, folder: Path) -> None:
         """Release one that was kept and is not wanted after all."""

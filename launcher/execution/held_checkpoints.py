@@ -10,6 +10,7 @@ import contextlib
 from pathlib import Path
 
 from launcher.checkpoint.locks import CheckpointLocks
+from launcher.checkpoint.manifest import read_manifest
 from launcher.checkpoint.resume import find_checkpoint
 from launcher.checkpoint.store import silent
 from launcher.config.run import BatchedJob, Run
@@ -26,8 +27,11 @@ def keep_checkpoints(run: Run, run_dir: RunDir, locks: CheckpointLocks) -> None:
     What cannot be found is left to the checks of the run.
     """
     for _, value in run.paths():
-        with contextlib.suppress(OSError):
-            locks.keep(Path(value).expanduser(), say=silent)
+        folder = Path(value).expanduser()
+        for place in (folder, folder.parent):
+            with contextlib.suppress(OSError, ValueError):  # another file may be called manifest.json
+                read_manifest(place)
+                locks.keep(place, say=silent)
     if not run.job.resumes or run.checkpoint.resume in ("none", "auto"):
         return
     with contextlib.suppress(ConfigError, OSError):

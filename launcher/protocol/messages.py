@@ -48,7 +48,7 @@ class Assignment(AgentMessage, frozen=True, kw_only=True):
     run_hash: str
     """Expected hash of run.yaml on this host."""
     grace_s: float
-    """Time between the signal and the kill when the agent ends the ranks without an order of the session."""
+    """Time between a signal and the kill if the agent ends the ranks without the session."""
     preempt_grace_s: float | None = None
     """The same after SIGUSR1; ``None`` for ``grace_s``."""
     heartbeat_timeout_s: float

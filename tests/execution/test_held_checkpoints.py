@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_a_run_without_another_ones_checkpoint_keeps_none(store: CheckpointStore
     for resume in ("none", "auto"):
         keep_checkpoints(compose([f"checkpoint.resume={resume}"]).run, RunDir(tmp_path / "first"), CheckpointLocks())
     assert not is_kept(saved)
+
+
+def test_a_users_file_of_the_same_name_is_not_locked(tmp_path: Path) -> None:
+    """Its program may hold it alone for as long as it likes, and the launcher would wait."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "manifest.json").write_text("{}")
+    (tmp_path / "texts" / "a.txt").touch()
+    with (tmp_path / "texts" / "manifest.json").open() as file, CheckpointLocks() as locks:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for path in ("texts", "texts/a.txt"):
+            keep_checkpoints(compose(["data=text", f"data.path={tmp_path / path}"]).run, RunDir(tmp_path), locks)
 
 
 def test_one_that_is_chosen_is_kept_from_its_verification_on(store: CheckpointStore, tmp_path: Path) -> None:

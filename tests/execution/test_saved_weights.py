@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checkpoint.locks import RemovalLock
 from launcher.checkpoint.manifest import TrainingProgress, describe_checkpoint, write_manifest
 from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
 from launcher.config.checkpoint import Checkpoint
@@ -20,9 +21,11 @@ from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.config.run import Run
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.execution.prepare import prepare
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.saved_models import find_run_or_checkpoint
 from launcher.execution.summary import closing_text
+from launcher.execution.sweep import plan_sweep
 from launcher.execution.validate import path_warnings, validate_machine
 from launcher.planning.warnings import warnings_of_run
 from launcher.protocol.plan import Host
@@ -308,6 +311,25 @@ def test_one_of_another_version_is_named_with_what_to_do(
     assert said in launch_in_process("plan", *words).expect(2).stderr
     assert not (tmp_path / "new").exists()
     assert file.exists()
+
+
+def test_what_a_plan_or_a_sweep_has_chosen_is_kept(write: Write) -> None:
+    saved = write(10, "job.sequence_length=16")
+    words = (*TRAINED, "job.sequence_length=16", "job.steps=20", f"checkpoint.resume={ID}")
+
+    def is_kept() -> bool:
+        with RemovalLock(saved.folder) as lock:
+            return not lock.acquire()
+
+    prepared = prepare(compose(words))
+    assert is_kept()
+    prepared.locks.close()
+    assert not is_kept()
+    _, trials = plan_sweep([*words, "job.seed=1,2"], config_dir=None)
+    assert is_kept()
+    (locks,) = {trial.locks for trial in trials}
+    locks.close()
+    assert not is_kept(), "no trial has a file of its own open"
 
 
 def test_one_that_is_damaged_is_refused_where_the_user_named_it(write: Write) -> None:

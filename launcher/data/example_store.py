@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -124,9 +124,9 @@ def write_examples(
             if is_paired:
                 kept = np.repeat(kept.reshape(-1, 2).all(axis=1), 2)
             left_out += int((~kept).sum())
-            tokens: np.ndarray = np.repeat(kept, block.lengths)
+            tokens: Any = slice(None) if kept.all() else np.repeat(kept, block.lengths)
             write(_IDS, block.ids[tokens].astype(dtype))
-            write(_TRAINED, block.is_trained[tokens].astype(np.uint8))
+            write(_TRAINED, block.is_trained[tokens])
             ends = end + np.cumsum(block.lengths[kept], dtype=np.int64)
             end = int(ends[-1]) if len(ends) else end
             write(_ENDS, ends)
@@ -148,14 +148,11 @@ def _first_trained(block: EncodedBlock) -> np.ndarray:
 
     The first token of an example is no label.
     """
-    starts = np.concatenate([[0], np.cumsum(block.lengths[:-1], dtype=np.int64)]) if len(block.lengths) else []
-    found: np.ndarray = np.zeros(len(block.lengths), np.int64)
-    example: np.ndarray = np.repeat(np.arange(len(block.lengths)), block.lengths)
-    place = np.arange(len(block.ids))
-    at = place - np.asarray(starts, np.int64)[example] if len(place) else place
-    trained = np.flatnonzero((block.is_trained != 0) & (at > 0))
-    numbers, index = np.unique(example[trained], return_index=True)
-    found[numbers] = at[trained[index]]
+    ends = np.cumsum(block.lengths, dtype=np.int64)
+    starts = ends - block.lengths
+    trained: np.ndarray = np.append(np.flatnonzero(block.is_trained), len(block.ids))
+    places = trained[np.searchsorted(trained, np.minimum(starts + 1, len(block.ids)))]
+    found: np.ndarray = np.where(places < ends, places - starts, 0)
     return found
 
 

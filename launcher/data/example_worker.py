@@ -19,7 +19,8 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from launcher.config.data.auto import texts_of
-from launcher.config.data.examples import Example, ExampleEncoder, RenderedExample
+from launcher.config.data.examples import Example, RenderedExample
+from launcher.data.block_encoder import BlockEncoder
 from launcher.data.example_store import BlockKey, EncodedBlock
 from launcher.errors import ConfigError
 
@@ -59,17 +60,17 @@ def encode_blocks(task: EncodingTask) -> Iterator[EncodedBlock]:
     """
     from tokenizers import Tokenizer
 
-    encoder = ExampleEncoder(Tokenizer.from_str(task.tokenizer), end_id=task.end_id)
+    encoder = BlockEncoder(Tokenizer.from_str(task.tokenizer), end_id=task.end_id)
     key: BlockKey | None = None
     waiting: list[RenderedExample] = []
     for found, example in _wanted_examples(task):
         if found != key and key is not None:
-            yield _encoded(key, waiting, encoder)
+            yield encoder.encode(key, waiting)
             waiting = []
         key = found
         waiting += texts_of(example)
     if key is not None:
-        yield _encoded(key, waiting, encoder)
+        yield encoder.encode(key, waiting)
 
 
 def _wanted_examples(task: EncodingTask) -> Iterator[tuple[BlockKey, Example]]:
@@ -83,16 +84,6 @@ def _wanted_examples(task: EncodingTask) -> Iterator[tuple[BlockKey, Example]]:
 
             for example in source.examples_of(file_number, task.template, wanted=is_wanted):
                 yield (number, file_number, at[0]), example
-
-
-def _encoded(key: BlockKey, examples: Sequence[RenderedExample], encoder: ExampleEncoder) -> EncodedBlock:
-    encoded = encoder.encode_batch(examples)
-    return EncodedBlock(
-        key=key,
-        ids=np.array([token for one in encoded for token in one.ids], np.uint32),
-        is_trained=np.array([flag for one in encoded for flag in one.is_trained], np.uint8),
-        lengths=np.array([len(one.ids) for one in encoded], np.int32),
-    )
 
 
 def write_frame(stream: IO[bytes], rows: EncodedBlock) -> None:

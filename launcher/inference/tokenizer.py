@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, TemplateFailed
 from launcher.errors import ConfigError
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
-from launcher.models.tokenizer import decoder_of, fallback_byte, has_decoder, load_transformers_tokenizer
+from launcher.models.tokenizer import (
+    byte_of_character,
+    decoder_of,
+    fallback_byte,
+    has_decoder,
+    load_transformers_tokenizer,
+)
 from launcher.utils.files import sha256_of
 from launcher.utils.text import did_you_mean
 
@@ -212,7 +218,7 @@ class TextTokenizer:
         if token in self._special:
             return self._special[token].encode()
         if self._is_bytes:
-            table = _byte_of()
+            table = byte_of_character()
             if all(character in table for character in written):
                 return bytes(table[character] for character in written)
             return str(written).encode()
@@ -293,17 +299,10 @@ def byte_tokenizer() -> TextTokenizer:
     """Return a tokenizer with one token for each byte, and one that ends a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {character: number for number, character in enumerate(sorted(_byte_of(), key=_byte_of().__getitem__))}
+    byte_of = byte_of_character()
+    vocabulary = {character: number for number, character in enumerate(sorted(byte_of, key=byte_of.__getitem__))}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     return TextTokenizer(inner)
-
-
-@functools.cache
-def _byte_of() -> Mapping[str, int]:
-    """Return the byte of each character by which GPT-2's tokenizer writes bytes."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}

@@ -5,9 +5,10 @@ The decoder is exact: bytes that form no character never change the text of the 
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,14 @@ def fallback_byte(token: str) -> int | None:
         return int(token[3:5], 16)
     except ValueError:
         return None
+
+
+@functools.cache
+def byte_of_character() -> Mapping[str, int]:
+    """Return the byte of each character by which GPT-2's tokenizer writes bytes."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}
 
 
 def _apart(tokens: Iterator[str]) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Rows a second and peak memory of tokenising chats, against ``datasets.map`` with as many processes.
 
-Goal: at least as many rows a second. Both read the same JSON lines, render them by one template and write tokens and a
-mask to disk; ``datasets.map`` lets Transformers make the mask, in batches, as TRL does. Each round of each is a process
-of its own, in turn.
+Goal: at least as many rows a second. Both load the tokenizer, read the same JSON lines, render them by one template and
+write tokens and a mask to disk; ``datasets.map`` lets Transformers make the mask, in batches, as TRL does. Each round
+of each is a process of its own, in turn. On a machine that others use, the CPU seconds of all processes of a side are
+the figure to compare.
 
     python scripts/bench/tokenize_examples.py --megabytes 1000 --processes 2
 """
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +46,41 @@ def main() -> None:
         save_tokenizer(folder)
         size = (folder / "chats.jsonl").stat().st_size / 1e6
         print(f"{num_rows:,} chats, {size:,.0f} MB of JSON lines, {given.processes} processes")
-        found: dict[str, list[tuple[float, float]]] = {side: [] for side in _SIDES}
+        found: dict[str, list[Measured]] = {side: [] for side in _SIDES}
         for _ in range(given.rounds):
             for side in _SIDES:
                 found[side].append(measured(side, folder, given.processes))
+                print(f"  {side}: {found[side][-1]}", flush=True)
         for side, taken in found.items():
-            seconds = statistics.median(one[0] for one in taken)
-            peak = statistics.median(one[1] for one in taken)
-            shown = ", ".join(f"{one[0]:.1f}" for one in taken)
-            print(f"{side}: {num_rows / seconds:,.0f} rows/s, peak {peak / 1e6:,.0f} MB ({shown} s)")
+            print(f"{side}: {num_rows / median(taken, 'seconds'):,.0f} rows/s, {middle(taken)}")
+        for name in ("seconds", "cpu_seconds", "peak_bytes"):
+            ratio = median(found["launcher"], name) / median(found["datasets"], name)
+            print(f"launcher / datasets, {name}: {ratio:.3f} (goal: at most 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One round of one side."""
+
+    seconds: float
+    """After imports."""
+    cpu_seconds: float
+    """Of all its processes, from their start."""
+    peak_bytes: float
+    """Of all its processes together."""
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, {self.cpu_seconds:.1f} CPU seconds, peak {self.peak_bytes / 1e6:,.0f} MB"
+
+
+def median(taken: Sequence[Measured], name: str) -> float:
+    """Return the median of a figure."""
+    return float(statistics.median(getattr(one, name) for one in taken))
+
+
+def middle(taken: Sequence[Measured]) -> Measured:
+    """Return the median of each figure."""
+    return Measured(**{each.name: median(taken, each.name) for each in fields(Measured)})
 
 
 def write_chats(file: Path, *, num_bytes: int) -> int:
@@ -87,10 +117,11 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def measured(side: str, folder: Path, processes: int) -> tuple[float, float]:
-    """Return the seconds that one side says it took, and the most memory of its process tree in bytes."""
+def measured(side: str, folder: Path, processes: int) -> Measured:
+    """Run one side: the seconds that it says it took, its CPU seconds, and its most memory."""
     import psutil
 
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--processes", str(processes)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         peak = 0.0
@@ -100,7 +131,9 @@ def measured(side: str, folder: Path, processes: int) -> tuple[float, float]:
         assert running.stdout is not None, "it has a pipe"
         printed = running.stdout.read().splitlines()
     assert running.returncode == 0, printed
-    return float(printed[-1]), peak
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(seconds=float(printed[-1]), cpu_seconds=cpu, peak_bytes=peak)
 
 
 def _tree_bytes(process: Any) -> float:
@@ -137,6 +170,7 @@ def by_datasets(folder: Path, processes: int) -> None:
     import datasets
     from transformers import AutoTokenizer
 
+    started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 
     def encoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -146,7 +180,6 @@ def by_datasets(folder: Path, processes: int) -> None:
         return {"input_ids": answer["input_ids"], "assistant_masks": answer["assistant_masks"]}
 
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        started = time.perf_counter()
         rows = datasets.load_dataset("json", data_files=str(folder / "chats.jsonl"), split="train", cache_dir=cache)
         rows.map(encoded, batched=True, num_proc=processes, remove_columns=rows.column_names)
         print(time.perf_counter() - started)

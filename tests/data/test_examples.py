@@ -114,6 +114,46 @@ def test_train_on_chooses_turns(train_on: Any, expected: list[str]) -> None:
     assert trained_text(everything) == [everything.text]
 
 
+@pytest.mark.parametrize(
+    ("source", "num_renderings"),
+    [
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}", 1),
+        ("{% for m in messages %}{% set text %}{% generation %}{{ m.content }}{% endgeneration %}{% endset %}"
+         "{{ text }};{% endfor %}", 2),
+        ("{% for m in messages %}{% filter trim %}{% generation %}{{ m.content }}{% endgeneration %}{% endfilter %}"
+         ";{% endfor %}", 2),
+    ],
+)  # fmt: skip
+def test_a_template_that_could_read_its_marks_is_rendered_without_them_too(
+    source: str, num_renderings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderings = []
+    render = ChatTemplate._rendered
+
+    def counted(self: ChatTemplate, *given: Any, **options: Any) -> Any:
+        renderings.append(options)
+        return render(self, *given, **options)
+
+    monkeypatch.setattr(ChatTemplate, "_rendered", counted)
+    messages = [{"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}]
+    example = ChatTemplate(source).render_example(messages, train_on="assistant")
+    assert trained_text(example) == ["one", "two"]
+    assert len(renderings) == num_renderings
+
+
+def test_a_template_whose_text_depends_on_its_marks_is_refused() -> None:
+    source = "{% set text %}{% generation %}{{ messages[0].content }}{% endgeneration %}{% endset %}{{ text | length }}"
+    with pytest.raises(TemplateFailed, match="no text that chat template marks as generated"):
+        ChatTemplate(source + "{{ text }}").render_example(CHAT, train_on="assistant")
+
+
+def test_marks_in_a_message_are_not_taken_for_the_template_s() -> None:
+    template = ChatTemplate(builtin_template("chatml"))
+    marked = [{"role": "user", "content": "\ue000generation\ue001 a\ue000end\ue001"}, CHAT[1]]
+    with pytest.raises(TemplateFailed, match="no text that chat template marks as generated"):
+        template.render_example(marked, train_on="assistant")
+
+
 def test_a_template_runs_in_a_sandbox() -> None:
     for source in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",

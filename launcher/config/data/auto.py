@@ -695,10 +695,10 @@ class _LengthCheck:
             if self._encoder is None:
                 continue
             with without_threads():
-                encoded = iter(self._encoder.encode_batch([one for _, each in batch for one in texts_of(each)]))
+                lengths = iter(self._encoder.count_tokens([one for _, each in batch for one in texts_of(each)]))
             for place, example in batch:
                 # and the end of text
-                length = max(len(next(encoded).ids) + (not one.has_special_tokens) for one in texts_of(example))
+                length = max(next(lengths) + (not one.has_special_tokens) for one in texts_of(example))
                 self._num_long += length > self._most
                 if length > self._longest:
                     self._longest, self._place = length, place

@@ -62,7 +62,7 @@ class ChatTemplate:
         Raises:
             TemplateFailed: the template refuses these messages, or is faulty.
         """
-        return self._render(messages, tools, add_generation_prompt, marks=False)
+        return self._render(messages, tools, add_generation_prompt)
 
     def render_example(self, messages: Messages, *, tools: Any = None, train_on: TrainOn) -> RenderedExample:
         """Return a conversation in segments; the loss counts the turns that ``train_on`` names.
@@ -75,20 +75,21 @@ class ChatTemplate:
         Raises:
             TemplateFailed: the template refuses these messages, or the text of a turn cannot be found exactly.
         """
-        text = self._render(messages, tools, False, marks=False)
         if train_on == "all":
+            text = self._render(messages, tools, False)
             return RenderedExample((TextSegment(text, True),), has_special_tokens=True)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise TemplateFailed("has no assistant turn to train on")
         wanted = turns[-1:] if train_on == "last" else turns
         if self.has_generation_marks:
-            spans = self._marked_spans(messages, tools, text)
+            text, spans = self._marked_spans(messages, tools)
             if train_on == "last":
                 before = self._prefix(messages[: wanted[0]], tools, text, generation=False)
                 after = [] if before is None else [span for span in spans if span[0] >= len(before)]
                 spans = after or spans[-1:]
         else:
+            text = self._render(messages, tools, False)
             spans = [self._span_of(messages, number, tools, text) for number in wanted]
         return RenderedExample(_segments(text, spans, self.name), has_special_tokens=True)
 
@@ -111,7 +112,11 @@ class ChatTemplate:
     def _compiled(self) -> _Compiled:
         return _compile(self.source)
 
-    def _render(self, messages: Messages, tools: Any, add_generation_prompt: bool, *, marks: bool) -> str:
+    def _render(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> str:
+        return self._rendered(messages, tools, add_generation_prompt, marks=False)[0]
+
+    def _rendered(self, messages: Messages, tools: Any, add_generation_prompt: bool, *, marks: bool) -> tuple[str, int]:
+        """Return a conversation as text, and how many times generated text stands in it."""
         import jinja2
 
         values = {**self.special_tokens, "tools": tools, "documents": None, "messages": _plain(messages)}
@@ -124,31 +129,36 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateFailed(f"is refused by {self.name}: {error}") from error
 
-    def _marked_spans(self, messages: Messages, tools: Any, text: str) -> list[tuple[int, int]]:
-        head, *parts = self._render(messages, tools, False, marks=True).split(_START)
+    def _marked_spans(self, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Return a conversation as text, and where generated text stands in it."""
+        marked, num_marked = self._rendered(messages, tools, False, marks=True)
+        head, *parts = marked.split(_START)
         spans, position, plain = [], len(head), [head]
         for part in parts:
             trained, _, rest = part.partition(_STOP)
             spans.append((position, position + len(trained)))
             position += len(trained) + len(rest)
             plain += [trained, rest]
-        if "".join(plain) != text or not spans:
+        text = "".join(plain)
+        is_proved = self._compiled.writes_marks and marked.count(_STOP) == len(spans) == num_marked
+        if not spans or (not is_proved and text != self._render(messages, tools, False)):
             raise TemplateFailed(f"has no text that {self.name} marks as generated")
-        return spans
+        return text, spans
 
     def _prefix(self, messages: Messages, tools: Any, text: str, *, generation: bool) -> str | None:
         """Return the rendering of the first messages where it is a beginning of ``text``."""
         if not messages and not generation:
             return None
         try:
-            found = self._render(messages, tools, generation, marks=False)
+            found = self._render(messages, tools, generation)
         except TemplateFailed:
             return None
         return found if text.startswith(found) else None
 
     def _span_of(self, messages: Messages, number: int, tools: Any, text: str) -> tuple[int, int]:
         before = self._prefix(messages[:number], tools, text, generation=True)
-        whole = self._prefix(messages[: number + 1], tools, text, generation=False)
+        is_last = number + 1 == len(messages)
+        whole = text if is_last else self._prefix(messages[: number + 1], tools, text, generation=False)
         content = messages[number].get("content")
         if before is not None and whole is not None and len(before) < len(whole):
             without = self._prefix(messages[:number], tools, text, generation=False)
@@ -163,7 +173,7 @@ class ChatTemplate:
         """Return the place of a turn's content and of the special token behind it."""
         changed = [dict(message) for message in messages]
         changed[number]["content"] = _SENTINEL
-        head, found, tail = self._render(changed, tools, False, marks=False).partition(_SENTINEL)
+        head, found, tail = self._render(changed, tools, False).partition(_SENTINEL)
         stop = len(text) - len(tail)
         if not found or _SENTINEL in tail or not text.startswith(head) or not text.endswith(tail) or stop <= len(head):
             raise TemplateFailed(f"turn {number + 1} cannot be found in what {self.name} writes")
@@ -173,8 +183,11 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class _Compiled:
-    render: Callable[..., str]
+    render: Callable[..., tuple[str, int]]
+    """Returns the text, and how many times generated text stands in it."""
     is_marked: bool
+    writes_marks: bool
+    """Whether generated text goes to the output as it is, so that marks change nothing else."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -185,7 +198,7 @@ def _compile(source: str) -> _Compiled:
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    state = {"marks": False, "is_marked": False}
+    state = {"marks": False, "is_marked": False, "num_generated": 0}
 
     def refuse_private(names: Iterable[object]) -> None:
         private = next((name for name in names if str(name).startswith("_")), None)
@@ -215,6 +228,7 @@ def _compile(source: str) -> _Compiled:
 
         def _generated(self, caller: Callable[[], str]) -> str:
             text = caller()
+            state["num_generated"] += 1
             return f"{_START}{text}{_STOP}" if state["marks"] else text
 
     def raise_exception(message: str) -> None:
@@ -232,11 +246,30 @@ def _compile(source: str) -> _Compiled:
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     template = environment.from_string(source)
 
-    def render(values: Mapping[str, Any], *, marks: bool) -> str:
-        state["marks"] = marks
-        return template.render(values)
+    def render(values: Mapping[str, Any], *, marks: bool) -> tuple[str, int]:
+        state["marks"], state["num_generated"] = marks, 0
+        return template.render(values), state["num_generated"]
 
-    return _Compiled(render, state["is_marked"])
+    return _Compiled(render, bool(state["is_marked"]), _writes_calls(environment.parse(source)))
+
+
+def _writes_calls(node: Any) -> bool:
+    """Return whether generated text below a node goes straight to the output.
+
+    A template can read the text of other blocks, such as ``{% set %}``, before it writes it.
+    """
+    from jinja2 import nodes
+
+    writes = isinstance(node, nodes.Template | nodes.If | nodes.With | nodes.Scope) or (
+        isinstance(node, nodes.For) and not node.recursive
+    )
+    for child in node.iter_child_nodes():
+        if isinstance(child, nodes.CallBlock):
+            if not writes or any(child.find_all(nodes.CallBlock)):
+                return False
+        elif any(child.find_all(nodes.CallBlock)) and not (writes and _writes_calls(child)):
+            return False
+    return True
 
 
 def _plain(messages: Messages) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,11 @@ class RenderedExample:
     def text(self) -> str:
         """The whole text."""
         return "".join(segment.text for segment in self.segments)
+
+    @property
+    def ends_trained(self) -> bool:
+        """Whether the loss counts the end of the text."""
+        return next((one.is_trained for one in reversed(self.segments) if one.text), False)
 
     def trained_spans(self) -> Iterator[tuple[int, int]]:
         """Yield first and last + 1 character of each run of trained text."""
@@ -100,15 +105,12 @@ class ExampleEncoder:
 
     def encode_batch(self, examples: Sequence[RenderedExample]) -> list[EncodedExample]:
         """Return the tokens of several examples, computed on all cores the process may use."""
-        found: list[EncodedExample | None] = [None] * len(examples)
-        for special in (False, True):
-            numbers = [number for number, one in enumerate(examples) if one.has_special_tokens is not special]
-            texts = [examples[number].text for number in numbers]
-            if texts:
-                encoded = self._tokenizer.encode_batch(texts, add_special_tokens=special)
-                for number, each in zip(numbers, encoded, strict=True):
-                    found[number] = self._marked(examples[number], each)
-        return [one for one in found if one is not None]
+        encodings = _encodings(self._tokenizer.encode_batch, examples)
+        return [self._marked(one, encoding) for one, encoding in zip(examples, encodings, strict=True)]
+
+    def count_tokens(self, examples: Sequence[RenderedExample]) -> list[int]:
+        """Return how many tokens each example has, without an end that is not written yet."""
+        return list(map(len, encode_texts(self._tokenizer, examples)))
 
     def pieces(self, example: RenderedExample) -> Iterator[tuple[str, bool]]:
         """Yield the text of an example in pieces: whether the loss counts the tokens of each."""
@@ -133,12 +135,26 @@ class ExampleEncoder:
             first, last = _tokens_of(encoding, start, stop)
             is_trained[first:last] = [True] * (last - first)
         if not example.has_special_tokens and self._end_id is not None:
-            ends_trained = next((one.is_trained for one in reversed(example.segments) if one.text), False)
             if ids[-1:] == [self._end_id]:
-                is_trained[-1] = ends_trained
+                is_trained[-1] = example.ends_trained
             else:
-                ids, is_trained = [*ids, self._end_id], [*is_trained, ends_trained]
+                ids, is_trained = [*ids, self._end_id], [*is_trained, example.ends_trained]
         return EncodedExample(tuple(ids), tuple(is_trained))
+
+
+def encode_texts(tokenizer: tokenizers.Tokenizer, examples: Sequence[RenderedExample]) -> list[list[int]]:
+    """Return the tokens of each example's text, without offsets, in about half of the time."""
+    return [encoding.ids for encoding in _encodings(tokenizer.encode_batch_fast, examples)]
+
+
+def _encodings(encode_batch: Callable[..., list[Any]], examples: Sequence[RenderedExample]) -> list[Any]:
+    found: list[Any] = [None] * len(examples)
+    for special in (False, True):
+        numbers = [number for number, one in enumerate(examples) if one.has_special_tokens is not special]
+        texts = [examples[number].text for number in numbers]
+        for number, encoding in zip(numbers, encode_batch(texts, add_special_tokens=special), strict=True):
+            found[number] = encoding
+    return found
 
 
 def encode_example(

@@ -62,7 +62,8 @@ def token_loss_sum(
     where = micro_batch.position_ids
     positions = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
     needs_logits = function is not None or observe is not None or micro_batch.is_paired
-    with nullcontext() if needs_logits else labels_at_head(module, labels):
+    places = None if needs_logits else counted_places(micro_batch.labels, device)
+    with nullcontext() if needs_logits else labels_at_head(module, labels, places):
         output = module(input_ids=input_ids, use_cache=False, **positions).logits
     if observe is not None:
         observe(output, labels)
@@ -74,12 +75,26 @@ def token_loss_sum(
     return loss_of(output, labels) if function is None else function(output, labels)
 
 
+def counted_places(labels: Tensor, device: torch.device) -> Tensor | None:
+    """Return the places of the labels that count among all; ``None`` if all do.
+
+    They are int64 on ``device``. Labels on a GPU are waited for.
+    """
+    counts = labels.reshape(-1) != IGNORE_INDEX
+    if counts.all():
+        return None
+    places = counts.nonzero().squeeze(1)
+    if device.type == "cuda" and places.device.type == "cpu":
+        places = places.pin_memory()
+    return places.to(device, non_blocking=True)
+
+
 PLAIN_HEADS = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
 """Model types whose logits are the output head of the last hidden state: no cap, no scale."""
 
 
 @contextmanager
-def labels_at_head(module: nn.Module, labels: Tensor) -> Iterator[None]:
+def labels_at_head(module: nn.Module, labels: Tensor, places: Tensor | None = None) -> Iterator[None]:
     """In this context, make the output head of ``module`` return the summed loss, if possible.
 
     The head's own ``forward`` does it, so that whatever gathers its weight around a forward pass (ZeRO-3, FSDP2) does.
@@ -88,13 +103,14 @@ def labels_at_head(module: nn.Module, labels: Tensor) -> Iterator[None]:
     Args:
         module: a causal language model of Transformers, a pipeline stage made of one, or what wraps either.
         labels: (sequences, tokens) of the forward pass taken in this context.
+        places: of the labels that count; others, as of prompts and padding, then cost nothing.
     """
     head = _plain_head(module)
     if head is None:
         yield
         return
     assert "forward" not in vars(head), "the head has been replaced already"
-    head.forward = lambda hidden: linear_cross_entropy(hidden, head.weight, labels)
+    head.forward = lambda hidden: linear_cross_entropy(hidden, head.weight, labels, places)
     try:
         yield
     finally:
@@ -120,7 +136,7 @@ CHUNK_BYTES = 2**27
 Much less, and a product has too few rows to keep a GPU busy; much more, and the chunk is what fills the memory."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None = None) -> Tensor:
     """Return the summed loss of the logits ``hidden @ weight.T``, an fp32 scalar.
 
     Products are taken in autocast's format where that is on, else in the format of ``weight``.
@@ -129,12 +145,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         hidden: (..., width), what the output head takes.
         weight: (vocabulary, width), of the output head.
         labels: (...), ``IGNORED`` where a token does not count.
+        places: of the labels that count, by which the others are left out; ``None`` leaves out none.
     """
     on = weight.device.type
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if places is not None:
+        flat, labels = flat.index_select(0, places), labels.index_select(0, places)
     with torch.autocast(on, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), dtype)
+        loss: Tensor = _LinearCrossEntropy.apply(flat, weight, labels, dtype)
     return loss
 
 

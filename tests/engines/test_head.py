@@ -100,6 +100,26 @@ def test_loss_and_every_gradient_are_those_of_the_plain_one(config: Any) -> None
     assert "forward" not in vars(module.get_output_embeddings())
 
 
+def test_logits_are_of_the_labels_that_count_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and padding cost no product with the vocabulary."""
+    rows = []
+    log_softmax = cross_entropy._log_softmax
+
+    def counted(logits: Tensor) -> Tensor:
+        rows.append(len(logits))
+        return log_softmax(logits)
+
+    monkeypatch.setattr(cross_entropy, "_log_softmax", counted)
+    batch = micro_batch()
+    token_loss_sum(model(FUSED["llama"]), batch, device=CPU)
+    assert sum(rows) == int((batch.labels != -100).sum()) == 2 * TOKENS - 9
+    nothing = MicroBatch(input_ids=batch.input_ids, labels=torch.full_like(batch.labels, -100))
+    module = model(FUSED["llama"])
+    loss = token_loss_sum(module, nothing, device=CPU)
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(module, loss).values())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_under_autocast_they_agree_as_far_as_the_format_goes(name: str, dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ FORKED_MODULES = (
 """Modules whose processes are forked."""
 
 FORKED_BY_RANKS = "launcher.benchmarks.isolated"
-"""Forked by a rank without a second thread, which a fork would lose, unless its environment sets the allocator."""
+"""Forked by a rank without a second thread, which a fork would lose."""
 
 FORKED_PROGRAMS = "programs"
 """Name of the folder of programs that are forked too."""
@@ -74,6 +74,9 @@ MODULES = (
 )
 DEEPSPEED_MODULES = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed.zero")
 """Only for runs with DeepSpeed: it changes torch where it is imported."""
+
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
 
 _PADDING = 1 << 16
 """Bytes of an argument that makes room for the environments of forked processes in ``/proc/<pid>/environ``."""
@@ -244,7 +247,7 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
         if not rest and words[:1] == [sys.executable] and options.get("preexec_fn") is None:
             command = words[2:] if words[1] == "-u" else words[1:]
             env, pass_fds = options.get("env"), options.get("pass_fds", ())
-            if _is_forked(command, os.environ if env is None else env):
+            if _is_forked(command):
 
                 def run() -> NoReturn:
                     with _InterpreterExit():
@@ -257,7 +260,7 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
     execute = os.execve
 
     def becoming(path: str, words: Sequence[str], env: Mapping[str, str]) -> NoReturn:
-        if words[0] == sys.executable and _is_forked(words[1:], env):
+        if words[0] == sys.executable and _is_forked(words[1:]):
             with _InterpreterExit():
                 become(words[1:], env=env, pass_fds=())
         execute(path, words, env)
@@ -266,11 +269,11 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
     os.execve = becoming
 
 
-def _is_forked(command: Sequence[str], env: Mapping[str, str]) -> bool:
+def _is_forked(command: Sequence[str]) -> bool:
     if command[:1] != ["-m"]:
         return Path(command[0]).parent.name == FORKED_PROGRAMS
     if command[1] == FORKED_BY_RANKS:
-        return len(list(Path("/proc/self/task").iterdir())) == 1 and "MALLOC_MMAP_THRESHOLD_" not in env
+        return len(list(Path("/proc/self/task").iterdir())) == 1
     return command[1] in FORKED_MODULES
 
 
@@ -344,6 +347,8 @@ def _become(
     first = str(Path.cwd() if is_module else Path(sys.argv[0]).parent)
     added = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[:] = list(dict.fromkeys([first, *added, *sys_path[1:]]))
+    if "MALLOC_MMAP_THRESHOLD_" in env:  # read when glibc is loaded
+        assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, int(env["MALLOC_MMAP_THRESHOLD_"]))
     if "OMP_NUM_THREADS" in env and "torch" in sys.modules:  # read when its library is loaded
         sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     if is_module:

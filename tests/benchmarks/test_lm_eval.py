@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from launcher.benchmarks.lm_eval.tasks import make_task_manager
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.errors import ConfigError, ConfigErrors
@@ -53,6 +52,8 @@ THINGS = ("grass", "a rose", "the sky", "blood", "the deep sea", "moss", "an app
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import datasets  # noqa: F401  (reads these variables once: they are for the runs, not for other tests)
+
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     rows = [
@@ -167,6 +168,8 @@ def _flat(answers: Any) -> list[Any]:
 
 
 def test_an_unknown_task_is_named_with_the_closest(tasks: Path) -> None:
+    from launcher.benchmarks.lm_eval.tasks import make_task_manager  # lm_eval takes five seconds to import
+
     (tasks / "tasks").mkdir()
     (tasks / "tasks" / "own.yaml").write_text(CHOICE)
     words = {"include_path": (str(tasks / "tasks"),)}

@@ -16,6 +16,8 @@ from .wandb_stub import KEY, serve
 
 SHIPPED = REPOSITORY / "scripts" / "sweeps" / "wandb_lr.yaml"
 SMALL = [
+    "backend.ranks=1",
+    "parallel=single",
     "job.steps=3",
     "model.num_hidden_layers=1",
     "job.eval_sequences=4",

@@ -42,15 +42,19 @@ _NOT_THE_TESTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
 _LONGEST_FIRST = (
-    *("backends/test_ssh.py", "backends/test_deepspeed.py", "backends/slurm/test_runs.py"),
-    *("engines/test_pipeline.py", "backends/kubernetes/test_runs.py", "engines/test_parity.py"),
-    *("quantization/test_layers.py", "engines/test_sharding.py", "backends/test_unshared.py", "test_main_job.py"),
-    *("scripts/test_gpu_check.py", "scripts/test_faults.py", "engines/test_deepspeed_pipeline.py"),
-    *("benchmarks/test_attention.py", "benchmarks/test_quantization.py", "engines/test_half_precision.py"),
-    *("jobs/test_serve.py", "profiling/test_profiling.py", "training/test_preemption.py", "training/test_train.py"),
-    *("benchmarks/test_serving.py", "scripts/test_serving_soak.py", "benchmarks/test_activation.py"),
-    *("doctor/test_faults.py", "inference/server/test_real.py", "jobs/test_generate.py", "engines/test_offload.py"),
-    *("jobs/test_verify.py", "jobs/test_quantize.py", "jobs/test_evaluate.py", "supervision/test_stall_torch.py"),
+    *("backends/test_deepspeed.py", "backends/slurm/test_runs.py", "backends/test_ssh.py", "test_main_job.py"),
+    *("backends/test_unshared.py", "engines/test_pipeline.py", "engines/test_parity.py", "scripts/test_gpu_check.py"),
+    *("backends/kubernetes/test_runs.py", "scripts/test_faults.py", "engines/test_offload.py"),
+    *("engines/test_sharding.py", "benchmarks/test_quantization.py", "engines/test_deepspeed_pipeline.py"),
+    *("engines/test_half_precision.py", "engines/test_optimizers.py", "benchmarks/test_attention.py"),
+    *("scripts/test_serving_soak.py", "benchmarks/test_activation.py", "engines/test_adapters.py"),
+    *("jobs/test_serve.py", "profiling/test_profiling.py", "jobs/test_adapters.py", "trackers/test_wandb_sweep.py"),
+    *("engines/test_packed.py", "training/test_preemption.py", "training/test_train.py", "quantization/test_layers.py"),
+    *("benchmarks/test_serving.py", "plugins/test_example.py", "jobs/test_export.py", "jobs/test_verify.py"),
+    *("checkpoint/foreign/test_programs.py", "jobs/test_quantize.py", "plugins/test_hosts.py", "doctor/test_faults.py"),
+    *("inference/server/test_real.py", "jobs/test_generate.py", "trackers/test_sidecar.py", "trackers/test_several.py"),
+    *("training/test_samples.py", "training/test_bad_steps.py", "supervision/test_torchrun.py"),
+    *("supervision/test_stall_torch.py", "supervision/test_signals.py", "jobs/test_evaluate.py"),
 )
 """Files of tests that take longest, by the time of ``pytest --durations 0``."""
 
@@ -365,18 +369,21 @@ def start_interpreter(
 
 @pytest.fixture(scope="session")
 def preloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start programs as ``start_interpreter`` does, forked from one that has imported torch (preloading.py)."""
+    """Start programs as ``start_interpreter`` does, forked from one that has imported torch (preloading.py).
+
+    ``kind`` is one of ``preloading_modules``; without it the words of the command decide.
+    """
     folder = tmp_path_factory.mktemp("preloading")
     servers: dict[str, PreloadingProcess] = {}
     lock = threading.Lock()
 
-    def start(command: Sequence[str], **options: Any) -> Started:
+    def start(command: Sequence[str], *, kind: str | None = None, **options: Any) -> Started:
         with lock:
-            return start_alone(command, **options)
+            return start_alone(command, kind=kind, **options)
 
-    def start_alone(command: Sequence[str], **options: Any) -> Started:
+    def start_alone(command: Sequence[str], *, kind: str | None, **options: Any) -> Started:
         assert command[0] == sys.executable
-        kind = "deepspeed" if any("zero" in str(word) for word in command) else "torch"
+        kind = kind or ("deepspeed" if any("zero" in str(word) for word in command) else "torch")
         if kind not in servers:
             modules = preloading_modules(kind)
             servers[kind] = PreloadingProcess(
@@ -387,3 +394,26 @@ def preloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     yield start
     for server in servers.values():
         server.close()
+
+
+RunProgram = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def run_forked_program(preloading: Start, tmp_path_factory: pytest.TempPathFactory) -> RunProgram:
+    """Run a Python program and its arguments, forked from what has imported torch; return what it printed."""
+
+    def run(program: Path, *arguments: str, timeout: float = 500) -> str:
+        folder = tmp_path_factory.mktemp("program")
+        output, errors = folder / "stdout", folder / "stderr"
+        with output.open("wb") as stdout, errors.open("wb") as stderr:
+            command = [sys.executable, str(program), *arguments]
+            process = preloading(command, cwd=folder, env=dict(os.environ), stdout=stdout, stderr=stderr)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        assert code == 0, errors.read_text()
+        return output.read_text()
+
+    return run

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from launcher.config.compose import compose
 from launcher.errors import ConfigErrors, JobError
 from launcher.execution.prepare import prepare
 from launcher.utils.files import read_json
+from tests.conftest import RunProgram
 
 CASES = ("fp32/eager", "fp32/engine", "int4_weight/eager", "int4_weight/engine")
 WORDS = ("job=benchmark", "benchmark=quantization", "model=llama_tiny", "parallel=single", "tracker=local")
@@ -39,15 +38,11 @@ def test_ways_are_timed_and_the_engine_chooses_the_tokens_of_plain_passes(launch
 
 
 @pytest.mark.parametrize(("family", "weights"), [("llama", "fp32"), ("llama", "int8_weight"), ("gpt2", "fp32")])
-def test_blocks_share_one_compilation_and_choose_the_tokens_of_plain_passes(family: str, weights: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("decode_blocks.py")), family, weights],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
+def test_blocks_share_one_compilation_and_choose_the_tokens_of_plain_passes(
+    family: str, weights: str, run_forked_program: RunProgram
+) -> None:
+    printed = run_forked_program(Path(__file__).with_name("decode_blocks.py"), family, weights)
+    found = json.loads(printed.splitlines()[-1])
     assert found["blocks"] == found["eager"]
     assert len(set(found["eager"][0])) > 4, "a model that repeats itself would not show a mistake"
     assert found["graphs"] == 1

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Start, Started
+
 Case = dict[str, Any]
 Answer = dict[str, Any]
 RunCases = Callable[[Sequence[Case], Path], dict[str, Answer]]
@@ -41,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def run_cases(weights: dict[str, str]) -> RunCases:
+def run_cases(weights: dict[str, str], preloading: Start) -> RunCases:
     """Run cases one after the other on rank processes; return rank 0's answers by name."""
 
     def run(cases: Sequence[Case], folder: Path) -> dict[str, Answer]:
@@ -50,10 +52,11 @@ def run_cases(weights: dict[str, str]) -> RunCases:
         given.write_text(json.dumps({"weights": weights, "cases": with_ports}))
         shared = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, str(_WORKER), str(given), str(folder)]
-        log = folder / "log"
-        with log.open("w") as output:
+        kinds = {case["run"]["parallel"]["kind"] for case in cases}
+        kind = "deepspeed" if kinds & {"zero", "deepspeed_pipeline"} else "torch"
+        with (folder / "log").open("w") as output:
             env = {**os.environ, **shared}
-            ranks = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
+            ranks = preloading(command, kind=kind, cwd=folder, env=env, stdout=output, stderr=output)
         code = _wait(ranks)
         printed = "\n".join(path.read_text() for path in sorted(folder.glob("log*")))
         assert code == 0, printed
@@ -76,7 +79,7 @@ def _free_port() -> int:
         return port
 
 
-def _wait(ranks: subprocess.Popen[bytes]) -> int | str:
+def _wait(ranks: Started) -> int | str:
     """Return the exit code; once time is up, or when the tests are interrupted, end all of them."""
     try:
         return ranks.wait(_LIMIT_S)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from launcher.quantization.codecs import Int4Codec, codec_of, is_quantized, quan
 from launcher.quantization.folder import save_quantized
 from launcher.quantization.int4 import Int4Linear
 from launcher.quantization.layers import LAYERS, bf16_bytes, bytes_by_group, matrices
+from tests.conftest import RunProgram
 
 from .reload import digest_of
 
@@ -81,7 +80,7 @@ def test_all_matrices_of_blocks_are_quantized(kind: str, family: str, folders: d
 
 
 def test_all_come_back_bit_for_bit_in_another_process_and_in_transformers_where_it_knows_the_format(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, run_forked_program: RunProgram
 ) -> None:
     expected, asked = [], []
     for kind, family in itertools.product(METHODS, FAMILIES):
@@ -92,10 +91,8 @@ def test_all_come_back_bit_for_bit_in_another_process_and_in_transformers_where_
         digest = digest_of(model)
         expected += [(way, folder.name, digest) for way in ways]
         asked += [word for way in ways for word in (way, str(folder))]
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("reload.py")), *asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [tuple(line.split()) for line in done.stdout.splitlines()] == expected
+    printed = run_forked_program(Path(__file__).with_name("reload.py"), *asked)
+    assert [tuple(line.split()) for line in printed.splitlines()] == expected
     assert len({digest for _, _, digest in expected}) == 2 * len(METHODS)
 
 

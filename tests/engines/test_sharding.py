@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import losses
 
-STEPS = 10
+STEPS = 5
 FSDP = {"kind": "fsdp"}
 STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp": (2, FSDP),

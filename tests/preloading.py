@@ -72,7 +72,11 @@ MODULES = (
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
 )
-DEEPSPEED_MODULES = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed.zero")
+DEEPSPEED_MODULES = (
+    "launcher.engines.deepspeed.library",
+    "deepspeed.runtime.zero.stage3",
+    "launcher.engines.deepspeed.zero",
+)
 """Only for runs with DeepSpeed: it changes torch where it is imported."""
 
 _M_MMAP_THRESHOLD = -3

@@ -191,6 +191,9 @@ def serve(connection: socket.socket, modules: Sequence[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     atexit.register = register
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("gpt2")  # compiles a thousand patterns, and keeps them, for all who load weights
     gc.collect()
     gc.freeze()  # else every collection in a child touches, and so copies, all that was imported
     kept = _open_descriptors() - {connection.fileno()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -33,6 +34,10 @@ HOSTS = (
     Host(name="node1", slots=2, ssh_destination="node1", address="node1", python="python"),
     Host(name="node2", slots=1, ssh_destination="ada@node2", address="node2", python="python"),
 )
+MLFLOW = [str(Path(str(found.origin)).parent) for found in [find_spec("mlflow")] if found is not None]
+"""Folders that are hidden from all programs of these runs: DeepSpeed imports mlflow wherever it is, for seconds."""
+HIDDEN = [["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', folder] for folder in MLFLOW]
+PROGRAM = (*(word for words in HIDDEN for word in words), sys.executable, "-m", "launcher")
 TINY = ("model=gpt2_tiny", "data=synthetic", "tracker=local")
 
 
@@ -140,7 +145,7 @@ class Run(Background):
 
     def __init__(self, lab: Any, cwd: Path, printed: Path, *words: str, **env: str) -> None:
         self.lab, self.cwd, mark = lab, cwd, new_mark()
-        command = [sys.executable, "-m", "launcher", "backend=deepspeed", "backend.heartbeat_timeout_s=6", *words]
+        command = [*PROGRAM, "backend=deepspeed", "backend.heartbeat_timeout_s=6", *words]
         command += [f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}"]
         with printed.open("wb") as output:
             self.process = start_interpreter(
@@ -189,10 +194,9 @@ def lab(lab_hosts_of_module: Any) -> Any:
         if not backend._SAFE.fullmatch(path):
             pytest.skip(f"the backend refuses this checkout: deepspeed cannot pass {path} to hosts")
     lab = lab_hosts_of_module(2)
-    if (mlflow := find_spec("mlflow")) is not None:  # DeepSpeed imports it wherever it is: seconds of a core
-        for name in lab.names:
-            hidden = lab.run(name, ["mount", "-t", "tmpfs", "none", str(Path(str(mlflow.origin)).parent)])
-            assert hidden.returncode == 0, hidden.stderr
+    for name, folder in itertools.product(lab.names, MLFLOW):
+        hidden = lab.run(name, ["mount", "-t", "tmpfs", "none", folder])
+        assert hidden.returncode == 0, hidden.stderr
     return lab
 
 
@@ -225,7 +229,7 @@ class TestContract(ForkedBackendContract):
         chosen = ("backend=deepspeed", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}")
 
         def start(*more: str) -> Ended:
-            ended = launch(*SMALL, *chosen, *more)
+            ended = launch(*SMALL, *chosen, *more, command=PROGRAM)
             return ended.returncode, ended.output, RunDir(ended.run_dir)
 
         return start

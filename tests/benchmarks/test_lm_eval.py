@@ -190,6 +190,8 @@ def test_more_ranks_than_documents_are_refused(plan_of: Any, tasks: Path) -> Non
 
 @pytest.mark.filterwarnings("default")
 def test_a_task_with_fewer_documents_than_ranks_is_refused(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.benchmarks.lm_eval.tasks import make_task_manager
+
     monkeypatch.chdir(tasks)
     benchmark = LmEvalBenchmark(tasks=("colours.yaml",))
     with pytest.raises(ConfigError, match=r"benchmark\.tasks=colours: has 7 documents for 8 ranks.*backend\.ranks=7"):

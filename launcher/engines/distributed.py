@@ -16,6 +16,8 @@ from launcher.data.rows import IGNORE_INDEX
 from launcher.engines.loopback_store import join_store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     from launcher.config.parallel.base import ParallelDims
@@ -110,6 +112,15 @@ def ranks_where(answer: bool, *, device: torch.device) -> tuple[int, ...]:
     flags = [0.0] * world_size
     flags[rank] = float(answer)
     return tuple(number for number, flag in enumerate(sum_over_ranks(flags, device=device)) if flag)
+
+
+def share_partitions(partitions: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Fill each partition, in place, with that of the rank of its number.
+
+    Gloo's all-gather would take as much memory as all partitions have.
+    """
+    for rank, partition in enumerate(partitions):
+        dist.broadcast(partition.detach(), group=group, group_src=rank)
 
 
 def num_labels(micro_batches: Sequence[MicroBatch]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,35 +114,3 @@ def test_a_part_of_a_swap_file_is_read_and_a_short_file_is_named(tmp_path: Path)
     assert read_swapped(file, dtype=torch.bfloat16, start=2, numel=3).tolist() == [2.0, 3.0, 4.0]
     with pytest.raises(OSError, match=r"0\.tensor\.swp ends early"):
         read_swapped(file, dtype=torch.bfloat16, start=6, numel=3)
-
-
-SHARE = """
-import sys
-from types import SimpleNamespace
-import torch
-from torch import distributed as dist
-from launcher.benchmarks.instruments import PeakMemory
-from launcher.engines.deepspeed.masters import share_partitions
-rank, numel = int(sys.argv[2]), 8 << 20
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
-weights = torch.zeros(2 * numel)
-optimizer = SimpleNamespace(
-    parallel_partitioned_bit16_groups=[list(weights.split(numel))],
-    single_partition_of_fp32_groups=[torch.full((numel,), rank + 1.0)],
-    real_dp_process_group=[dist.group.WORLD],
-)
-dist.barrier()
-peak = PeakMemory(torch.device("cpu"))
-share_partitions(optimizer)
-print(peak.above_before() >> 20, weights[:numel].unique().tolist(), weights[numel:].unique().tolist())
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_weights_that_follow_the_masters_of_all_ranks_need_no_second_copy(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SHARE, tmp_path / "store"]
-    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    printed = [rank.communicate(timeout=120)[0].split(maxsplit=1) for rank in ranks]
-    assert [values.strip() for _, values in printed] == ["[1.0] [2.0]"] * 2
-    assert max(int(mebibytes) for mebibytes, _ in printed) < 24, "all weights are 64 MiB"

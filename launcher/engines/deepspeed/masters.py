@@ -28,6 +28,7 @@ from torch import distributed as dist
 
 from launcher.checkpoint.regions import Box, FlatRange
 from launcher.checkpoint.tensors import Shard, StoredState
+from launcher.engines.distributed import share_partitions
 from launcher.engines.state import check_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -432,7 +433,7 @@ def _update_copies(optimizer: Any) -> None:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_epilogue()  # gathers small parameters
     elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
-        share_partitions(optimizer)
+        _share_masters(optimizer)  # not update_lp_params, which gathers
     elif isinstance(optimizer, FP16_Optimizer):
         for buffer in master_buffers(optimizer):
             for part in buffer.parts:
@@ -442,11 +443,8 @@ def _update_copies(optimizer: Any) -> None:
             torch._foreach_copy_(list(parameters), list(masters))
 
 
-def share_partitions(optimizer: Any) -> None:
-    """Copy the master weights of each rank's partition to the weights of all ranks.
-
-    Broadcasts write in place. ``update_lp_params`` gathers, for which Gloo takes as much memory as all weights have.
-    """
+def _share_masters(optimizer: Any) -> None:
+    """Copy the master weights of each rank's partition to the weights of all ranks."""
     if isinstance(optimizer, BF16_Optimizer):
         partitions, masters = optimizer.bf16_partitioned_groups, optimizer.fp32_groups_flat_partition
     else:
@@ -454,8 +452,7 @@ def share_partitions(optimizer: Any) -> None:
         masters = optimizer.single_partition_of_fp32_groups
     for weights, own, group in zip(partitions, masters, optimizer.real_dp_process_group, strict=True):
         weights[dist.get_rank(group)].data.copy_(own.data)
-        for rank, partition in enumerate(weights):
-            dist.broadcast(partition.data, group=group, group_src=rank)
+        share_partitions(weights, group)
 
 
 def _name(key: str, parameter: str) -> str:

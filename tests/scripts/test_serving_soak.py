@@ -13,7 +13,7 @@ ECHO = ("job.engine=echo", "model=gpt2_tiny", "job.tokenizer=bytes", "job.echo_s
 
 
 def test_a_short_soak_of_echoing_engines() -> None:
-    words = ("--minutes", "0.2", "--kill-every", "5", "--inputs", "8-20", "--outputs", "8-20", "--", *ECHO)
+    words = ("--minutes", "0.1", "--kill-every", "2", "--inputs", "8-20", "--outputs", "8-20", "--", *ECHO)
     ended = subprocess.run([sys.executable, SOAK, *words], capture_output=True, text=True, timeout=500, check=False)
     output = ended.stdout + ended.stderr
     assert ended.returncode == 0, output

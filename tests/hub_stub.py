@@ -24,6 +24,11 @@ class HubStub:
     """Bytes after which the connection of a file breaks, each time it is asked for, until removed."""
     missing: set[str] = field(default_factory=set)
     """Files that are listed and answer 404."""
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Status and ``X-Error-Code`` of the answers about a repository, in place of what it holds.
+
+    Without a code the token is what the hub rejects.
+    """
     ranges: list[tuple[str, str]] = field(default_factory=list)
     """File and ``Range`` header of each download."""
     url: str = ""
@@ -47,7 +52,9 @@ def serve_hub(stub: HubStub) -> Iterator[HubStub]:
 
         def _answer(self, *, with_body: bool) -> None:
             path = self.path.partition("?")[0]
-            if walked := re.fullmatch(r"/api/(datasets/|models/)([^/]+/[^/]+)/tree/[^/]+", path):
+            if refusal := next((stub.refused[name] for name in stub.refused if f"/{name}" in path), None):
+                self._fail(refusal[1], status=refusal[0])
+            elif walked := re.fullmatch(r"/api/(datasets/|models/)([^/]+/[^/]+)/tree/[^/]+", path):
                 self._tree(f"{walked[1]}{walked[2]}".removeprefix("models/"), with_body=with_body)
             elif listed := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(/revision/[^/]+)?", path):
                 kind = "datasets/" if listed[1] == "datasets" else ""
@@ -88,8 +95,9 @@ def serve_hub(stub: HubStub) -> Iterator[HubStub]:
                     status, headers["Content-Range"] = 206, f"bytes {start}-{len(content) - 1}/{len(content)}"
             self._send(status, headers, content[start:], with_body=with_body, breaks_after=stub.broken.get(name))
 
-        def _fail(self, code: str) -> None:
-            self._send(404, {"X-Error-Code": code}, b"", with_body=False)
+        def _fail(self, code: str, *, status: int = 404) -> None:
+            unknown = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            self._send(status, {"X-Error-Code": code} if code else unknown, b"", with_body=False)
 
         def _send(
             self,

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from launcher.config.data.auto import AutoData, EntryField
 from launcher.config.model.base import Model
 from launcher.data.corpus import read_corpus
-from launcher.data.example_store import EncodedBlock, EncodingProgress, is_intact, write_examples
+from launcher.data.example_store import EncodedBlock, is_intact, write_examples
 from launcher.data.example_worker import EncodingTask, WorkerFailed, encode_blocks, read_frame
+from launcher.data.progress import TokenisingProgress, estimate_rows, rows_text
 from launcher.data.token_cache import given_folder, given_tokenizer, read_bpe, train_bpe
 from launcher.errors import EXIT_BAD_INPUT, ConfigError, JobError
 from launcher.models.tokenizer import FastTokenizer
@@ -128,11 +129,12 @@ def write_data(folder: Path, task: EncodingTask, *, vocab_size: int, heartbeat: 
         vocab_size: one more than the largest token number.
         heartbeat: called meanwhile.
     """
-    progress = EncodingProgress()
+    progress = TokenisingProgress(rows_text, total=estimate_rows(task.sources))
+    texts_a_row = 2 if task.is_paired else 1
 
     def counted() -> Iterator[EncodedBlock]:
         for block in encoded_blocks(task, heartbeat=heartbeat):
-            progress.add(block)
+            progress.add(len(block.lengths) // texts_a_row, tokens=len(block.ids))
             yield block
 
     left_out = write_examples(

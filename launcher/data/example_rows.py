@@ -115,12 +115,15 @@ def _order(train: ExampleRows | PairRows, sizes: Sequence[int], *, weights: Sequ
 
 def _summary(train: ExampleRows | PairRows, settings: RowSettings, *, tokens: int) -> str:
     rows = train.num_sequences
-    if isinstance(train, PairRows):
-        return f"{rows:,} pairs of {tokens / rows / 2:,.0f} tokens an answer on average, batched by length"
-    if not settings.packed:
-        return f"{rows:,} examples of {tokens / rows:,.0f} tokens on average, batched by length"
-    full = tokens / (rows * settings.sequence_length)
-    return f"{train.num_examples:,} examples packed into {rows:,} rows of {settings.sequence_length:,}: {full:.1%} full"
+    if settings.packed:
+        full = tokens / (rows * settings.sequence_length)
+        fitted = f"{train.num_examples:,} examples packed into {rows:,} rows of {settings.sequence_length:,}"
+        return f"{fitted}: {full:.1%} full"
+    sides, kind, each = (2, "pairs", " an answer") if isinstance(train, PairRows) else (1, "examples", "")
+    what = f"{rows:,} {kind} of {tokens / rows / sides:,.0f} tokens{each} on average"
+    if train.row_length is None:
+        return f"{what}, batched by length"
+    return f"{what}, padded to {train.row_length:,}: {1 - tokens / (rows * sides * train.row_length):.1%} padding"
 
 
 _FORMAT = 1

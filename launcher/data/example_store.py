@@ -8,7 +8,6 @@ answer of pair k.
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -181,35 +180,6 @@ def _checksum(file: Path, heartbeat: Callable[[], None]) -> int:
             found = zlib.crc32(block, found)
             heartbeat()
     return found
-
-
-class EncodingProgress:
-    """Prints how far the tokenisation of examples is, every few seconds."""
-
-    _EVERY_S = 10.0
-
-    def __init__(self) -> None:
-        self._started = self._printed = time.monotonic()
-        self._examples = self._tokens = 0
-
-    def add(self, block: EncodedBlock) -> None:
-        """Count a block that has been written."""
-        self._examples += len(block.lengths)
-        self._tokens += len(block.ids)
-        now = time.monotonic()
-        if now - self._printed > self._EVERY_S:
-            self._printed = now
-            self._print("tokenised so far")
-
-    def end(self, *, processes: int) -> None:
-        """Print what was done, where it took over a second."""
-        if time.monotonic() - self._started > 1:
-            self._print(f"tokenised by {processes} processes")
-
-    def _print(self, what: str) -> None:
-        elapsed_s = time.monotonic() - self._started
-        rate = self._examples / elapsed_s
-        print(f"{what}: {self._examples:,} examples, {self._tokens:,} tokens, {rate:,.0f} examples/s", flush=True)
 
 
 def held_out_examples(sources: Sequence[int], share: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from launcher.config.data.base import STREAM_LAYOUT, Corpus, TextChunk
 from launcher.config.data.bpe import END, train_byte_level_bpe
 from launcher.config.model.base import Model
 from launcher.data.corpus import read_corpus
+from launcher.data.progress import TokenisingProgress
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import FastTokenizer, copy_tokenizer, load_tokenizer
 from launcher.utils.build_cache import build_once
@@ -166,9 +167,12 @@ def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartb
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     features = Features({"tokens": List(Value(dtype))})
     with ArrowWriter(path=str(folder / _TOKENS), features=features, writer_batch_size=_ROWS_AT_ONCE) as writer:
-        for rows in _rows(data, tokenizer):
+        progress = TokenisingProgress(bytes_text, total=data.text_bytes)
+        for num_bytes, rows in _rows(data, tokenizer):
             writer.write_batch({"tokens": rows})
+            progress.add(num_bytes, tokens=sum(map(len, rows)))
             heartbeat()
+        progress.end()
         writer.finalize()
     files = [file for file in (folder / _TOKENS, folder / _TOKENIZER) if file.exists()]
     layout = {
@@ -181,12 +185,15 @@ def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartb
     write_json(folder / STREAM_LAYOUT, layout)
 
 
-def _rows(data: Corpus, tokenizer: FastTokenizer) -> Iterator[list[list[int]]]:
+def _rows(data: Corpus, tokenizer: FastTokenizer) -> Iterator[tuple[int, list[list[int]]]]:
+    """Yield the bytes of some text, and its tokens."""
     end = [] if tokenizer.end_id is None else [tokenizer.end_id]
     pieces = read_corpus(data)
     while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
-        encoded = tokenizer.encode_batch([piece.text for piece in batch])
-        yield [ids + end if piece.ends_document else ids for ids, piece in zip(encoded, batch, strict=True)]
+        texts = [piece.text for piece in batch]
+        encoded = tokenizer.encode_batch(texts)
+        rows = [ids + end if piece.ends_document else ids for ids, piece in zip(encoded, batch, strict=True)]
+        yield sum(len(text.encode(errors="replace")) for text in texts), rows
 
 
 def _segments(file: Path) -> list[tuple[int, int]]:

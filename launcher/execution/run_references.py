@@ -82,19 +82,40 @@ def _with_weights(run: Run, composed: Composition, locks: CheckpointLocks) -> Ru
         return run
     folder = _run_or_checkpoint(run.model.weights, run, option=WEIGHTS)
     if folder is None:
-        return run
+        return _with_model_folder(run, composed)
     weights = find_model_folder(folder, run.model.weights, option=WEIGHTS, locks=locks)
     if is_adapter_folder(weights):
         run = replace(run, model=_base_of(weights, composed))
     else:
         run = replace(run, model=_model_of(weights, composed))
-    is_default = run.run.name == default_run_name(composed.run.model.name)
-    if is_default and "run.name" not in _keys(composed.overrides):
-        run = replace(run, run=replace(run.run, name=default_run_name(run.model.name)))
+    run = _named_after_model(run, composed)
     if run.model.adapter is None:
         run = replace(run, model=_self_contained(run.model, weights))
+    return _with_tokenizer_of(weights, run, composed)
+
+
+def _with_model_folder(run: Run, composed: Composition) -> Run:
+    """Return ``run`` with the model that a folder of weights describes, unless one is chosen."""
+    folder = Path(run.model.weights).expanduser()
+    if not run.backend.shares_paths or _is_chosen(composed) or not (folder / "config.json").is_file():
+        return run
+    kept = {name: getattr(run.model, name) for name in _KEPT[1:]}
+    run = _named_after_model(replace(run, model=Hf(name=run.model.weights, **kept)), composed)
+    return _with_tokenizer_of(folder, run, composed)
+
+
+def _named_after_model(run: Run, composed: Composition) -> Run:
+    """Return ``run`` named after its model, unless it has a name of its own."""
+    is_default = run.run.name == default_run_name(composed.run.model.name)
+    if not is_default or "run.name" in _keys(composed.overrides):
+        return run
+    return replace(run, run=replace(run.run, name=default_run_name(run.model.name)))
+
+
+def _with_tokenizer_of(weights: Path, run: Run, composed: Composition) -> Run:
+    """Return ``run`` with the tokenizer in the folder of its weights, unless it has another one."""
     if isinstance(run.data, Corpus) and (weights / "tokenizer.json").is_file() and _uses_default_tokenizer(composed):
-        run = replace(run, data=_given_tokenizer(run.data, "model", composed))
+        return replace(run, data=_given_tokenizer(run.data, "model", composed))
     return run
 
 
@@ -188,10 +209,9 @@ def _given_tokenizer(data: Corpus, tokenizer: str, composed: Composition) -> Cor
     Raises:
         ConfigError: a vocabulary size is set, which is an option of a BPE trained by this run only.
     """
-    data = replace(data, tokenizer=tokenizer)
     if "data.vocab_size" in _keys(composed.overrides):
-        raise unused_vocab_size(data)
-    return data
+        raise unused_vocab_size(replace(data, tokenizer=tokenizer))
+    return replace(data, tokenizer=tokenizer, vocab_size=Corpus.vocab_size)  # the size is that of a BPE
 
 
 def _resumed(run: Run) -> Path:

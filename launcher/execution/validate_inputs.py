@@ -12,6 +12,7 @@ from launcher.config.data.auto import AutoData
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
 from launcher.config.data.bpe import count_folder_tokens, folder_vocabulary, trained_vocabulary
 from launcher.config.data.hf import HfData
+from launcher.config.data.sources import cached_dataset
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.train import Train
@@ -92,7 +93,7 @@ def _validate_hub_data(data: Data) -> Iterator[ConfigError]:
         yield from validate_dataset_fetch("data.path", data.path)
     if isinstance(data, AutoData):
         for option, name in data.hub_names():
-            if cached_folder(name, kind="dataset") is None:
+            if cached_dataset(name) is None:
                 yield from validate_dataset_fetch(option, name)
 
 

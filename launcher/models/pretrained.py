@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from launcher.checkpoint.manifest import MANIFEST
+from launcher.config.adapter_folder import ADAPTER_CONFIG
 from launcher.config.export import ExportOptions
 from launcher.config.model.base import has_tokenizer
 from launcher.config.model.folder import checkpoint_files
 from launcher.config.model.gpt2 import GPT2_VOCAB_SIZE
 from launcher.config.model.llama import SMOLLM2_INSTALL, SMOLLM2_SIZES, smollm2_folder, smollm2_gguf
-from launcher.errors import EnvironmentProblem
+from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.models.gguf import convert_llama
 from launcher.models.tokenizer import config_json_error
 from launcher.plugins.loading import executor
@@ -266,9 +267,22 @@ class HfSource:
             raise config_json_error("model.name", self._model.name, folder, error) from error
 
     def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
-        """Return the local folder, or that of the hub's cache, fetched where missing."""
+        """Return the local folder, or that of the hub's cache, fetched where missing.
+
+        Raises:
+            ConfigError: the hub has no such model.
+            EnvironmentProblem: it cannot be downloaded.
+        """
         if self._model.is_local:
             return Path(self._model.name).expanduser()
         heartbeat()
         instead = "choose a model that needs none: model=gpt2_tiny, model=smollm2_135m"
-        return fetch_model(self._model.name, with_weights=with_weights, option="model.name", instead=instead)
+        folder = fetch_model(self._model.name, with_weights=with_weights, option="model.name", instead=instead)
+        if not (folder / "config.json").is_file():
+            why, fix = f"holds no config.json ({folder})", "name a model in Transformers' format"
+            if (folder / ADAPTER_CONFIG).is_file():
+                why = "is an adapter, not a model"
+                fix = f"set model.name to the model that it was trained on, run `hf download {self._model.name} "
+                fix += "--local-dir FOLDER`, and set model.adapter=./FOLDER"
+            raise ConfigError("model.name", self._model.name, why=why, fix=fix)
+        return folder

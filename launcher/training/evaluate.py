@@ -88,7 +88,7 @@ def _evaluate_repeatedly(job: Evaluate, context: Context, check: CheckpointCheck
                     num_tokens = {name: tokens, **texts.num_labels}
                     table = _table({name: found, **of_sets}, num_tokens)
                     write_atomic(context.run_dir.path / "evaluation.md", "# Evaluation\n\n" + table)
-                    print(table, flush=True)
+                    print(table, end="", flush=True)
     heartbeat("done", num_steps)
 
 

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from launcher.engines.context import Context
 
 
+_PADDING_STEPS = 8
+"""Batches at the start whose padding is printed."""
+
+
 def train(job: Train, context: Context) -> None:
     """Train on this rank to the last step, from the newest checkpoint if the run has one.
 
@@ -98,7 +102,7 @@ class Trainer:
         tokens = restored.tokens if restored else 0
         with Recorder(self.job, self.context, self.engine, start_step=first, tokens=tokens) as self.recorder:
             if self.splits.summary:
-                self.recorder.print(f"data: {self.splits.summary}")
+                self.recorder.print(f"data: {self.splits.summary}{self._padding_text(first)}")
             unit = "pair" if self.splits.is_paired else "token"
             self.recorder.baselines(first, self.splits.baselines, unit=unit)
             if self.job.epochs is not None:
@@ -129,6 +133,13 @@ class Trainer:
     def _use_references(self, restored: CheckpointManifest | None) -> None:
         known = load_references(self.loader, self.splits, self.context, self.engine, restored=restored)
         self.loader.use_references(train=known.train, held_out=known.held_out)
+
+    def _padding_text(self, first: int) -> str:
+        """Return the share of padding in the first batches, where their longest rows decide it."""
+        steps = range(first, min(self.job.steps, first + _PADDING_STEPS))
+        if not self.context.is_main or self.splits.train.row_length is not None or not steps:
+            return ""
+        return f", {sum(map(self.loader.padding, steps)) / len(steps):.1%} padding"
 
     def continue_from(self, manifest: CheckpointManifest | None) -> int:
         """Draw the data from where a loaded checkpoint stands; return the steps already done."""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import socket
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from http import HTTPStatus
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.errors import ConfigError, EnvironmentProblem, LauncherError
 from launcher.utils.files import exists, home_folder
 from launcher.utils.text import shell_word
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 """``org/model`` or, for the oldest, ``model``."""
@@ -23,10 +29,15 @@ _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second copy of the same weights
 
 
-def cached_folder(name: str, *, kind: Literal["model", "dataset"] = "model") -> Path | None:
+def cached_folder(name: str, *, kind: Literal["model", "dataset"] = "model", whole: Sequence[str] = ()) -> Path | None:
     """Return the folder of a hub model or data set in the local cache, or ``None``.
 
     Standard library only.
+
+    Args:
+        name: ``org/name``.
+        kind: of the repository.
+        whole: patterns of files; a folder that lacks one of them, because its download broke off, counts as missing.
     """
     root = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or _home() / "hub"))  # noqa: PTH111
     repository = root / f"{kind}s--{name.replace('/', '--')}"
@@ -35,7 +46,22 @@ def cached_folder(name: str, *, kind: Literal["model", "dataset"] = "model") -> 
     except (OSError, UnicodeDecodeError):
         return None
     folder = repository / "snapshots" / commit
-    return folder if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    wanted = (file for file in _listed(repository / "trees" / f"{commit}.json") for one in whole if fnmatch(file, one))
+    return folder if all(exists(folder / file) for file in wanted) else None
+
+
+def _listed(tree: Path) -> list[str]:
+    """Return the files that the hub listed before a download.
+
+    The list is empty where huggingface_hub did not keep it.
+    """
+    try:
+        names = json.loads(tree.read_text(encoding="utf-8"))["files"]
+        return [str(name) for name in names if not str(name).startswith(".")]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def _home() -> Path:
@@ -138,7 +164,7 @@ def _unreachable(*more: str) -> str | None:
 
     if getproxies():
         return None
-    address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    address = urllib.parse.urlsplit(_endpoint())
     try:
         port = address.port or (443 if address.scheme == "https" else 80)
         with socket.create_connection((address.hostname or "", port), timeout=_CONNECT_S):
@@ -161,24 +187,105 @@ def fetch_model(name: str, *, with_weights: bool, option: str, instead: str) -> 
         instead: what works without a network, for messages.
 
     Raises:
-        ConfigError: the hub has no such model, or it needs a login.
+        ConfigError: the hub has no such model, it needs a login, or it has no weights in safetensors.
         EnvironmentProblem: the hub cannot be reached and the model is not in the local cache.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
-
     wanted = [*_SMALL, *(["*.safetensors"] if with_weights else [])]
+    other_way = f"or `hf download {name}` on a machine with network access and give {option} that folder, or {instead}"
+    folder = download(name, kind="model", option=option, wanted=wanted, unwanted=_UNWANTED, other_way=other_way)
+    if with_weights and not any(folder.glob("*.safetensors")):
+        why = f"holds no weights in safetensors ({folder})"
+        fix = "name one that does, or load it with Transformers and give a folder that save_pretrained wrote"
+        raise ConfigError(option, name, why=why, fix=fix)
+    return folder
+
+
+def download(
+    name: str,
+    *,
+    kind: Literal["model", "dataset"],
+    option: str,
+    wanted: Sequence[str],
+    unwanted: Sequence[str],
+    other_way: str,
+) -> Path:
+    """Return the local folder of a repository of the hub, after downloading its missing files.
+
+    A connection that breaks is continued, and files that are complete are not fetched again.
+
+    Args:
+        name: ``org/name``.
+        kind: of the repository.
+        option: the option that names it.
+        wanted: patterns of its files.
+        unwanted: patterns of files to leave out.
+        other_way: how to get it when the hub cannot be reached, for messages.
+
+    Raises:
+        ConfigError: the hub has no such repository, or does not give it to this user.
+        EnvironmentProblem: the hub cannot be reached, or a file failed.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)))
-    except (HFValidationError, RepositoryNotFoundError) as error:
+        return Path(
+            snapshot_download(name, repo_type=kind, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
+        )
+    except HFValidationError as error:
+        raise _no_such(name, kind, option) from error
+    except HfHubHTTPError as error:
+        raise _refused(error, name, kind, option, other_way) from error
+    except Exception as error:  # a broken transfer raises what its HTTP library raises
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):  # the list of files failed, and there is no copy here
+            raise _refused(cause, name, kind, option, other_way) from error
+        raise _broken(error, name, option, other_way) from error
+
+
+def _refused(
+    error: HfHubHTTPError, name: str, kind: Literal["model", "dataset"], option: str, other_way: str
+) -> LauncherError:
+    """Return what to tell a user whom the hub has answered with an error."""
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError
+
+    status = error.response.status_code
+    page = f"{_endpoint()}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    if isinstance(error, GatedRepoError):  # also a RepositoryNotFoundError
+        why = "is gated: the hub gives it to accounts that have accepted its terms"
+        fix = f"accept them at {page}, and log in with `hf auth login` or export HF_TOKEN"
+        if status == HTTPStatus.FORBIDDEN:
+            fix = f"ask for access at {page} with the account of your token, and wait until it is granted"
+        return ConfigError(option, name, why=why, fix=fix)
+    if isinstance(error, RepositoryNotFoundError):
+        return _no_such(name, kind, option)
+    if status == HTTPStatus.UNAUTHORIZED:
+        why = "the hub rejects your token: it has expired, or is mistyped"
+        return ConfigError(option, name, why=why, fix="log in again with `hf auth login`, or correct HF_TOKEN")
+    if isinstance(error, DisabledRepoError) or status == HTTPStatus.FORBIDDEN:
+        why = "the hub forbids the download"
+        fix = f"see {page}; a token needs the permission to read it"
+        return ConfigError(option, name, why=why, fix=fix)
+    return _broken(error, name, option, other_way)
+
+
+def _no_such(name: str, kind: Literal["model", "dataset"], option: str) -> ConfigError:
+    if kind == "dataset":
+        why = "is no path on this machine, and the hub has no such public data set"
+        fix = "check the name, give local files, or log in with `hf auth login`"
+    else:
         why = "the hub has no such public model"
         fix = "check the name, give a local folder, or log in with `hf auth login`"
-        raise ConfigError(option, name, why=why, fix=fix) from error
-    except Exception as error:  # a broken transfer raises what its HTTP library raises
-        raise EnvironmentProblem(
-            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}); run "
-            f"`hf download {name}` on a machine with network access and give {option} that folder, or {instead}"
-        ) from error
+    return ConfigError(option, name, why=why, fix=fix)
+
+
+def _broken(error: Exception, name: str, option: str, other_way: str) -> EnvironmentProblem:
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    said = ": ".join(lines[:2]) or type(error).__name__
+    return EnvironmentProblem(
+        f"{option}={name} cannot be downloaded ({said}); run the same command again to continue, {other_way}"
+    )
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")

@@ -355,6 +355,16 @@ def test_other_weights_are_left_as_they_are(write: Write) -> None:
         assert resolved("model=smollm2_135m", f"model.weights={weights}").model.weights == weights
 
 
+def test_a_folder_of_a_model_says_which_model_it_is(tmp_path: Path, write: Write) -> None:
+    exported = tmp_path / "exported"
+    (write(10).folder / "model").rename(exported)
+    run = resolved("job=generate", "model.weights=exported", "model.quantization=int8_weight")
+    assert (run.model.kind, run.model.name, run.model.weights) == ("hf", "exported", "pretrained")
+    assert (run.model.quantization, run.run.name) == ("int8_weight", "exported")
+    assert resolved("job=evaluate", "model.weights=exported").data.tokenizer == "model"
+    assert resolved("job=evaluate", "model=gpt2_tiny", "model.weights=exported").model.kind == "gpt2"
+
+
 def test_resume_takes_a_run_id_and_keeps_the_run_so_that_ranks_can_take_the_one_before(write: Write) -> None:
     ten, twenty = write(10, loss=1.0), write(20, loss=2.0)
     run_dir = ten.folder.parent.parent

@@ -668,6 +668,16 @@ class AutoData(Corpus):
             else:
                 yield from _texts(source.examples(self.template(None)))
 
+    @property
+    def text_bytes(self) -> int | None:
+        """Bytes of the files; ``None`` of built-in text, compressed files, and columns of text."""
+        opened = [file for source in self._cached_sources for file in source.files]
+        if not all(source.files for source in self._cached_sources) or any(
+            file.written.kind != "text" for file in opened
+        ):
+            return None
+        return files.text_bytes(file.path for file in opened)
+
     def small_pieces(self, most: int = SMALL_CHARS) -> list[TextChunk] | None:
         """Return the whole text of small local data."""
         sources = self.sources(fetches=False)

@@ -188,6 +188,11 @@ class Corpus(Data):
         return None
 
     @property
+    def text_bytes(self) -> int | None:
+        """Bytes of the whole text, for progress; ``None`` where only reading it tells."""
+        return None
+
+    @property
     def trains_tokenizer(self) -> bool:
         """Whether the tokenizer is trained on the text.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launcher.config.data.base import TextChunk
 from launcher.config.data.formats import (
+    COMPRESSED_ENDINGS,
     EMPTY_FILE,
     FORMAT_OF,
     BadFile,
@@ -108,6 +109,14 @@ def fingerprint(files: Iterable[Path]) -> str:
                 content = f"{status.st_size} {status.st_mtime_ns}".encode() + hashlib.sha256(ends).digest()
         digest.update(content)
     return digest.hexdigest()
+
+
+def text_bytes(files: Iterable[Path]) -> int | None:
+    """Return the bytes of some files of text; ``None`` if one is compressed."""
+    found = list(files)
+    if any(full_ending(file).lower().endswith(COMPRESSED_ENDINGS) for file in found):
+        return None
+    return sum(file.stat().st_size for file in found)
 
 
 def read_pieces(file: Path, found: FileFormat) -> Iterator[TextChunk]:

@@ -68,7 +68,7 @@ _ENDINGS: dict[str, Kind] = {
     ".xhtml": "markup",
     ".xml": "markup",
 }
-_COMPRESSED_ENDINGS = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
+COMPRESSED_ENDINGS = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
 _COMPRESSED: dict[bytes, Compression] = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\0": "xz",
@@ -422,7 +422,7 @@ def _ending(file: Path) -> Kind:
 
 
 def _without_compression(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix.lower() in _COMPRESSED_ENDINGS else file
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSED_ENDINGS else file
 
 
 def _unpacked_name(file: Path, *, any_ending: bool = False) -> Path:

@@ -15,16 +15,19 @@ from launcher.config.data.builtin import BUILTIN_DATA
 from launcher.config.data.formats import full_ending, kind_of_ending
 from launcher.config.data.hf import SPLITS, data_files, split_of_name
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.utils.hub import HUB_NAME, cached_folder
+from launcher.utils.hub import HUB_NAME, cached_folder, download
 from launcher.utils.text import did_you_mean
 
 SourceKind = Literal["builtin", "local", "hub", "url"]
 _TEXT_ENDINGS = (".txt", ".text", ".md", ".rst")
 _SHOWN_CONFIGURATIONS = 12
-DATA_PATTERNS = tuple(
-    f"*{ending}{packed}"
-    for ending in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
-    for packed in ("", ".gz", ".bz2", ".xz", ".zst")
+_WANTED = (
+    "README.md",
+    *(
+        f"*{ending}{packed}"
+        for ending in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+        for packed in ("", ".gz", ".bz2", ".xz", ".zst")
+    ),
 )
 """Files of a data set of the hub that are downloaded."""
 
@@ -75,9 +78,7 @@ class Source:
                 raise errors[0]
             return found
         if self.kind == "hub":
-            cached = cached_folder(self.name, kind="dataset")
-            if fetches:
-                cached = fetch_dataset(self.name, option=self.option)
+            cached = fetch_dataset(self.name, option=self.option) if fetches else cached_dataset(self.name)
             return None if cached is None else self._of_folder(cached, split, configuration)
         if self.kind == "url":
             return fetch_url(self.name, cache, option=self.option) if fetches else None
@@ -169,36 +170,28 @@ def _chosen(configurations: Sequence[dict[str, Any]], name: str | None, source: 
     return default or configurations[0]
 
 
+def cached_dataset(name: str) -> Path | None:
+    """Return the folder of a data set of the hub if all its files are in the local cache."""
+    return cached_folder(name, kind="dataset", whole=_WANTED)
+
+
 def fetch_dataset(name: str, *, option: str) -> Path:
     """Return the folder of a data set of the hub, after downloading missing files.
 
-    Several processes may call this at once; the hub's own locks let one fetch each file. A connection that breaks is
-    continued, and files that are complete are not fetched again.
+    Several processes may call this at once; the hub's own locks let one fetch each file.
 
     Raises:
         ConfigError: the hub has no such data set, or it needs a login.
         EnvironmentProblem: the hub cannot be reached, or a file failed.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                name, repo_type="dataset", allow_patterns=["README.md", *DATA_PATTERNS], ignore_patterns=[".*"]
-            )
-        )
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        why = "is no path on this machine, and the hub has no such public data set"
-        fix = "check the name, give local files, or log in with `hf auth login`"
-        raise ConfigError(option, name, why=why, fix=fix) from error
-    except Exception as error:  # a broken transfer raises what its HTTP library raises
-        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-        said = ": ".join(lines[:2]) or type(error).__name__
-        raise EnvironmentProblem(
-            f"{option}={name} cannot be downloaded ({said}); run the same command again to continue, or "
-            f"`hf download --repo-type dataset {name}` on a machine with network access and copy the cache"
-        ) from error
+    return download(
+        name,
+        kind="dataset",
+        option=option,
+        wanted=_WANTED,
+        unwanted=[".*"],
+        other_way=f"or `hf download --repo-type dataset {name}` on a machine with network access and copy the cache",
+    )
 
 
 def url_problem(url: str) -> tuple[str, str] | None:

@@ -126,6 +126,11 @@ class Text(Corpus):
             return None
         return files.beginning(self.local_pieces(), most)
 
+    @property
+    def text_bytes(self) -> int | None:
+        """Bytes of the files; ``None`` of built-in text, and of compressed files."""
+        return None if self.path == PYTHON_DOCS else files.text_bytes(self._files()[0])
+
     def _files(self) -> tuple[list[Path], list[ConfigError]]:
         return files.expand([self.path] if isinstance(self.path, str) else self.path, option="data.path")
 

@@ -118,6 +118,8 @@ def _exit_code_of_error(error: Exception, env: RankEnv, heartbeat: Heartbeat) ->
         if isinstance(earlier, KeyboardInterrupt):
             raise earlier
         if isinstance(earlier, SystemExit) and earlier.code == EXIT_PREEMPTED:
+            with contextlib.suppress(OSError):  # the disk of the log is full
+                print(f"note: closing failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             return EXIT_PREEMPTED
     if isinstance(error, LauncherError):
         _print_exception(str(error), env)

@@ -81,6 +81,7 @@ def test_a_run_whose_checkpoints_fill_the_disk_says_so_restarts_and_leaves_room(
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("exit code 1: rank 0 on ")
     assert NAMED.search(last)
+    assert re.search(r"\(a checkpoint takes [\d.]+ MiB, and the run has up to 4 at a time: checkpoint.keep=0", last)
     assert "set run.dir to a folder on another disk" in last
     assert "Traceback" not in ended.output
     assert "restarting on" in ended.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from launcher.utils.build_cache import quote_torch_library_path
+from launcher.utils.hidden_modules import hidden_mlflow
 
 BUILDERS = {
     "async_io": "AsyncIOBuilder",
@@ -17,7 +18,8 @@ BUILDERS = {
 
 def main(name: str) -> None:
     """Build ``name`` unless it is up to date, and load it."""
-    from deepspeed.accelerator import get_accelerator
+    with hidden_mlflow():
+        from deepspeed.accelerator import get_accelerator
 
     quote_torch_library_path()
     get_accelerator().create_op_builder(BUILDERS[name]).load(verbose=False)

@@ -1,17 +1,8 @@
-"""DeepSpeed, imported without mlflow.
-
-Its autotuner, which comes with it and which nothing here uses, imports mlflow where it is installed: seconds of a core.
-"""
+"""DeepSpeed, imported without mlflow."""
 
 from __future__ import annotations
 
-import sys
+from launcher.utils.hidden_modules import hidden_mlflow
 
-_hides_mlflow = "mlflow" not in sys.modules
-if _hides_mlflow:
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # importing it fails, as where it is not installed
-try:
+with hidden_mlflow():
     import deepspeed as deepspeed
-finally:
-    if _hides_mlflow:
-        del sys.modules["mlflow"]

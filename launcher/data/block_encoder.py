@@ -7,6 +7,7 @@ is encoded with the tokenizer's own offsets.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,13 +36,16 @@ class BlockEncoder:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, end_id: int | None) -> None:
         self._tokenizer, self._end_id = tokenizer, end_id
-        self._with_offsets = ExampleEncoder(tokenizer, end_id=end_id)
         self._words = WordCache(tokenizer) if can_cut(tokenizer) else None
         self._bytes = token_bytes(tokenizer)
         self._sizes: np.ndarray = np.array([len(each) for each in self._bytes], np.int64)
         self._before, self._after = _special_tokens_around(tokenizer)
         probe = tokenizer.encode(_PROBE, add_special_tokens=False).ids
         self._keeps_bytes = self._holds(probe, _PROBE.encode())
+
+    @functools.cached_property
+    def _with_offsets(self) -> ExampleEncoder:
+        return ExampleEncoder(self._tokenizer, end_id=self._end_id)
 
     def encode(self, key: BlockKey, examples: Sequence[RenderedExample]) -> EncodedBlock:
         """Return the block of some examples."""
@@ -102,13 +106,14 @@ def token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
     """Return the bytes of text that each token stands for; unknown ones are ``_NO_TEXT``."""
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     found = [_NO_TEXT] * (max(vocabulary.values(), default=-1) + 1)
-    byte_of = byte_of_character() if has_decoder(tokenizer, "ByteLevel") else None
+    is_byte_level = has_decoder(tokenizer, "ByteLevel")
+    byte_of = {ord(character): byte for character, byte in byte_of_character().items()}
     for token, number in vocabulary.items():
-        if byte_of is None:
+        if not is_byte_level:
             byte = fallback_byte(token)
             found[number] = token.replace("▁", " ").encode() if byte is None else bytes((byte,))
-        elif all(character in byte_of for character in token):
-            found[number] = bytes(byte_of[character] for character in token)
+        elif max(written := token.translate(byte_of), default="") <= "\xff":
+            found[number] = written.encode("latin-1")
     for number, added in tokenizer.get_added_tokens_decoder().items():
         found[number] = added.content.encode()
     return found

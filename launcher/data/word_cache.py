@@ -116,18 +116,22 @@ def can_cut(tokenizer: tokenizers.Tokenizer) -> bool:
 
     They are cut before spaces that follow other characters.
     """
-    tree = json.loads(tokenizer.to_str())
-    parts = _parts(tree["pre_tokenizer"])
+    from tokenizers import models, normalizers
+
+    model, normalizer = tokenizer.model, tokenizer.normalizer
+    if not isinstance(model, models.BPE) or model.dropout or not isinstance(normalizer, normalizers.NFC | None):
+        return False
+    parts = _parts(tokenizer.pre_tokenizer)
     cuts = any(part["type"] == "Split" or (part["type"] == "ByteLevel" and part["use_regex"]) for part in parts)
-    model, normalizer = tree["model"], tree["normalizer"]
-    is_plain = model["type"] == "BPE" and not model["dropout"] and (normalizer is None or normalizer["type"] == "NFC")
-    return cuts and is_plain and all(map(_keeps_pieces, parts)) and all(map(_is_in_piece, tree["added_tokens"]))
+    added = tokenizer.get_added_tokens_decoder().values()
+    return cuts and all(map(_keeps_pieces, parts)) and all(map(_is_in_piece, added))
 
 
-def _parts(tree: Any) -> list[Any]:
-    if tree is None:
+def _parts(pre_tokenizer: Any) -> list[Any]:
+    if pre_tokenizer is None:
         return []
-    return tree["pretokenizers"] if tree["type"] == "Sequence" else [tree]
+    tree = json.loads(pre_tokenizer.__getstate__())
+    return list(tree["pretokenizers"]) if tree["type"] == "Sequence" else [tree]
 
 
 def _keeps_pieces(part: Any) -> bool:
@@ -153,8 +157,7 @@ def _split(pattern: str) -> list[str]:
     return found
 
 
-def _is_in_piece(token: Any) -> bool:
+def _is_in_piece(token: tokenizers.AddedToken) -> bool:
     """Return whether an added token is found in a piece as in the text."""
-    content = token["content"]
-    takes_more = token["lstrip"] or token["rstrip"] or token["single_word"]
-    return not takes_more and " " not in content and (content.isascii() or not token["normalized"])
+    takes_more = token.lstrip or token.rstrip or token.single_word
+    return not takes_more and " " not in token.content and (token.content.isascii() or not token.normalized)

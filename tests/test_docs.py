@@ -23,6 +23,9 @@ from tests.conftest import REPOSITORY
 
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("docs/**/*.md"))]
 
+WHOLE = {"tutorial-finetune.md": "test_tutorial.py::test_every_command_does_what_the_page_shows"}
+"""Pages whose commands build on each other, and the test that runs them in their order."""
+
 SLOW = {
     "scripts/install && .venv/bin/launch": "test_main_job.py::test_the_default_run_learns_and_leaves_everything",
     "launch +exp=zero3_gpt2xl parallel=zero_infinity parallel.nvme_path=DISK parallel.pin_memory=false "
@@ -98,7 +101,7 @@ class Example:
 
 def examples() -> list[Example]:
     found: dict[str, Example] = {}
-    for page in PAGES:
+    for page in (page for page in PAGES if page.name not in WHOLE):
         shown: list[tuple[str, list[str]]] = []
         for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             for entry in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -153,9 +156,10 @@ def test_slow_command_has_a_test(command: str) -> None:
     assert command in SLOW, "name the test that runs it in SLOW"
 
 
-@pytest.mark.parametrize(("command", "test"), SLOW.items())
+@pytest.mark.parametrize(("command", "test"), [*SLOW.items(), *WHOLE.items()])
 def test_named_test_exists(command: str, test: str) -> None:
-    assert command in {example.command for example in EXAMPLES}, "no page shows it any more"
+    shown = {example.command for example in EXAMPLES} | {page.name for page in PAGES}
+    assert command in shown, "no page shows it any more"
     file, _, name = test.partition("::")
     tree = ast.parse((REPOSITORY / "tests" / file).read_text())
     assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

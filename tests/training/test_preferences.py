@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,9 @@ def test_a_resumed_run_keeps_its_reference(
     words = (*WORDS, f"adapter={adapter}", "parallel=single", "backend.ranks=1", "job.micro_batch=4")
     ended = launch(*words, "run.dir=whole", "checkpoint.every=2", "checkpoint.keep=0").expect(0)
     assert "computing the log-probabilities of 40 pairs" in ended.stdout
+    padding = losses(tmp_path / "whole", "data/padding").values()
+    (said,) = re.findall(r"an answer on average, batched by length, ([\d.]+)% padding", ended.stdout)
+    assert float(said) == pytest.approx(100 * sum(padding) / len(padding), abs=0.06)
     expected = {step: loss for step, loss in losses(tmp_path / "whole").items() if step > 2}
     assert losses(tmp_path / "whole")[1] == pytest.approx(0.693147, rel=1e-5)
     resumed = (*words, "run.dir=again", "checkpoint.resume=whole/checkpoints/step_00000002")

@@ -30,7 +30,7 @@ OWNERS = {
     "fp8": ("launcher/models/transforms.py",),
     "mlflow": ("launcher/trackers/mlflow_run.py",),
     "tensorboard": ("launcher/trackers/tensorboard_run.py",),
-    "eval": ("launcher/benchmarks/lm_eval/",),
+    "eval": ("launcher/benchmarks/lm_eval/", "launcher/training/lm_eval_harness.py"),
     "testing": ("launcher/testing/",),
 }
 """Folders and files in which the packages of each extra may be imported."""

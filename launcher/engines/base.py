@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from launcher.utils.progress import OnProgress, no_progress
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.data.dataloader import MicroBatch
@@ -44,6 +45,16 @@ class StepResult:
     """Ranks whose own loss was not finite."""
     preempted: bool = False
     """Some rank had been asked to leave by the end of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """A model that a rank can use by itself, without the other ranks."""
+
+    module: PreTrainedModel
+    """In evaluation mode."""
+    autocast: torch.dtype | None
+    """Format of its matrix products; ``None`` for that of its weights."""
 
 
 Observer = Callable[["Tensor", "Tensor"], None]
@@ -101,6 +112,13 @@ class Engine(ABC):
     @abstractmethod
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Return ``input_ids`` (sequences, tokens) with a greedy continuation, on every rank."""
+
+    def whole_model(self) -> AbstractContextManager[WholeModel]:
+        """Return a context in which every rank holds the whole model, also where it holds a share of it otherwise.
+
+        Strategies that split layers or blocks over ranks have none.
+        """
+        raise AssertionError(f"no rank of a {type(self).__name__} can hold the whole model: refused in the plan")
 
     @property
     def model_config(self) -> PreTrainedConfig:

@@ -95,6 +95,15 @@ def sum_over_ranks(values: Sequence[float], *, device: torch.device) -> list[flo
     return summed
 
 
+def from_main_rank(values: dict[str, float], *, device: torch.device) -> dict[str, float]:
+    """Return the values of rank 0 by name, on every rank."""
+    if not dist.is_initialized():
+        return values
+    both = [list(values), list(values.values())]
+    dist.broadcast_object_list(both, src=0, device=device)
+    return dict(zip(*both, strict=True))
+
+
 def all_ranks_agree(answer: bool, *, device: torch.device) -> bool:
     """Whether every rank says yes."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1

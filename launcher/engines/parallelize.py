@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -43,6 +44,9 @@ class ModelLayout(Protocol):
     def without_reduction(self) -> AbstractContextManager[None]:
         """Return a context in which gradients are only accumulated."""
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """Return a context in which this rank holds the whole model."""
+
     def release(self) -> None:
         """Release what wraps the model."""
 
@@ -65,6 +69,10 @@ class ReplicatedModel:
         """DDP sets up its reduction in the forward pass, so that must be inside too."""
         if isinstance(self.forward, DistributedDataParallel):
             return cast("AbstractContextManager[None]", self.forward.no_sync())
+        return contextlib.nullcontext()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """It always holds it."""
         return contextlib.nullcontext()
 
     def release(self) -> None:
@@ -152,6 +160,13 @@ class ShardedModel:
             return _unreduced(self.module)
         return contextlib.nullcontext()
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """Gather all shards, and keep them until the end."""
+        assert self._plan is None, "slices of matrices are never whole"
+        assert self.sequence is None, "sequences are split"
+        units = [each for each in self.module.modules() if isinstance(each, FSDPModule)]
+        return _gathered(units, reshards=self._parallel.reshard_after_forward)
+
     def release(self) -> None:
         """FSDP2 has become part of the model: there is nothing to drop."""
 
@@ -168,6 +183,19 @@ def _unreduced(module: FSDPModule):  # type: ignore[no-untyped-def]
         yield
     finally:
         module.set_requires_gradient_sync(True)
+
+
+@contextlib.contextmanager
+def _gathered(units: Sequence[FSDPModule], *, reshards: bool):  # type: ignore[no-untyped-def]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(reshards, recurse=False)
+            unit.reshard()
 
 
 def _replicated(module: nn.Module, *, bucket_mb: int) -> DistributedDataParallel:

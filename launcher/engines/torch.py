@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from launcher.config.parallel.data_parallel import Fsdp
-from launcher.engines.base import Engine, Observer, StepResult, never_preempted
+from launcher.engines.base import Engine, Observer, StepResult, WholeModel, never_preempted
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_items
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
@@ -123,6 +123,15 @@ class TorchEngine(Engine):
             ids = generate_greedily(self.module, input_ids.to(self.device), max_new_tokens=max_new_tokens)
         self.module.train()
         return ids
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[WholeModel]:
+        """Gather shards, in evaluation mode."""
+        casts = self._dtype != torch.float32 and not self._layout.casts_itself
+        self.module.eval()
+        with self._layout.gathered():
+            yield WholeModel(module=self._layout.module, autocast=self._dtype if casts else None)
+        self.module.train()
 
     def state_bytes(self) -> StateBytes:
         """Count weights, gradients and moments, or this rank's shards of them."""

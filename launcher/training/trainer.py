@@ -30,6 +30,7 @@ from launcher.training.evaluation_metrics import load_metrics
 from launcher.training.recorder import Recorder
 from launcher.training.reference import load_references, with_objective
 from launcher.training.saving import CheckpointSaver
+from launcher.training.task_evaluation import TaskEvaluation
 from launcher.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Trainer:
         self.callbacks = Callbacks(job.callbacks, context, engine)
         self.metrics = load_metrics(job.metrics)
         self.texts = EvalTexts(job.eval_sets, context, splits, stride=job.sequence_length, most=job.eval_sequences)
+        self.tasks = TaskEvaluation(job, context, splits.tokenizer)
         self.bad_steps = BadSteps(job, drops_steps=isinstance(context.run.precision, Fp16Precision))
         self.early_stopping = EarlyStopping(job, best_metric=context.run.checkpoint.best_metric)
         self.skipped_sequences = 0
@@ -249,6 +251,10 @@ class Trainer:
                 asked_since = any(each.preempted for each in of_sets.values())
                 metrics = {**held_out.metrics, **set_metrics(of_sets)}
                 held_out = replace(held_out, preempted=asked_since, metrics=metrics)
+            if not held_out.preempted:
+                answered = self.tasks.evaluate(self.engine, preempted=asked)
+                metrics = {**held_out.metrics, **(answered or {})}
+                held_out = replace(held_out, preempted=answered is None, metrics=metrics)
         self.recorder.evaluation(done, held_out.loss, metrics=held_out.metrics, parts=self.clock.pop_times())
         self.early_stopping.observe(held_out)
         self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))

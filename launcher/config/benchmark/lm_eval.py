@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import yaml
-
+from launcher.config.lm_eval_tasks import TaskRequest, validate_tasks
 from launcher.config.paths import PathText
 from launcher.config.run import COMPUTING_GROUPS, LEARNING_GROUPS, Benchmark, Run
 from launcher.errors import ConfigError
-
-_FILE_ENDINGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +84,7 @@ class LmEvalBenchmark(Benchmark):
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a missing package, and task files that are missing or malformed."""
-        if importlib.util.find_spec("lm_eval") is None:
-            fix = "install it: pip install 'launcher[eval]'"
-            yield ConfigError("benchmark", self.kind, why="the package lm_eval is not installed", fix=fix)
-        for name in self.tasks:
-            if is_task_file(name) and (why := _task_file_problem(Path(name))):
-                yield ConfigError("benchmark.tasks", name, why=why, fix="correct the file, or name another one")
+        yield from validate_tasks("benchmark.tasks", self.tasks, user=("benchmark", self.kind))
         for folder in self.include_path:
             if not Path(folder).is_dir():
                 yield ConfigError(
@@ -103,47 +94,19 @@ class LmEvalBenchmark(Benchmark):
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the tasks."""
         yield "model", f"{run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
-        shots = "as each task says" if self.num_fewshot is None else str(self.num_fewshot)
-        documents = "all documents" if self.limit is None else f"the first {self.limit} documents of each"
-        yield "tasks", f"{', '.join(self.tasks)}: {documents}, examples before a question: {shots}"
+        yield "tasks", self.request.text
 
-
-def is_task_file(name: str) -> bool:
-    """Return whether an entry of ``tasks`` is a file, and not the name of a task."""
-    return name.endswith(_FILE_ENDINGS)
-
-
-class _TaskLoader(yaml.SafeLoader):
-    """Reads task files without importing the functions that they name."""
-
-
-_TaskLoader.add_constructor("!function", lambda loader, node: str(node.value))
-
-
-def _task_file_problem(file: Path) -> str:
-    """Return what is wrong with a task file; empty if nothing is."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        found: Any = yaml.load(text, Loader=_TaskLoader)  # noqa: S506  (a safe loader)
-    except FileNotFoundError:
-        return f"there is no such file (relative to {Path.cwd()})"
-    except (OSError, UnicodeDecodeError) as error:
-        return f"cannot be read: {error}"
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f"line {mark.line + 1}: "
-        return f"is not YAML: {where}{getattr(error, 'problem', error)}"
-    if not isinstance(found, dict) or not {"task", "group", "include"} & found.keys():
-        return "is no task of lm_eval: it has no key task, group or include"
-    return _data_file_problem(found)
-
-
-def _data_file_problem(task: dict[str, Any]) -> str:
-    """Return which local data file of a task is missing; empty if none is."""
-    options = task.get("dataset_kwargs")
-    named = options.get("data_files") if isinstance(options, dict) else None
-    for value in named.values() if isinstance(named, dict) else [named]:
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and "://" not in each and "*" not in each and not Path(each).exists():
-                return f"names the data file {each}, which does not exist (relative to {Path.cwd()})"
-    return ""
+    @property
+    def request(self) -> TaskRequest:
+        """The tasks, and how they are answered."""
+        return TaskRequest(
+            option="benchmark.tasks",
+            tasks=self.tasks,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            apply_chat_template=self.apply_chat_template,
+            include_path=self.include_path,
+            log_samples=self.log_samples,
+            bootstrap_iters=self.bootstrap_iters,
+            run_unsafe_code=self.run_unsafe_code,
+        )

@@ -12,6 +12,7 @@ from launcher.config.data.auto import AutoData
 from launcher.config.data.base import Corpus
 from launcher.config.data.shapes import SHAPES, Shape
 from launcher.config.job.eval_sets import EvaluatingJob
+from launcher.config.job.eval_tasks import TASK_METRICS, TaskAnsweringJob
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import LearningJob, Run
 from launcher.errors import ConfigError
@@ -68,7 +69,7 @@ class PluggableJob(EvaluatingJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(LearningJob, PluggableJob):
+class Train(LearningJob, PluggableJob, TaskAnsweringJob):
     """Training on text, on answers or on preferences, with evaluation on a held-out split."""
 
     kind: ClassVar[str] = "train"
@@ -158,7 +159,8 @@ class Train(LearningJob, PluggableJob):
     def unused_options(self, run: Run) -> Mapping[str, str]:
         """Return options of what never happens: samples that are not taken, and limits without use."""
         why = "job.sample_tokens=0 generates no sample"
-        unused = {} if self.sample_tokens else {"sample_prompt": why, "sample_prompts": why}
+        unused = dict(super().unused_options(run))
+        unused |= {} if self.sample_tokens else {"sample_prompt": why, "sample_prompts": why}
         if self.epochs is not None:
             unused["steps"] = f"job.epochs={self.epochs:g} sets the number of steps"
         if self.objective in ("next_token", "sft"):
@@ -211,7 +213,8 @@ class Train(LearningJob, PluggableJob):
         name = run.checkpoint.best_metric.partition(":")[2]
         rewards = DPO_METRICS if self.objective == "dpo" else ()
         measured = ("loss", *self.metrics, *self.set_metrics, *rewards)
-        if name not in measured:
+        is_of_tasks = bool(self.eval_tasks) and name.startswith(TASK_METRICS)
+        if name not in measured and not is_of_tasks:
             why = f"{name} is not measured: evaluations measure {', '.join(measured)}"
             fix = f"set checkpoint.best_metric={LOWEST_LOSS}, or add {name} to job.metrics"
             if "/" in name:

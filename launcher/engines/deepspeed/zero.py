@@ -6,18 +6,19 @@ parameters that are already empty. So each part of the model is partitioned once
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from launcher.config.parallel.zero import Zero
-from launcher.engines.base import Observer, StepResult, never_preempted
+from launcher.engines.base import Observer, StepResult, WholeModel, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam, read_parameters_once
 from launcher.engines.deepspeed.nvme import SwapFolder
 from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_items, sum_over_ranks
@@ -30,6 +31,8 @@ from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from launcher.checkpoint.tensors import StoredState
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
@@ -168,6 +171,17 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
             )
         self._engine.train()
         return ids
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[WholeModel]:
+        """Gather the parameters of ZeRO-3, in evaluation mode and without DeepSpeed's hooks."""
+        from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+        self._engine.eval()
+        gathered = self._partitioning is not None
+        with unwrap_model_for_generation(self._engine) if gathered else contextlib.nullcontext():
+            yield WholeModel(module=cast("PreTrainedModel", self.module), autocast=None)
+        self._engine.train()
 
     def load_shards(self, source: StoredState) -> None:
         """Fill master weights and moments in place, on NVMe too."""

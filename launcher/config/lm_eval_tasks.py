@@ -1,4 +1,4 @@
-"""Names and files of tasks of lm-evaluation-harness, and what is wrong with them before anything starts."""
+"""Names and files of tasks of lm-evaluation-harness, and how they are answered."""
 
 from __future__ import annotations
 

@@ -114,9 +114,9 @@ class Engine(ABC):
         """Return ``input_ids`` (sequences, tokens) with a greedy continuation, on every rank."""
 
     def whole_model(self) -> AbstractContextManager[WholeModel]:
-        """Return a context in which every rank holds the whole model, also where it holds a share of it otherwise.
+        """Return a context in which every rank holds the whole model.
 
-        Strategies that split layers or blocks over ranks have none.
+        Shards are gathered for it. Strategies that split layers or blocks over ranks have none.
         """
         raise AssertionError(f"no rank of a {type(self).__name__} can hold the whole model: refused in the plan")
 

@@ -167,7 +167,10 @@ def task_numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def _tied_already(model: PreTrainedModel) -> Iterator[None]:
-    """In this context ``model`` ties no weights: it was built with them tied, and ranks may hold shards of them."""
+    """In this context ``model`` ties no weights.
+
+    It was built with them tied, and ranks may hold shards of them.
+    """
     model.tie_weights = lambda *args, **kwargs: None
     try:
         yield

@@ -108,8 +108,8 @@ def _kept_generators() -> Iterator[None]:
     import numpy as np
     import torch
 
-    own, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  (what the harness seeds)
+    own, arrays = random.getstate(), np.random.get_state()  # what the harness seeds
     with torch.random.fork_rng():
         yield
     random.setstate(own)
-    np.random.set_state(arrays)  # noqa: NPY002
+    np.random.set_state(arrays)

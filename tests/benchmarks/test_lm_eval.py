@@ -11,8 +11,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
+from launcher.config.compose import compose
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.execution.prepare import prepare
+from launcher.training.lm_eval_harness import make_task_manager
+from launcher.training.task_evaluation import _kept_generators
+from tests.helpers import losses
 from tests.inference.peft_adapters import save_adapter
 
 CHOICE = """
@@ -83,7 +88,8 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 NAMES = ("colours", "echoes", "prose")
-LM_EVAL = ("job=benchmark", "benchmark=lm_eval", "model=hf", "tracker=local", "backend.threads=1")
+BENCHMARK = ("job=benchmark", "benchmark=lm_eval", "tracker=local", "backend.threads=1")
+LM_EVAL = (*BENCHMARK, "model=hf")
 
 
 def reference(folder: Path) -> dict[str, Any]:
@@ -160,6 +166,85 @@ def test_figures_of_an_adapter_are_those_of_the_harness_with_peft(
     assert found != pytest.approx(without, rel=1e-3)
 
 
+TRAIN = (
+    *(
+        "model=hf",
+        "model.weights=pretrained",
+        "data=text",
+        "data.path=text.txt",
+        "data.tokenizer=model",
+        "data.cache=cache",
+    ),
+    *("tracker=local", "backend.threads=1", "backend.ranks=2", "job.sequence_length=32", "job.micro_batch=2"),
+    *("job.steps=2", "job.eval_every=1", "job.sample_tokens=0", "optimizer.lr=1e-2", "schedule=constant"),
+    *("checkpoint.every=1", "checkpoint.keep=0", "precision=fp32"),
+)
+
+
+@pytest.mark.filterwarnings("default")
+def test_evaluations_of_a_run_find_what_the_benchmark_finds_with_its_checkpoints(
+    launch: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tasks)
+    (tasks / "text.txt").write_text("grass has a colour. the sky has another. " * 100)
+    files = ",".join(f"{name}.yaml" for name in NAMES)
+    for strategy in ("fsdp", "zero3"):
+        words = (*TRAIN, f"model.name={tasks / 'model'}", f"parallel={strategy}", f"job.eval_tasks=[{files}]")
+        best = "checkpoint.best_metric=min:lm_eval/prose/bits_per_byte"
+        launch(*words, f"run.dir={strategy}", best).expect(0)
+    for step, weights in ((1, "fsdp@step_00000001"), (2, "fsdp")):
+        words = (*BENCHMARK, f"model.weights={weights}", f"benchmark.tasks=[{files}]", "benchmark.bootstrap_iters=0")
+        launch(*words, "backend.ranks=2", f"run.dir=at{step}").expect(0)
+        found = json.loads((tasks / f"at{step}" / "benchmark.json").read_text())["metrics"]
+        assert len(found) >= 5
+        for name, value in found.items():
+            for strategy in ("fsdp", "zero3"):
+                measured = losses(tasks / strategy, f"eval/lm_eval/{name}")
+                assert measured[step] == pytest.approx(value, rel=1e-5), (strategy, step, name)
+    first, last = losses(tasks / "fsdp", "eval/lm_eval/prose/bits_per_byte").values()
+    assert first != pytest.approx(last, rel=1e-3)
+
+
+def test_the_generators_of_training_do_not_notice_tasks() -> None:
+    import random
+
+    import numpy as np
+
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.random()), torch.rand(1).item()]
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    expected = [drawn(), drawn()]
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    before = drawn()
+    with _kept_generators():
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(0)
+        drawn()
+    assert [before, drawn()] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("parallel=pipeline", "backend.ranks=2"), "no rank can hold the whole model"),
+        (("parallel=fsdp", "parallel.tensor=2", "backend.ranks=2"), "no rank can hold the whole model"),
+        (("data=synthetic",), "data=synthetic has no tokenizer"),
+        (("job.eval_tasks=[a.yaml,a.yaml]",), "has duplicates"),
+        (("job.eval_tasks=[gone.yaml]",), "there is no such file"),
+        (("job.eval_tasks=[]", "job.eval_task_limit=3"), "job.eval_tasks names no task"),
+        (("job.eval_task_limit=0",), "at least 1"),
+        (("checkpoint.best_metric=max:acc",), "acc is not measured"),
+    ],
+)
+def test_tasks_that_a_run_cannot_answer_are_refused(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        prepare(compose(["model=llama_tiny", "backend.ranks=1", "job.eval_tasks=[arc_easy]", *words]))
+    assert any(said in str(error) for error in caught.value.errors), caught.value.errors
+
+
 def _flat(answers: Any) -> list[Any]:
     """Return log-likelihoods as numbers to compare within 1e-5, and texts as they are."""
     if isinstance(answers, list | tuple):
@@ -174,7 +259,7 @@ def test_an_unknown_task_is_named_with_the_closest(tasks: Path) -> None:
     (tasks / "tasks" / "own.yaml").write_text(CHOICE)
     words = {"include_path": (str(tasks / "tasks"),)}
     with pytest.raises(ConfigError, match=r"benchmark\.tasks=arc_eazy: is no task .*arc_easy"):
-        make_task_manager(LmEvalBenchmark(tasks=("arc_easy", "colours", "arc_eazy"), **words))
+        make_task_manager(LmEvalBenchmark(tasks=("arc_easy", "colours", "arc_eazy"), **words).request)
 
 
 def test_more_ranks_than_documents_are_refused(plan_of: Any, tasks: Path) -> None:
@@ -195,8 +280,8 @@ def test_a_task_with_fewer_documents_than_ranks_is_refused(tasks: Path, monkeypa
     monkeypatch.chdir(tasks)
     benchmark = LmEvalBenchmark(tasks=("colours.yaml",))
     with pytest.raises(ConfigError, match=r"benchmark\.tasks=colours: has 7 documents for 8 ranks.*backend\.ranks=7"):
-        make_task_manager(benchmark, num_ranks=8).load(list(benchmark.tasks))
-    assert list(make_task_manager(benchmark, num_ranks=7).load(list(benchmark.tasks))["tasks"]) == ["colours"]
+        make_task_manager(benchmark.request, num_ranks=8).load(list(benchmark.tasks))
+    assert list(make_task_manager(benchmark.request, num_ranks=7).load(list(benchmark.tasks))["tasks"]) == ["colours"]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ class TaskAnsweringJob(BatchedJob):
     """A job whose evaluations answer tasks."""
 
     eval_tasks: tuple[PathText, ...] = ()
-    """Tasks of lm-evaluation-harness that every evaluation answers: names and YAML files, as of ``benchmark.tasks``.
-    ``eval/lm_eval/<task>/<metric>`` is recorded; the figures are those of ``benchmark=lm_eval`` on a checkpoint."""
+    """Tasks of lm-evaluation-harness that every evaluation answers.
+    Entries are names and YAML files, as of ``benchmark.tasks``. ``eval/lm_eval/<task>/<metric>`` is recorded, which is
+    what ``benchmark=lm_eval`` finds with a checkpoint."""
 
     eval_task_limit: int | None = None
     """Only the first documents of each task; ``null`` takes all."""
@@ -61,7 +62,7 @@ class TaskAnsweringJob(BatchedJob):
             yield self.error("eval_tasks", "has duplicates", "name each task once")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Reject strategies under which no rank can hold the whole model, and data without a tokenizer."""
+        """Reject strategies without a whole model on a rank, and data without a tokenizer."""
         yield from super().validate_run(run, world_size=world_size)
         if not self.eval_tasks:
             return

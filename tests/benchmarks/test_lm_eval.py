@@ -15,7 +15,6 @@ from launcher.config.compose import compose
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.prepare import prepare
-from launcher.training.lm_eval_harness import make_task_manager
 from launcher.training.task_evaluation import _kept_generators
 from tests.helpers import losses
 from tests.inference.peft_adapters import save_adapter
@@ -188,20 +187,15 @@ def test_evaluations_of_a_run_find_what_the_benchmark_finds_with_its_checkpoints
     monkeypatch.chdir(tasks)
     (tasks / "text.txt").write_text("grass has a colour. the sky has another. " * 100)
     files = ",".join(f"{name}.yaml" for name in NAMES)
-    for strategy in ("fsdp", "zero3"):
-        words = (*TRAIN, f"model.name={tasks / 'model'}", f"parallel={strategy}", f"job.eval_tasks=[{files}]")
-        best = "checkpoint.best_metric=min:lm_eval/prose/bits_per_byte"
-        launch(*words, f"run.dir={strategy}", best).expect(0)
-    for step, weights in ((1, "fsdp@step_00000001"), (2, "fsdp")):
-        words = (*BENCHMARK, f"model.weights={weights}", f"benchmark.tasks=[{files}]", "benchmark.bootstrap_iters=0")
-        launch(*words, "backend.ranks=2", f"run.dir=at{step}").expect(0)
-        found = json.loads((tasks / f"at{step}" / "benchmark.json").read_text())["metrics"]
-        assert len(found) >= 5
-        for name, value in found.items():
-            for strategy in ("fsdp", "zero3"):
-                measured = losses(tasks / strategy, f"eval/lm_eval/{name}")
-                assert measured[step] == pytest.approx(value, rel=1e-5), (strategy, step, name)
-    first, last = losses(tasks / "fsdp", "eval/lm_eval/prose/bits_per_byte").values()
+    words = (*TRAIN, f"model.name={tasks / 'model'}", "parallel=fsdp", f"job.eval_tasks=[{files}]")
+    launch(*words, "run.dir=run", "checkpoint.best_metric=min:lm_eval/prose/bits_per_byte").expect(0)
+    words = (*BENCHMARK, "model.weights=run@step_00000001", f"benchmark.tasks=[{files}]", "benchmark.bootstrap_iters=0")
+    launch(*words, "backend.ranks=1", "run.dir=beside").expect(0)
+    found = json.loads((tasks / "beside" / "benchmark.json").read_text())["metrics"]
+    assert len(found) >= 5
+    for name, value in found.items():
+        assert losses(tasks / "run", f"eval/lm_eval/{name}")[1] == pytest.approx(value, rel=1e-5), name
+    first, last = losses(tasks / "run", "eval/lm_eval/prose/bits_per_byte").values()
     assert first != pytest.approx(last, rel=1e-3)
 
 
@@ -253,7 +247,7 @@ def _flat(answers: Any) -> list[Any]:
 
 
 def test_an_unknown_task_is_named_with_the_closest(tasks: Path) -> None:
-    from launcher.benchmarks.lm_eval.tasks import make_task_manager  # lm_eval takes five seconds to import
+    from launcher.training.lm_eval_harness import make_task_manager  # lm_eval takes five seconds to import
 
     (tasks / "tasks").mkdir()
     (tasks / "tasks" / "own.yaml").write_text(CHOICE)
@@ -275,7 +269,7 @@ def test_more_ranks_than_documents_are_refused(plan_of: Any, tasks: Path) -> Non
 
 @pytest.mark.filterwarnings("default")
 def test_a_task_with_fewer_documents_than_ranks_is_refused(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.benchmarks.lm_eval.tasks import make_task_manager
+    from launcher.training.lm_eval_harness import make_task_manager
 
     monkeypatch.chdir(tasks)
     benchmark = LmEvalBenchmark(tasks=("colours.yaml",))

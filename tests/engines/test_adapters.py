@@ -23,6 +23,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "pipeline": {"kind": "pipeline", "stages": 2},
     "deepspeed_pipeline": {"kind": "deepspeed_pipeline", "stages": 2},
 }
+WHOLE = ("ddp", "zero2", "zero3", "fsdp")
+"""Under which a rank can hold the whole model."""
 QLORA: dict[str, dict[str, Any]] = {
     "qlora_ddp": {"parallel": {"kind": "ddp"}, "adapter": {"kind": "qlora", "r": 4}},
     "qlora_pipeline": {"parallel": STRATEGIES["pipeline"], "adapter": {"kind": "qlora", "r": 4}},
@@ -45,8 +47,10 @@ def answers(run_cases: Any, folder: Path) -> dict[str, Any]:
     """Run all cases of this module on one pair of processes."""
     saved = {name: str(folder / f"saved_{name}") for name in ("single", *STRATEGIES)}
     one = {"parallel": {"kind": "single"}, "job": {"micro_batch": 16}}
-    cases = [case("single", 1, **one) | {"save": saved["single"]}]
-    cases += [case(name, 2, parallel=of) | {"save": saved[name]} for name, of in STRATEGIES.items()]
+    cases = [case("single", 1, **one) | {"save": saved["single"], "alone": True}]
+    cases += [
+        case(name, 2, parallel=of) | {"save": saved[name], "alone": name in WHOLE} for name, of in STRATEGIES.items()
+    ]
     cases += [
         case(f"{name}_resumed", 2, parallel=of) | {"steps": 0, "load": [saved[name], saved["single"]]}
         for name, of in STRATEGIES.items()
@@ -73,6 +77,12 @@ def test_a_strategy_equals_one_process(answers: dict[str, Any], name: str) -> No
     assert same(answers[name], answers["single"])
     for ours, expected in zip(answers[name]["steps"], answers["single"]["steps"], strict=True):
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_rank_can_compute_alone_before_training_goes_on(answers: dict[str, Any], name: str) -> None:
+    assert answers[name]["alone"] == pytest.approx(answers["single"]["alone"], rel=1e-4, abs=1e-5)
+    assert losses(answers[name], "after") == pytest.approx(losses(answers["single"], "after"), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", QLORA)

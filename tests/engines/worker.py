@@ -233,6 +233,10 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
         if case.get("generate"):
             prompt = torch.arange(4).unsqueeze(0)
             answer["generated"] = engine.generate(prompt, max_new_tokens=5).tolist()
+        if case.get("alone"):
+            with engine.whole_model() as whole, torch.no_grad():
+                if rank == 0:  # no other rank is needed
+                    answer["alone"] = whole.module(input_ids=torch.arange(6).unsqueeze(0)).logits[0, -1].tolist()
         if case.get("save"):
             Path(case["save"]).mkdir(exist_ok=True)
             engine.save(Path(case["save"]))

@@ -82,6 +82,7 @@ class FakeEngine:
     """Takes no time; sends this process a signal at the moment given."""
 
     adapter_config = None
+    preferences = None
     device = torch.device("cpu")
     model_config = GPT2Config()
 

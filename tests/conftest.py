@@ -30,7 +30,7 @@ from launcher.protocol.plan import Host, Plan, RunIdentity
 from .helpers import wait_for
 from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
-from .markers import mark, refusing_processes
+from .markers import MARKERS, holds_only_others, mark, refusing_processes
 from .preloading import PreloadingProcess, preloading_modules
 from .processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
@@ -57,6 +57,13 @@ _LONGEST_FIRST = (
     *("supervision/test_stall_torch.py", "supervision/test_signals.py", "jobs/test_evaluate.py"),
 )
 """Files of tests that take longest, by the time of ``pytest --durations 0``."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files without a test of the one marker asked for unread: their imports take seconds."""
+    marker = config.option.markexpr
+    is_test = collection_path.match("test_*.py") and marker in MARKERS
+    return True if is_test and holds_only_others(collection_path, marker) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+MARKERS = ("unit", "process", "cluster", "bench", "gpu")
+
 _BY_PLACE = (
     ("gpu/*", "gpu"),
     *((f"scripts/test_{name}.py*", "bench") for name in ("gpu_check", "serving_peers", "serving_soak")),
-    ("benchmarks/test_peak.py*", "bench"),
+    *((f"benchmarks/test_{name}.py*", "bench") for name in ("peak", "lm_eval")),
     ("benchmarks/*::test_a_wrong_value_on_one_rank_ends_the_job_on_all", "bench"),
     ("benchmarks/test_quantization.py::test_what_failed_in_a_process_of_its_own_is_named", "bench"),
     ("benchmarks/*::test_a_kernel_that_cannot_do_something_here_says_why", "bench"),
@@ -131,6 +133,19 @@ On a machine with an empty cache the first test that needs a compiled kernel or 
 """
 
 _in_unit_test: list[str] = []
+
+
+def holds_only_others(file: Path, marker: str) -> bool:
+    """Whether every test of a file has another marker than ``marker``, by its place alone."""
+    name = file.relative_to(Path(__file__).parent).as_posix()
+    for pattern, found in _BY_PLACE:
+        place, _, test = pattern.partition("::")
+        if fnmatch(name, place):
+            if found == marker:
+                return False
+            if not test:
+                return True
+    return False
 
 
 def mark(item: pytest.Item) -> None:

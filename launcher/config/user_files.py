@@ -260,11 +260,13 @@ def _unknown_default(
     return None
 
 
-def missing_packages(sources: Sequence[tuple[str, Path]]) -> Iterator[ConfigError]:
-    """Yield the experiments whose options Hydra put below ``exp``, where nothing reads them."""
-    for package, file in sources:
-        if package.partition(".")[0] == "exp":
-            yield _missing_package(file)
+def unread_options(below_exp: Any) -> Iterator[ConfigError]:
+    """Yield what was set below ``exp``, where nothing reads it."""
+    is_mapping = isinstance(below_exp, dict)
+    options = {f"exp.{name}": value for name, value in below_exp.items()} if is_mapping else {"exp": below_exp}
+    for option, value in options.items():
+        why, fix = "exp chooses experiments and has no options of its own", "remove it, or add +exp=NAME to the command"
+        yield ConfigError(option, value, why=why, fix=fix)
 
 
 def _missing_package(file: Path) -> ConfigError:

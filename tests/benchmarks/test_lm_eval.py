@@ -276,37 +276,3 @@ def test_a_task_with_fewer_documents_than_ranks_is_refused(tasks: Path, monkeypa
     with pytest.raises(ConfigError, match=r"benchmark\.tasks=colours: has 7 documents for 8 ranks.*backend\.ranks=7"):
         make_task_manager(benchmark.request, num_ranks=8).load(list(benchmark.tasks))
     assert list(make_task_manager(benchmark.request, num_ranks=7).load(list(benchmark.tasks))["tasks"]) == ["colours"]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (None, "there is no such file"),
-        ("task: [a", "is not YAML: line 1"),
-        ("- a\n", "is no task of lm_eval"),
-        ("name: a\n", "is no task of lm_eval"),
-        ("task: a\ndataset_kwargs: {data_files: {test: gone.json}}\n", "names the data file gone.json"),
-        ("task: a\nprocess_docs: !function utils.f\n", ""),
-    ],
-)
-def test_task_files_are_checked_before_anything_starts(tmp_path: Path, text: str | None, said: str) -> None:
-    file = tmp_path / "task.yaml"
-    if text is not None:
-        file.write_text(text)
-    errors = [str(error) for error in LmEvalBenchmark(tasks=(str(file),)).validate_machine()]
-    assert len(errors) == bool(said)
-    assert all(said in error for error in errors)
-
-
-def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (error,) = LmEvalBenchmark(tasks=("arc_easy",)).validate_machine()
-    assert "pip install 'launcher[eval]'" in str(error)
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"tasks": ("a", "a")}, {"tasks": ("a",), "repeats": 2}, {"tasks": ("a",), "limit": 0}]
-)
-def test_options_that_ask_for_nothing_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigErrors):
-        LmEvalBenchmark(**fields)

@@ -303,8 +303,13 @@ def test_help_teaches(launch_in_process):
         ("# @package _global_\noptimizer: {kind: [adamw]}\n", ["optimizer.kind", "did you mean adamw?"]),
         ("# @package _global_\njob: {kind: {a: 1}}\n", ["job.kind", "is not known; choose from: benchmark"]),
         ("# @package _global_\nrun: 5\n", ["run=5", "is not a set of options"]),
+        ("# @package _global_\nexp: {a: 1}\n", ["exp.a=1 (own/exp/odd.yaml:2): exp chooses experiments"]),
+        ("# @package _global_\nexp: 5\n", ["exp=5 (own/exp/odd.yaml:2): exp chooses experiments"]),
     ],
-    ids=["a FIFO", "no package", "itself", "a list for a kind", "a mapping for a kind", "a number for a group"],
+    ids=[
+        *("a FIFO", "no package", "itself", "a list for a kind", "a mapping for a kind", "a number for a group"),
+        *("options below exp", "a number for exp"),
+    ],
 )
 def test_an_experiment_that_is_none(launch_in_process, tmp_path, text, messages):
     file = tmp_path / "own" / "exp" / "odd.yaml"

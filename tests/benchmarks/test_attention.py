@@ -92,6 +92,22 @@ def test_a_kernel_that_cannot_do_something_here_says_why() -> None:
     assert here["lacking"]["flex/backward"].startswith("FlexAttention does not support backward on CPU")
 
 
+def test_only_a_kernel_that_torch_lacks_is_left_out(monkeypatch) -> None:
+    from launcher.benchmarks import attention_kernels
+
+    def run_kernel(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(attention_kernels, "run_kernel", run_kernel)
+    asked = {**SIZES, "kernels": ("sdpa_flash",), "passes": ("forward",), "progress": lambda: None}
+    said = "No available kernel. Aborting execution.\nmore"
+    lacking = attention_kernels.probe_kernels(**asked)["lacking"]
+    assert lacking == {"sdpa_flash/forward": "No available kernel. Aborting execution."}
+    said = "shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        attention_kernels.probe_kernels(**asked)
+
+
 def test_the_command_finds_how_memory_grows(launch) -> None:
     kernels, sizes = "benchmark.kernels=[mha_weights,eager,sdpa_flash]", "benchmark.sequence_lengths=[1024,2048]"
     ended = launch(*WORDS, kernels, sizes, *BRIEF).expect(0)

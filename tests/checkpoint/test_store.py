@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from launcher.checkpoint.locks import ReadLock
+from launcher.checkpoint.locks import ReadLock, RemovalLock
 from launcher.checkpoint.manifest import UnsupportedManifest, WrittenFile, damaged_files, files_of_part, read_manifest
 from launcher.checkpoint.store import CheckpointStore, best_first
 from launcher.checkpoint.tensors import StoredState, shard_file_name, write_shards
@@ -412,3 +412,8 @@ def latest_step(folder: Path) -> int:
     for name in latest.manifest.files:
         assert (latest.folder / name).read_bytes() == latest.manifest.step.to_bytes(8, "big") * 2000
     return latest.manifest.step
+
+
+def test_a_checkpoint_that_is_gone_cannot_be_locked_for_removal(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="manifest"), RemovalLock(tmp_path) as lock:
+        lock.acquire()

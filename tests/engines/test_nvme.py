@@ -187,3 +187,22 @@ def test_another_user_reaches_the_folder_whatever_the_umask(tmp_path: Path) -> N
         os.umask(umask)
     modes = [stat.S_IMODE((tmp_path / path).stat().st_mode) for path in ("nvme", "nvme/of", "nvme/of/all")]
     assert modes == [0o755, 0o755, 0o1777]
+
+
+def test_a_folder_that_is_removed_while_it_is_taken_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, removed = fcntl.flock, []
+
+    def removing(descriptor: int, operation: int) -> None:
+        if not removed:  # another run removes what it takes for unused, between the opening and the lock
+            removed.append(True)
+            (path,) = tmp_path.rglob(swap.IN_USE)
+            shutil.rmtree(path.parent)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(nvme.fcntl, "flock", removing)
+    folder = SwapFolder(tmp_path, run_id="20260101-120000-abcd")
+    assert removed
+    assert (folder.path / swap.IN_USE).is_file()
+    folder.release()

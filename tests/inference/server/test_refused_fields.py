@@ -14,10 +14,11 @@ from launcher.inference.server.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    GenerationBody,
     RequestBody,
     TokenizeBody,
 )
-from launcher.inference.server.requests import parse_body
+from launcher.inference.server.requests import parse_body, sampling_params
 from launcher.inference.server.responses import ApiError
 from tests.inference.server.loop import MODEL, client, post
 
@@ -132,3 +133,25 @@ def test_tokens_outside_the_vocabulary_are_refused(path: str, body: Any, param: 
     status, answer = asyncio.run(ask())
     assert status == 400, answer
     assert (answer["error"]["param"], answer["error"]["code"]) == (param, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("body_type", "body", "param"),
+    [
+        (ChatBody, {**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
+        (CompletionBody, {**COMPLETION, "stream_options": {"include_usage": True}}, "stream_options"),
+        (ChatBody, {**CHAT, "top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_fields_that_need_another_one_are_refused_without_it(
+    body_type: type[GenerationBody], body: dict[str, Any], param: str
+) -> None:
+    def sampled(**more: bool) -> object:
+        raw = json.dumps({**body, **more}).encode()
+        read = asyncio.run(parse_body(body_type, raw, BodyLimits(max_model_len=256, max_prompts=64)))
+        return sampling_params(read, max_tokens=4, vocab_size=300)
+
+    with pytest.raises(ApiError) as problem:
+        sampled()
+    assert problem.value.param == param
+    sampled(**{"logprobs" if param == "top_logprobs" else "stream": True})

@@ -11,10 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
-from launcher.config.compose import compose
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.execution.prepare import prepare
 from launcher.training.task_evaluation import _kept_generators
 from tests.helpers import losses
 from tests.inference.peft_adapters import save_adapter
@@ -218,25 +216,6 @@ def test_the_generators_of_training_do_not_notice_tasks() -> None:
             seed(0)
         drawn()
     assert [before, drawn()] == expected
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("parallel=pipeline", "backend.ranks=2"), "no rank can hold the whole model"),
-        (("parallel=fsdp", "parallel.tensor=2", "backend.ranks=2"), "no rank can hold the whole model"),
-        (("data=synthetic",), "data=synthetic has no tokenizer"),
-        (("job.eval_tasks=[a.yaml,a.yaml]",), "has duplicates"),
-        (("job.eval_tasks=[gone.yaml]",), "there is no such file"),
-        (("job.eval_tasks=[]", "job.eval_task_limit=3"), "job.eval_tasks names no task"),
-        (("job.eval_task_limit=0",), "at least 1"),
-        (("checkpoint.best_metric=max:acc",), "acc is not measured"),
-    ],
-)
-def test_tasks_that_a_run_cannot_answer_are_refused(words: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigErrors) as caught:
-        prepare(compose(["model=llama_tiny", "backend.ranks=1", "job.eval_tasks=[arc_easy]", *words]))
-    assert any(said in str(error) for error in caught.value.errors), caught.value.errors
 
 
 def _flat(answers: Any) -> list[Any]:

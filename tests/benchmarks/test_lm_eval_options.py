@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
+from launcher.config.compose import compose
 from launcher.errors import ConfigErrors
+from launcher.execution.prepare import prepare
 
 
 @pytest.mark.parametrize(
@@ -43,3 +45,22 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_that_ask_for_nothing_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigErrors):
         LmEvalBenchmark(**fields)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("parallel=pipeline", "backend.ranks=2"), "no rank can hold the whole model"),
+        (("parallel=fsdp", "parallel.tensor=2", "backend.ranks=2"), "no rank can hold the whole model"),
+        (("data=synthetic",), "data=synthetic has no tokenizer"),
+        (("job.eval_tasks=[a.yaml,a.yaml]",), "has duplicates"),
+        (("job.eval_tasks=[gone.yaml]",), "there is no such file"),
+        (("job.eval_tasks=[]", "job.eval_task_limit=3"), "job.eval_tasks names no task"),
+        (("job.eval_task_limit=0",), "at least 1"),
+        (("checkpoint.best_metric=max:acc",), "acc is not measured"),
+    ],
+)
+def test_tasks_that_a_run_cannot_answer_are_refused(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        prepare(compose(["model=llama_tiny", "backend.ranks=1", "job.eval_tasks=[arc_easy]", *words]))
+    assert any(said in str(error) for error in caught.value.errors), caught.value.errors

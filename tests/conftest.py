@@ -44,7 +44,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting th
 _LONGEST_FIRST = (
     *("backends/test_deepspeed.py", "backends/slurm/test_runs.py", "backends/test_ssh.py", "test_main_job.py"),
     *("backends/test_unshared.py", "engines/test_pipeline.py", "engines/test_parity.py", "scripts/test_gpu_check.py"),
-    *("backends/kubernetes/test_runs.py", "scripts/test_faults.py", "engines/test_offload.py"),
+    *("backends/kubernetes/test_runs.py", "scripts/test_faults.py", "engines/test_offload.py", "test_tutorial.py"),
     *("engines/test_sharding.py", "benchmarks/test_quantization.py", "engines/test_deepspeed_pipeline.py"),
     *("engines/test_half_precision.py", "engines/test_optimizers.py", "benchmarks/test_attention.py"),
     *("scripts/test_serving_soak.py", "benchmarks/test_activation.py", "engines/test_adapters.py"),

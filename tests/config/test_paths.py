@@ -37,6 +37,7 @@ OPTIONS = {
     "job.adapters.a": ["job=serve", "job.adapters.a="],
     "job.input": ["job=generate", "job.format=text", "job.input="],
     "job.output": ["job=generate", "job.output="],
+    "job.eval_tasks": ["data=text", "job.eval_tasks=[{}]"],
     "job.eval_sets.a": ["job=evaluate", "data=text", "job.eval_sets={{a: {}}}"],
     "job.tokenizer": ["job=serve", "job.tokenizer="],
     "job.api_keys_file": ["job=serve", "job.api_keys_file="],

@@ -30,7 +30,7 @@ _BY_PLACE = (
     ("checkpoint/foreign/*", "process"),
     *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
     *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),
-    *((f"models/test_{name}.py*", "process") for name in ("checkpoint_weights", "export")),
+    *((f"models/test_{name}.py*", "process") for name in ("adapters", "checkpoint_weights", "export", "families")),
     *(
         (f"inference/test_{name}.py*", "process")
         for name in ("adapters", "beams", "chat", "engine", "exactness", "invariance")
@@ -57,6 +57,7 @@ _BY_PLACE = (
         for name in ("doctor/test_examine", "backends/kubernetes/test_kubectl", "remote/test_bundle")
     ),
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
+    ("plugins/test_contracts.py*", "process"),
     ("data/test_example_encoding.py*", "process"),
     # Single tests that do.
     ("plugins/test_other_processes.py*", "process"),

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
@@ -44,6 +43,8 @@ def test_the_stream_is_the_text_with_an_end_after_each_document(text: MakeText, 
 
 
 def test_datasets_reads_the_same_tokens(text: MakeText, model: Gpt2) -> None:
+    import datasets
+
     folder, _ = token_folder(text(), model, heartbeat=quiet)
     stream = open_stream(folder)
     table = datasets.Dataset.from_file(str(folder / "tokens.arrow"))

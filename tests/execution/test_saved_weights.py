@@ -55,6 +55,11 @@ def state_file(name: str, *, shape: tuple[int, ...], offset: int, rows: int) -> 
     return header_bytes([entry], parts_metadata({"0": part})) + bytes(entry.num_bytes)
 
 
+@functools.cache
+def trained_run(words: tuple[str, ...]) -> Run:
+    return compose((*TRAINED, *words)).run
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write the checkpoint of a step of a run of ``TRAINED``; the current folder is ``tmp_path``."""
@@ -68,7 +73,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         ranks: int = 1,
         tokenizer: bool | str = True,
     ) -> SavedCheckpoint:
-        run = compose((*TRAINED, *words)).run
+        run = trained_run(words)
         folder = tmp_path / "runs" / "gpt2_tiny" / run_id
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         save_run(run, folder / "run.yaml")

@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launcher.config.activation import NoCheckpointing
 from launcher.config.attention import SdpaAttention
 from launcher.config.model.hf import Hf
-from launcher.models.build import build_model
 
 WORDS = (
     *("tracker=local", "backend.threads=1", "backend.ranks=2", "job.steps=2", "job.sequence_length=32"),
@@ -38,6 +35,10 @@ print(json.dumps(found))
 
 
 def test_transformers_loads_it_with_equal_logits(launch, tmp_path: Path) -> None:
+    import torch
+
+    from launcher.models.build import build_model  # seconds, which the tests without a process need not wait for
+
     (tmp_path / "text.txt").write_text("Some words of a text, with tokens of its own. " * 200)
     for name, words in RUNS.items():
         launch(*WORDS, *words, "model.vocab_size=300", f"run.dir={name}").expect(0)

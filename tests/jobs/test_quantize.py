@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from launcher.benchmarks import quantize
 from launcher.errors import ConfigErrors
 from launcher.utils.files import read_json
 
@@ -127,6 +126,8 @@ def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantized_a
 def test_weights_that_cannot_be_written_leave_every_neighbour_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from launcher.benchmarks import quantize  # seconds, which the other tests here need not wait for
+
     def full(_model: object, _method: object, folder: Path) -> None:
         (folder / "half").touch()
         raise OSError(28, "No space left on device")

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from launcher.config.activation import NoCheckpointing
 from launcher.config.attention import SdpaAttention
 from launcher.config.model.gpt2 import Gpt2
-from launcher.models.build import build_model
 
 SIZES = {
     "name": "small",
@@ -29,6 +28,8 @@ Spoil = Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that ``save_pretrained`` wrote."""
+    from launcher.models.build import build_model  # seconds, which tests of plans need not wait for
+
     folder = tmp_path_factory.mktemp("weights")
     build_model(Gpt2(**SIZES), seed=1, attention=SdpaAttention(), activation=NoCheckpointing()).save_pretrained(folder)
     return folder

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from launcher.config.registry import KINDS
-from launcher.engines.loss import cross_entropy
 from launcher.testing.data import CorpusContract
 from launcher.testing.model import ModelContract
 from launcher.testing.optimizer import OptimizerContract, ScheduleContract
@@ -33,6 +32,8 @@ class TestCrossEntropy(LossContract):
 
     @pytest.fixture
     def loss(self) -> Callable[..., Any]:
+        from launcher.engines.loss import cross_entropy  # with Transformers, which takes seconds
+
         return cross_entropy
 
 

@@ -12,6 +12,7 @@ from launcher.errors import ConfigErrors
 from launcher.planning.planner import LocalFacts
 from launcher.protocol.plan import Host, plan_from_json
 from launcher.utils.schema import to_tree
+from tests.conftest import composed_run
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 GPUS = Host(
@@ -30,7 +31,7 @@ NUM_PARAMS = 1_557_611_200
 @pytest.mark.parametrize("host", [BOX, GPUS], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("exp", groups()["exp"])
 def test_every_experiment_is_planned_and_survives_json(plan_of, exp, host):
-    run = compose([f"+exp={exp}"]).run
+    run = composed_run(f"+exp={exp}")
     most = min(host.slots, run.job.max_ranks(run) or host.slots)  # what the local backend makes of auto
     slots = most if run.backend.ranks == "auto" else run.backend.ranks
     plan = plan_of(f"+exp={exp}", hosts=[replace(host, slots=slots)])

@@ -37,6 +37,13 @@ class TaskRequest:
         documents = "all documents" if self.limit is None else f"the first {self.limit} documents of each"
         return f"{', '.join(self.tasks)}: {documents}, examples before a question: {shots}"
 
+    def unsafe(self, task: str) -> ConfigError:
+        """Return the error of a task that runs code which the model writes, and may not."""
+        fix = "set benchmark.run_unsafe_code=true if this machine may"
+        if self.option != "benchmark.tasks":
+            fix = "leave it out, and answer it on a checkpoint: benchmark=lm_eval benchmark.run_unsafe_code=true"
+        return ConfigError(self.option, task, why="runs code that the model writes", fix=fix)
+
 
 def validate_tasks(option: str, tasks: Sequence[str], *, user: tuple[str, object]) -> Iterator[ConfigError]:
     """Yield a missing package, and task files that are missing or malformed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -186,7 +186,7 @@ def _unreduced(module: FSDPModule):  # type: ignore[no-untyped-def]
 
 
 @contextlib.contextmanager
-def _gathered(units: Sequence[FSDPModule], *, reshards: bool):  # type: ignore[no-untyped-def]
+def _gathered(units: Sequence[FSDPModule], *, reshards: bool) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()

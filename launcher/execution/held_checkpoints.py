@@ -23,7 +23,6 @@ def keep_checkpoints(run: Run, run_dir: RunDir, locks: CheckpointLocks) -> None:
 
     They are named as weights, adapter or tokenizer, or by ``checkpoint.resume``.
 
-
     What cannot be found is left to the checks of the run.
     """
     for _, value in run.paths():

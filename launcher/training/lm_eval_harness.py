@@ -88,20 +88,23 @@ class RankTaskManager(TaskManager):  # type: ignore[misc]  # lm_eval is not foll
     """Loads tasks, each of which must have a document for every rank."""
 
     num_ranks: int = 1
-    option: str = ""
-    """That names the tasks."""
+    request: TaskRequest
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loaded tasks.
 
         Raises:
-            ConfigError: a task has fewer documents than there are ranks; lm_eval needs one on each.
+            ConfigError: a task runs code that was not allowed, or has fewer documents than there are ranks; lm_eval
+                needs one on each.
         """
         loaded = super().load(*args, **kwargs)
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) and not self.request.run_unsafe_code:
+                raise self.request.unsafe(name)
         for name, task in loaded["tasks"].items() if self.num_ranks > 1 else ():
             if (count := len(task.eval_docs)) < self.num_ranks:
                 why = f"has {counted(count, 'document')} for {self.num_ranks} ranks, and each needs one"
-                raise ConfigError(self.option, name, why=why, fix=f"set backend.ranks={max(count, 1)}")
+                raise ConfigError(self.request.option, name, why=why, fix=f"set backend.ranks={max(count, 1)}")
         return loaded
 
 
@@ -118,7 +121,7 @@ def make_task_manager(request: TaskRequest, *, num_ranks: int = 1) -> RankTaskMa
     only_files = all(map(is_task_file, request.tasks))
     folders = list(request.include_path) or None
     manager = RankTaskManager(include_path=folders, include_defaults=not only_files)  # seconds for thousands of files
-    manager.num_ranks, manager.option = num_ranks, request.option
+    manager.num_ranks, manager.request = num_ranks, request
     for name in request.tasks:
         if not is_task_file(name) and name not in manager.task_index:
             fix = did_you_mean(name, manager.all_tasks)
@@ -134,7 +137,7 @@ def answer_tasks(request: TaskRequest, manager: RankTaskManager, model: RankMode
         EnvironmentProblem: the data of a task cannot be fetched.
     """
     found: dict[str, Any] | None
-    try:
+    with _named_errors(request):
         found = simple_evaluate(
             model,
             tasks=list(request.tasks),
@@ -146,15 +149,31 @@ def answer_tasks(request: TaskRequest, manager: RankTaskManager, model: RankMode
             bootstrap_iters=request.bootstrap_iters,
             confirm_run_unsafe_code=request.run_unsafe_code,
         )
+    return found
+
+
+def check_tasks(request: TaskRequest, manager: RankTaskManager) -> None:
+    """Load the tasks, and fetch their data, so that a training run does not fail at its first evaluation.
+
+    Raises:
+        ConfigError: a task runs code that was not allowed, or cannot be loaded.
+        EnvironmentProblem: the data of a task cannot be fetched.
+    """
+    with _named_errors(request):
+        manager.load(list(request.tasks))
+
+
+@contextmanager
+def _named_errors(request: TaskRequest) -> Iterator[None]:
+    """Raise what lm_eval raises as errors of the option that names the tasks."""
+    try:
+        yield
     except (ConnectionError, TimeoutError) as error:
         why = f"the data of a task cannot be fetched: {error}"
         raise EnvironmentProblem(f"{request.option}={','.join(request.tasks)}: {why}") from error
     except (ValueError, KeyError, FileNotFoundError) as error:
-        why, fix = " ".join(str(error).split()), "correct the task"
-        if "unsafe" in why:
-            why, fix = "it runs code that the model writes", "set benchmark.run_unsafe_code=true if this machine may"
-        raise ConfigError(request.option, ",".join(request.tasks), why=why, fix=fix) from error
-    return found
+        why = " ".join(str(error).split())
+        raise ConfigError(request.option, ",".join(request.tasks), why=why, fix="correct the task") from error
 
 
 def task_numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

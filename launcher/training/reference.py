@@ -16,6 +16,7 @@ from launcher.checkpoint.store import silent
 from launcher.data.rows import PairRows
 from launcher.errors import EXIT_BAD_INPUT, JobError
 from launcher.protocol.rundir import RunDir
+from launcher.utils.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,11 +115,9 @@ def _read(file: Path, splits: Splits) -> References | None:
 
 
 def _write(file: Path, found: References, splits: Splits) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    temporary = file.with_name(f".{file.name}.tmp")
-    save_file({name: getattr(found, name) for name in _SPLITS}, temporary, metadata=_fingerprints(splits))
-    temporary.replace(file)
+    write_atomic(file, save({name: getattr(found, name) for name in _SPLITS}, metadata=_fingerprints(splits)))
 
 
 class _Progress:

@@ -32,7 +32,8 @@ class TaskEvaluation:
         tokenizer: of the data.
 
     Raises:
-        ConfigError: a task is unknown, or the tokenizer is none that Transformers loads.
+        ConfigError: a task is unknown or cannot be loaded, or the tokenizer is none that Transformers loads.
+        EnvironmentProblem: the data of a task cannot be fetched.
     """
 
     def __init__(self, job: Train, context: Context, tokenizer: FastTokenizer | None) -> None:
@@ -40,10 +41,11 @@ class TaskEvaluation:
         self._best = context.run.checkpoint.best_metric.partition(":")[2]
         if not job.eval_tasks:
             return
-        from launcher.training.lm_eval_harness import make_task_manager
+        from launcher.training.lm_eval_harness import check_tasks, make_task_manager
 
         assert tokenizer is not None, "a corpus has a tokenizer"
         self._manager = make_task_manager(self._request, num_ranks=context.world_size)
+        check_tasks(self._request, self._manager)
         self._tokenizer = _as_in_a_checkpoint(context, tokenizer)
 
     def evaluate(self, engine: Engine, *, preempted: Callable[[], bool]) -> dict[str, float] | None:

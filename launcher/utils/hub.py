@@ -246,7 +246,7 @@ def download(
 def _refused(
     error: HfHubHTTPError, name: str, kind: Literal["model", "dataset"], option: str, other_way: str
 ) -> LauncherError:
-    """Return what to tell a user whom the hub has answered with an error."""
+    """Return the error of a response with which the hub refuses a download."""
     from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError
 
     status = error.response.status_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
 from launcher.config.data.bpe import train_byte_level_bpe
+from launcher.config.lm_eval_tasks import TaskRequest
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.training.task_evaluation import _kept_generators
 from tests.helpers import losses
@@ -255,3 +257,36 @@ def test_a_task_with_fewer_documents_than_ranks_is_refused(tasks: Path, monkeypa
     with pytest.raises(ConfigError, match=r"benchmark\.tasks=colours: has 7 documents for 8 ranks.*backend\.ranks=7"):
         make_task_manager(benchmark.request, num_ranks=8).load(list(benchmark.tasks))
     assert list(make_task_manager(benchmark.request, num_ranks=7).load(list(benchmark.tasks))["tasks"]) == ["colours"]
+
+
+@pytest.mark.parametrize(
+    ("option", "fix"),
+    [
+        ("benchmark.tasks", r"set benchmark\.run_unsafe_code=true"),
+        ("job.eval_tasks", r"leave it out, and answer it on a checkpoint: benchmark=lm_eval"),
+    ],
+)
+def test_code_that_a_model_writes_is_refused_before_anything_is_answered(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch, option: str, fix: str
+) -> None:
+    """Training loads its tasks at the start."""
+    from launcher.training.lm_eval_harness import check_tasks, make_task_manager
+
+    monkeypatch.chdir(tasks)
+    file = tasks / "code.yaml"
+    file.write_text((tasks / "colours.yaml").read_text() + "\nunsafe_code: true\n")
+    request = TaskRequest(option=option, tasks=(str(file),))
+    with pytest.raises(ConfigError, match=rf"{option}=colours: runs code that the model writes; {fix}"):
+        check_tasks(request, make_task_manager(request))
+    allowed = replace(request, run_unsafe_code=True)
+    check_tasks(allowed, make_task_manager(allowed))
+
+
+def test_data_that_is_gone_is_an_error_of_the_option(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.training.lm_eval_harness import check_tasks, make_task_manager
+
+    monkeypatch.chdir(tasks)
+    request = TaskRequest(option="job.eval_tasks", tasks=(str(tasks / "colours.yaml"),))
+    (tasks / "colours.json").unlink()
+    with pytest.raises(ConfigError, match=r"job\.eval_tasks=.*colours\.yaml"):
+        check_tasks(request, make_task_manager(request))

@@ -73,7 +73,7 @@ MODULES = (
     "transformers.models.llama.modeling_llama",
 )
 DEEPSPEED_MODULES = (
-    "launcher.engines.deepspeed.library",
+    "launcher.utils.deepspeed_library",
     "deepspeed.runtime.zero.stage3",
     "launcher.engines.deepspeed.zero",
 )

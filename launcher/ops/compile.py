@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from launcher.utils.build_cache import quote_torch_library_path
-from launcher.utils.hidden_modules import hidden_mlflow
 
 BUILDERS = {
     "async_io": "AsyncIOBuilder",
@@ -18,11 +17,10 @@ BUILDERS = {
 
 def main(name: str) -> None:
     """Build ``name`` unless it is up to date, and load it."""
-    with hidden_mlflow():
-        from deepspeed.accelerator import get_accelerator
+    from launcher.utils.deepspeed_library import deepspeed  # seconds
 
     quote_torch_library_path()
-    get_accelerator().create_op_builder(BUILDERS[name]).load(verbose=False)
+    deepspeed.accelerator.get_accelerator().create_op_builder(BUILDERS[name]).load(verbose=False)
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ _TORCH_MODULES = (
 )
 
 _DEEPSPEED_MODULES = (
-    "launcher.engines.deepspeed.library",
+    "launcher.utils.deepspeed_library",
     "launcher.engines.deepspeed.zero",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.moe.layer",

@@ -55,7 +55,7 @@ class QuietClock:
 
 
 DEEPSPEED_IMPORTS = (
-    "launcher.engines.deepspeed.library",
+    "launcher.utils.deepspeed_library",
     "launcher.engines.deepspeed.zero",
     "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",

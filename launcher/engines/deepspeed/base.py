@@ -52,7 +52,7 @@ class DeepSpeedEngineBase(Engine):
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         prepare_environment(context)
-        from launcher.engines.deepspeed import library  # noqa: F401  (after its environment, before its process group)
+        from launcher.utils import deepspeed_library  # noqa: F401  (after its environment, before its process group)
 
         silence_deepspeed_log()
         self._clock, self._context = clock, context

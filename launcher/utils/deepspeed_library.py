@@ -1,6 +1,7 @@
-"""DeepSpeed, imported without mlflow: its autotuner, which nothing here uses, imports mlflow where it is installed.
+"""DeepSpeed, imported without mlflow.
 
-That takes seconds of a core. Import this module before any module of DeepSpeed.
+Its autotuner, which nothing here uses, imports mlflow where it is installed; that takes seconds of a core. Import this
+module before any module of DeepSpeed.
 """
 
 from __future__ import annotations

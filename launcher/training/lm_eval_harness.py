@@ -153,7 +153,7 @@ def answer_tasks(request: TaskRequest, manager: RankTaskManager, model: RankMode
 
 
 def check_tasks(request: TaskRequest, manager: RankTaskManager) -> None:
-    """Load the tasks, and fetch their data, so that a training run does not fail at its first evaluation.
+    """Load the tasks, and fetch their data, before the run trains.
 
     Raises:
         ConfigError: a task runs code that was not allowed, or cannot be loaded.

@@ -30,6 +30,7 @@ OWNERS = {
     "fp8": ("launcher/models/transforms.py",),
     "mlflow": ("launcher/trackers/mlflow_run.py",),
     "tensorboard": ("launcher/trackers/tensorboard_run.py",),
+    "prometheus": ("launcher/trackers/prometheus_run.py",),
     "eval": ("launcher/benchmarks/lm_eval/", "launcher/training/lm_eval_harness.py"),
     "testing": ("launcher/testing/",),
 }

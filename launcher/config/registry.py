@@ -103,6 +103,7 @@ KINDS: dict[str, dict[str, str]] = {
         "wandb": "launcher.config.tracker:Wandb",
         "mlflow": "launcher.config.tracker:Mlflow",
         "tensorboard": "launcher.config.tracker:TensorBoard",
+        "prometheus": "launcher.config.tracker:PrometheusTracker",
         "several": "launcher.config.tracker:SeveralTrackers",
         "local": "launcher.config.tracker:LocalTracker",
     },

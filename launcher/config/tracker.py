@@ -15,12 +15,14 @@ from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from launcher.config.component import Component
+from launcher.config.listening import http_address, validate_address, validate_port
 from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.errors.secrets import hide_secrets
 from launcher.protocol.plan import TrackerPlan
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import build
+from launcher.utils.system import is_loopback
 from launcher.utils.text import did_you_mean
 
 
@@ -257,6 +259,37 @@ class Mlflow(Tracker):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrometheusTracker(Tracker):
+    """``/metrics`` for Prometheus, served by a process next to rank 0 while the run lasts."""
+
+    kind: ClassVar[str] = "prometheus"
+    packages: ClassVar[tuple[str, ...]] = ("prometheus_client",)
+
+    host: str = "127.0.0.1"
+    """Address to listen on, on the host of rank 0; ``0.0.0.0`` is all interfaces. There is no
+    authentication: anyone who can connect can read the metrics."""
+
+    port: int = 9464
+    """Port to listen on; runs side by side on one host need one each."""
+
+    def validate(self) -> Iterator[ConfigError]:
+        """Reject a number that is no port."""
+        yield from validate_port(self, default=9464)
+
+    def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
+        """Return a plan with the address that Prometheus scrapes."""
+        reaches = "this host alone" if is_loopback(self.host) else "anyone who can connect: no authentication"
+        place = f"{http_address(self.host, self.port)}/metrics"
+        reason = f"scraped by {reaches}"
+        return TrackerPlan(kind=self.kind, mode="online", reason=reason, run_id=run_id, group=run_name, place=place)
+
+    def validate_machine(self) -> Iterator[ConfigError]:
+        """Yield a missing package, and an address that cannot be listened on."""
+        yield from super().validate_machine()
+        yield from validate_address(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeveralTrackers(Tracker):
     """Several trackers at once, each in a process of its own next to rank 0.
 
@@ -266,13 +299,16 @@ class SeveralTrackers(Tracker):
     kind: ClassVar[str] = "several"
 
     report_to: tuple[str, ...]
-    """The trackers: ``wandb``, ``mlflow``, ``tensorboard``, and those of plugins."""
+    """The trackers: ``wandb``, ``mlflow``, ``tensorboard``, ``prometheus``, and plugins'."""
 
     wandb: Wandb = field(default_factory=Wandb)
     """Options of W&B, as ``tracker=wandb`` has them: ``tracker.wandb.project``."""
 
     mlflow: Mlflow = field(default_factory=Mlflow)
     """Options of MLflow: ``tracker.mlflow.tracking_uri``."""
+
+    prometheus: PrometheusTracker = field(default_factory=PrometheusTracker)
+    """Options of ``/metrics``: ``tracker.prometheus.port``."""
 
     plugin_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options of trackers of plugins, by tracker: ``tracker.plugin_options={csv: {path: a}}``."""
@@ -290,7 +326,7 @@ class SeveralTrackers(Tracker):
                 yield ConfigError("tracker.report_to", kind, why="is no tracker to report to", fix=fix)
             elif self.report_to.count(kind) > 1:
                 yield ConfigError("tracker.report_to", shown, why=f"names {kind} twice", fix="name it once")
-        unused = [own.kind for own in (self.wandb, self.mlflow) if own != type(own)()]
+        unused = [kind for kind, own in self._own.items() if own != type(own)()]
         unused += [f"plugin_options.{kind}" for kind in self.plugin_options]
         for name in unused:
             kind = name.rpartition(".")[2]
@@ -303,9 +339,13 @@ class SeveralTrackers(Tracker):
     @property
     def members(self) -> tuple[Tracker, ...]:
         """The trackers that ``report_to`` names, in its order."""
-        own: dict[str, Tracker] = {"wandb": self.wandb, "mlflow": self.mlflow}
-        found = [own.get(kind) or self._built(kind)[0] for kind in self.report_to]
+        found = [self._own.get(kind) or self._built(kind)[0] for kind in self.report_to]
         return tuple(each for each in found if each is not None)
+
+    @property
+    def _own(self) -> dict[str, Tracker]:
+        """The trackers whose options are fields."""
+        return {each.kind: each for each in (self.wandb, self.mlflow, self.prometheus)}
 
     def _built(self, kind: str) -> tuple[Tracker | None, list[ConfigError]]:
         """Return a tracker with its options, and what is wrong with these."""
@@ -358,7 +398,8 @@ class SeveralTrackers(Tracker):
     @staticmethod
     def _below(text: str, kind: str) -> str:
         """Return ``text`` with each option of a tracker below the tracker's name."""
-        own = kind if kind in (Wandb.kind, Mlflow.kind) else f"plugin_options.{kind}"
+        is_field = kind in (Wandb.kind, Mlflow.kind, PrometheusTracker.kind)
+        own = kind if is_field else f"plugin_options.{kind}"
         return re.sub(r"\btracker\.(?=[a-z])", f"tracker.{own}.", text)
 
 

@@ -264,7 +264,9 @@ def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[st
         yield "profile/<process>: .trace.json.gz .operators.txt .operators.md .memory.json (.memory.pickle on a GPU)"
     if run.job.saves and (run.checkpoint.every or run.checkpoint.at_end):
         yield "checkpoints/step_<n>/"
-    yield from (f"{each.kind}/" for each in tracker.processes if each.kind in ("wandb", "mlflow", "tensorboard"))
+    yield from (
+        f"{each.kind}/" for each in tracker.processes if each.kind in ("wandb", "mlflow", "tensorboard", "prometheus")
+    )
 
 
 def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:

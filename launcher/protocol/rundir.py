@@ -44,6 +44,7 @@ _OWN_ENTRIES = frozenset(
             "wandb",
             "mlflow",
             "tensorboard",
+            "prometheus",
             "channel",
             "server",
             "saved",

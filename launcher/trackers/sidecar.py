@@ -33,6 +33,7 @@ TRACKERS = {
     "wandb": "launcher.trackers.wandb_run:open_wandb",
     "mlflow": "launcher.trackers.mlflow_run:MlflowRun",
     "tensorboard": "launcher.trackers.tensorboard_run:TensorBoardRun",
+    "prometheus": "launcher.trackers.prometheus_run:PrometheusRun",
 }
 """Executor of each tracker of the launcher."""
 
@@ -132,7 +133,7 @@ _RETRY_S = (5.0, 60.0)
 _NICENESS = 10
 _MAX_SCRATCH_LENGTH = 56
 """Characters: W&B's socket in it has about 45 more, and the name of a socket at most 107."""
-_TITLES = {"wandb": "W&B", "mlflow": "MLflow", "tensorboard": "TensorBoard"}
+_TITLES = {"wandb": "W&B", "mlflow": "MLflow", "tensorboard": "TensorBoard", "prometheus": "Prometheus"}
 
 
 def main(folder: Path, kind: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from launcher.config.inference import API_KEYS_VARIABLE, api_keys_of_file, validate_api_keys_variable, validate_warm_up
 from launcher.config.job.generating import GeneratingJob
+from launcher.config.listening import http_address, validate_address, validate_port
 from launcher.config.paths import PathText
 from launcher.config.run import Run
 from launcher.errors import ConfigError
@@ -128,8 +128,7 @@ class Serve(GeneratingJob):
         if self.allowed_hosts and self.api_keys_file is not None:
             why = "clients send keys (job.api_keys_file), so Host headers are not checked"
             yield self.error("allowed_hosts", why, "leave job.allowed_hosts out")
-        if not 0 < self.port < 65536:
-            yield self.error("port", "must lie between 1 and 65535", "set job.port=8000")
+        yield from validate_port(self, default=8000)
         for at, shape in enumerate(self.warm_up):
             if len(shape) != 2 or min(shape) < 1:
                 why = "a shape is a number of sequences and a number of tokens, each at least 1"
@@ -154,8 +153,7 @@ class Serve(GeneratingJob):
     @property
     def address(self) -> str:
         """Where it is found from this machine."""
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{name}:{self.port}"
+        return http_address(self.host, self.port)
 
     def name_of(self, run: Run) -> str:
         """Return the base model's name in clients' requests."""
@@ -222,7 +220,6 @@ class Serve(GeneratingJob):
 
 
 _PACKAGES = ("fastapi", "httpx", "prometheus_client", "sse_starlette", "uvicorn")
-_PORTS_TRIED = 50
 
 
 def validate_packages(job: Serve) -> Iterator[ConfigError]:
@@ -231,37 +228,6 @@ def validate_packages(job: Serve) -> Iterator[ConfigError]:
     if missing:
         why = f"it needs {', '.join(missing)}"
         yield ConfigError("job", job.kind, why=why, fix="pip install 'launcher[serve]'")
-
-
-def validate_address(job: Serve) -> Iterator[ConfigError]:
-    """Yield an address that this machine does not have, or a port that cannot be listened on."""
-    trouble = _bind_error(job.host, job.port)
-    if trouble is None:
-        return
-    if isinstance(trouble, socket.gaierror) or trouble.errno == 99:  # EADDRNOTAVAIL
-        yield job.error("host", f"is not an address of this machine ({trouble.strerror})", "set job.host=127.0.0.1")
-        return
-    if isinstance(trouble, PermissionError):
-        yield job.error("port", "only root may listen there", "set job.port=8000 or another above 1023")
-        return
-    free = next(
-        (port for port in range(job.port + 1, job.port + _PORTS_TRIED) if _bind_error(job.host, port) is None), None
-    )
-    fix = f"set job.port={free}, which is free" if free else "set job.port to a free one"
-    yield job.error("port", f"{job.host}:{job.port} is already in use", fix)
-
-
-def _bind_error(host: str, port: int) -> OSError | None:
-    """Return why the address cannot be bound."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except (OSError, OverflowError, UnicodeError) as error:
-        return error if isinstance(error, OSError) else OSError(22, str(error))
-    return None
 
 
 def validate_api_keys(job: Serve) -> Iterator[ConfigError]:

@@ -40,6 +40,14 @@ class EngineLimits:
         return arrived_s / self.aging_s - priority
 
 
+_SHARE_PER_CLIENT = 0.75
+
+
+def connections_per_client(max_connections: int) -> int:
+    """Return how many of a server's connections one address may hold."""
+    return max(1, int(_SHARE_PER_CLIENT * max_connections))
+
+
 API_KEYS_VARIABLE = "LAUNCHER_API_KEYS"
 
 

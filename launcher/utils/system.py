@@ -68,6 +68,15 @@ def is_loopback(host: str) -> bool:
         return host.lower().rstrip(".") == "localhost"
 
 
+def is_network(text: str) -> bool:
+    """Whether ``text`` is an IP address or a network such as ``10.1.0.0/16``."""
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def raise_open_file_limit(num_files: int) -> Iterator[None]:
     """Let this process open this many more files, if the system allows it."""

@@ -181,6 +181,14 @@ def test_hosts_that_are_allowed_have_an_effect_or_are_refused(
         plan_of(*SERVE, "job.max_body_bytes=16777217", hosts=[ONE])
 
 
+def test_trusted_proxies_are_addresses_or_networks(plan_of) -> None:
+    plan_of(*SERVE, "job.trusted_proxies=[10.0.0.5,10.1.0.0/16,'2001:db8::/32']", hosts=[ONE])
+    for wrong in ("lb.example.org", "10.0.0.5:80", "*", ""):
+        with pytest.raises(ConfigErrors) as caught:
+            plan_of(*SERVE, f"job.trusted_proxies=[10.0.0.5,'{wrong}']", hosts=[ONE])
+        assert [problem.option for problem in caught.value.errors] == ["job.trusted_proxies[1]"]
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.config.job.serve._PACKAGES", ("uvicorn", "no_such_package"))
     (problem,) = problems_of(f"job.port={free_port()}")

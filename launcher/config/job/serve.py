@@ -16,7 +16,7 @@ from launcher.config.paths import PathText
 from launcher.config.run import Run
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
-from launcher.utils.system import is_loopback
+from launcher.utils.system import is_loopback, is_network
 from launcher.utils.text import bytes_text, counted
 
 _MAX_BODY_BYTES = 16 * 2**20
@@ -58,6 +58,10 @@ class Serve(GeneratingJob):
     ``localhost``, job.host and, unless it listens on this machine alone, IP addresses and the machine's name are always
     accepted. Other Host headers are rejected, because a web page could otherwise use the server through its reader's
     browser."""
+
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of load balancers whose X-Forwarded-For header names the client.
+    Without it, limits for each client address count all clients of a load balancer as one."""
 
     rate_per_minute: int | None = None
     """Requests per minute for each API key, or client address without keys; ``null``: no limit."""
@@ -129,6 +133,11 @@ class Serve(GeneratingJob):
             why = "clients send keys (job.api_keys_file), so Host headers are not checked"
             yield self.error("allowed_hosts", why, "leave job.allowed_hosts out")
         yield from validate_port(self, default=8000)
+        for at, network in enumerate(self.trusted_proxies):
+            if not is_network(network):
+                why = "is neither an address nor a network"
+                fix = "write it like job.trusted_proxies=[10.0.0.5,10.1.0.0/16]"
+                yield ConfigError(f"job.trusted_proxies[{at}]", network, why=why, fix=fix)
         for at, shape in enumerate(self.warm_up):
             if len(shape) != 2 or min(shape) < 1:
                 why = "a shape is a number of sequences and a number of tokens, each at least 1"

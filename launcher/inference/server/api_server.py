@@ -25,7 +25,7 @@ from launcher.config.inference import API_KEYS_VARIABLE
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_UNFIT, JobError
 from launcher.inference.engine.loop import ConnectionLost, EngineConnection, run_engine_loop
 from launcher.inference.server.backends import ModelBackend, ReplicaBackend, VllmBackend
-from launcher.inference.server.http_limits import AllowedHosts, limited_protocol
+from launcher.inference.server.http_limits import AllowedHosts, TrustedProxies, limited_protocol
 from launcher.inference.server.middleware import AdmissionMiddleware, RateLimiter, read_api_keys
 from launcher.inference.server.replica_pool import ReplicaClient, ReplicaPool, start_replica
 from launcher.protocol.metrics import MetricsWriter
@@ -183,6 +183,7 @@ class ApiServer:
             backend.app,
             keys=read_api_keys(job.api_keys_file, os.environ),
             hosts=AllowedHosts(job.host, job.allowed_hosts),
+            proxies=TrustedProxies(job.trusted_proxies),
             rates=RateLimiter(job.rate_per_minute),
             max_body_bytes=job.max_body_bytes,
             body_timeout_s=job.read_timeout_s,

@@ -11,14 +11,15 @@ import re
 import socket
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from launcher.config.inference import connections_per_client
 from launcher.inference.server.responses import ApiError
-from launcher.utils.system import is_loopback
+from launcher.utils.system import is_loopback, is_network
 
 MAX_HEAD_BYTES = 1 << 14
 """Request line and headers."""
@@ -190,6 +191,38 @@ def client_network(address: str) -> str:
     return str(parsed)
 
 
+class TrustedProxies:
+    """Load balancers that tell which client a request comes from.
+
+    Args:
+        networks: their addresses or networks.
+    """
+
+    def __init__(self, networks: Sequence[str] = ()) -> None:
+        self._networks = [ipaddress.ip_network(each, strict=False) for each in networks]
+
+    def client(self, peer: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """Return the address of the client: the last one that no trusted proxy has.
+
+        Args:
+            peer: address at the other end of the connection.
+            headers: of the request; X-Forwarded-For counts only from a trusted proxy.
+        """
+        if not self._networks:
+            return peer
+        lines = [value.decode("latin-1") for name, value in headers if name == b"x-forwarded-for"]
+        named = [each.strip() for each in ",".join(lines).split(",")]
+        while named and self._trusts(peer) and is_network(named[-1]) and "/" not in named[-1]:
+            peer = named.pop()
+        return peer
+
+    def _trusts(self, address: str) -> bool:
+        found = ipaddress.ip_address(_unmapped(address).partition("%")[0])
+        if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is not None:
+            found = found.ipv4_mapped
+        return any(found in network for network in self._networks)
+
+
 def _unmapped(name: str) -> str:
     return name.strip().strip("[]").lower().rstrip(".")
 
@@ -201,9 +234,6 @@ Each chunk takes time to read."""
 _LINGER_S, _LINGER_BYTES = 10.0, 1 << 25
 """Seconds and bytes for which a client that still sends is read after its answer.
 Closing at once would reset the connection, and then the answer is lost before the client reads it."""
-
-_SHARE_PER_CLIENT = 0.75
-"""Share of all connections that one address may hold."""
 
 
 class ChunksTooSmall(h11.RemoteProtocolError):
@@ -279,7 +309,7 @@ def limited_protocol(max_connections: int, *, headers_timeout_s: float, write_ti
         write_timeout_s: that a client may read nothing while socket buffers are full; then it is disconnected.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # invalid requests of clients are not logged
-    of_one_address = max(1, int(_SHARE_PER_CLIENT * max_connections))
+    of_one_address = connections_per_client(max_connections)
     open_by: Counter[str] = Counter()
 
     class Limited(H11Protocol):

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from launcher.config.inference import api_keys_from_environ, api_keys_of_file, validate_api_keys_variable
 from launcher.inference.server.http_limits import (
     AllowedHosts,
+    TrustedProxies,
     check_body_allowed,
     check_target,
     client_network,
@@ -151,6 +152,7 @@ class AdmissionMiddleware:
         app: gets requests whose body is there already.
         keys: one of them must be shown.
         hosts: by which names the server may be called where there are no keys.
+        proxies: load balancers that name their clients.
         rates: how often each key, or address, may ask.
         max_body_bytes: of one request.
         body_timeout_s: time that a body gets to arrive.
@@ -163,12 +165,14 @@ class AdmissionMiddleware:
         *,
         keys: ApiKeys,
         hosts: AllowedHosts,
+        proxies: TrustedProxies,
         rates: RateLimiter,
         max_body_bytes: int,
         body_timeout_s: float,
         reject: Callable[[str], None],
     ) -> None:
         self._app, self._keys, self._hosts, self._rates, self._reject = app, keys, hosts, rates, reject
+        self._proxies = proxies
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         self._body_bytes, self._body_bytes_by_client = 0, Counter[str]()
         """Bytes of bodies in memory, as far as they are counted."""
@@ -178,7 +182,9 @@ class AdmissionMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        address = client_network(scope["client"][0]) if scope.get("client") else ""
+        address = client_network(
+            self._proxies.client(scope["client"][0], scope["headers"]) if scope.get("client") else ""
+        )
         counted = 0
 
         def count(size: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.inference.server.http_limits import AllowedHosts, client_network
+from launcher.inference.server.http_limits import AllowedHosts, TrustedProxies, client_network
 from launcher.inference.server.middleware import AdmissionMiddleware, ApiKeys, RateLimiter
 from launcher.inference.server.responses import ApiError
 
@@ -63,12 +63,13 @@ async def ok(scope: Any, receive: Any, send: Any) -> None:
     await asyncio.Event().wait()
 
 
-def gate(*keys: str) -> AdmissionMiddleware:
+def gate(*keys: str, rates: RateLimiter | None = None, proxies: TrustedProxies | None = None) -> AdmissionMiddleware:
     return AdmissionMiddleware(
         ok,
         keys=ApiKeys(keys),
         hosts=AllowedHosts("127.0.0.1"),
-        rates=RateLimiter(None),
+        proxies=proxies or TrustedProxies(),
+        rates=rates or RateLimiter(None),
         max_body_bytes=MAX,
         body_timeout_s=60,
         reject=lambda reason: None,
@@ -155,3 +156,43 @@ def test_which_names_a_server_has(host: str, names: tuple[str, ...], allowed: li
     for name in refused:
         assert problem(name)
         assert problem(allowed[0], f"http://{name}")
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "client"),
+    [
+        ("10.0.0.5", ["192.0.2.1"], "192.0.2.1"),
+        ("::ffff:10.0.0.5", ["192.0.2.1"], "192.0.2.1"),
+        ("192.0.2.9", ["192.0.2.1"], "192.0.2.9"),  # no proxy of ours: it may say what it likes
+        ("10.0.0.5", ["1.1.1.1, 192.0.2.1"], "192.0.2.1"),  # the client itself sent the first one
+        ("10.0.0.5", ["1.1.1.1", "192.0.2.1, 10.1.2.3"], "192.0.2.1"),  # a second proxy of ours
+        ("10.0.0.5", ["192.0.2.1, nonsense"], "10.0.0.5"),
+        ("10.0.0.5", ["192.0.2.0/24"], "10.0.0.5"),
+        ("10.0.0.5", [""], "10.0.0.5"),
+        ("10.0.0.5", [], "10.0.0.5"),
+        ("10.0.0.5", ["2001:db8::7"], "2001:db8::7"),
+    ],
+)
+def test_a_trusted_proxy_names_the_client(peer: str, forwarded: list[str], client: str) -> None:
+    proxies = TrustedProxies(["10.0.0.5", "10.1.0.0/16"])
+    headers = [(b"x-forwarded-for", each.encode()) for each in forwarded]
+    assert proxies.client(peer, headers) == client
+    assert TrustedProxies().client(peer, headers) == peer
+
+
+def test_clients_of_a_trusted_proxy_have_rates_of_their_own() -> None:
+    async def code(door: AdmissionMiddleware, client: str) -> str | None:
+        asked = Client(door, (b"x-forwarded-for", client.encode()), address="10.0.0.5")
+        await asked.give(0, more=False)
+        asked.task.cancel()
+        return asked.code
+
+    async def go() -> None:
+        for networks, expected in (
+            (["10.0.0.5"], [None, None, "rate_limit_exceeded"]),
+            ([], [None, *2 * ["rate_limit_exceeded"]]),
+        ):
+            door = gate(rates=RateLimiter(1), proxies=TrustedProxies(networks))
+            assert [await code(door, client) for client in ("192.0.2.1", "192.0.2.2", "192.0.2.1")] == expected
+
+    asyncio.run(go())

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.inference.server.app import make_app
 from launcher.inference.server.engine_client import EngineClient, ServerLimits
-from launcher.inference.server.http_limits import AllowedHosts
+from launcher.inference.server.http_limits import AllowedHosts, TrustedProxies
 from launcher.inference.server.middleware import AdmissionMiddleware, ApiKeys, RateLimiter
 from launcher.inference.server.proxy import Proxy, ProxyLimits
 from launcher.inference.server.request_state import RequestState
@@ -78,6 +78,7 @@ def test_one_client_leaves_a_quarter_of_the_queue_to_others(app: Any, keys: tupl
             app(),
             keys=ApiKeys(keys),
             hosts=AllowedHosts("127.0.0.1", ()),
+            proxies=TrustedProxies(),
             rates=RateLimiter(None),
             max_body_bytes=1 << 20,
             body_timeout_s=60,

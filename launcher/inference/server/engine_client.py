@@ -224,7 +224,7 @@ class EngineClient:
 
     def __init__(self, limits: ServerLimits, *, pool: ReplicaPool, results: ResultCache) -> None:
         self.limits, self.pool, self.results = limits, pool, results
-        self.metrics = ServerMetrics(pool, results, model=limits.name)
+        self.metrics = ServerMetrics(pool, results, model=limits.name, adapters=limits.adapters)
         self.created = int(time.time())
         self.tokenizer: TextTokenizer | None = None
         """Set once the tokenizer is there."""
@@ -281,7 +281,7 @@ class EngineClient:
 
     def reject(self, reason: str) -> None:
         """Count a rejected request."""
-        self.metrics.rejected.labels(reason).inc()
+        self.metrics.count_rejected(reason)
 
     def check_capacity(self, prompts: Sequence[Sequence[int]], *, choices: int, field: str, caller: str) -> None:
         """Raise where so many sequences are too many, now, of this caller, or in general.

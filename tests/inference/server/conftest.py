@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -110,7 +111,7 @@ class Served:
         """Return the sum of a metric over all labels, or those given."""
         total = 0.0
         for line in self.http.get("/metrics").text.splitlines():
-            found = line.startswith((f"launcher:{name} ", f"launcher:{name}{{"))
+            found = re.match(rf"(?:launcher|vllm):{name}[ {{]", line)
             if found and all(f'{key}="{value}"' in line for key, value in labels.items()):
                 total += float(line.rpartition(" ")[2])
         return total

@@ -102,6 +102,7 @@ class Arguments(argparse.Namespace):
     host: str | None = None
     lines: int | None = None
     now: bool = False
+    diff: bool = False
     threshold: str | None = None
     agree: bool = False
 

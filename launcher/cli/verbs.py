@@ -463,6 +463,24 @@ another unit is reported as changed and never fails.
 
 Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mistake in the command.""",
     ),
+    "deploy": Verb(
+        summary="render what deploys a server: manifests and configurations, written into a folder",
+        positionals=(RUN_OR_OVERRIDES,),
+        options=(
+            Option(names=("--diff",), help="print what would change in the folder, and write nothing"),
+            CONFIG_DIR,
+            ROOT,
+        ),
+        examples="""\
+  launch deploy +exp=serve_smollm2 deploy=kubernetes deploy.out=k8s deploy.image=registry/team/launcher:1
+  launch deploy 20260101 deploy=kubernetes deploy.out=k8s deploy.image=…   the server of an earlier run
+  launch deploy … --diff                                                   compare with the files in deploy.out
+  launch deploy … dry_run=true                                             print the files
+""",
+        notes="""\
+The options of the server are those of job=serve. Files in deploy.out that launch deploy did not write, or that you
+changed since, are never overwritten. Exit code of --diff: 0 no difference, 1 a difference, 2 a mistake.""",
+    ),
     "completion": Verb(
         summary="print a script that makes a shell complete verbs, groups, options, keys, values and runs",
         positionals=(

@@ -114,6 +114,10 @@ KINDS: dict[str, dict[str, str]] = {
         "slurm": "launcher.config.backend.slurm:SlurmBackend",
         "ssh": "launcher.config.backend.ssh:SshBackend",
     },
+    "deploy": {
+        "none": "launcher.config.run:NoDeploy",
+        "kubernetes": "launcher.config.deploy.kubernetes:KubernetesDeploy",
+    },
 }
 """Every component, by group and kind: a new one is its file, its YAML and a line here."""
 
@@ -121,6 +125,7 @@ GROUPS_ADDED_LATER: dict[str, dict[str, Any]] = {
     "quantization": {"kind": "none"},
     "profile": {"kind": "false"},
     "adapter": {"kind": "none"},
+    "deploy": {"kind": "none"},
 }
 """Groups that runs on disk may lack because they were not there yet, and what such runs did."""
 

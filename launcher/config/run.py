@@ -34,7 +34,7 @@ from launcher.config.registry import KINDS
 from launcher.config.schedule import Schedule
 from launcher.config.tracker import Tracker
 from launcher.errors import ConfigError
-from launcher.protocol.plan import Batch
+from launcher.protocol.plan import Batch, Host, Plan
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
 
@@ -81,6 +81,7 @@ class Run:
     profile: Profile
     tracker: Tracker
     backend: Backend
+    deploy: Deploy
     run: RunOptions
     plugins: tuple[str, ...] = ()
     """Modules of the plugins that this run uses; ranks import them before they read its options."""
@@ -368,6 +369,40 @@ class NoBenchmark(Component):
     """Nothing to measure: what jobs other than ``benchmark`` have here."""
 
     group: ClassVar[str] = "benchmark"
+    kind: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deploy(Component):
+    """What ``launch deploy`` renders for a server; it has no effect on a run."""
+
+    group: ClassVar[str] = "deploy"
+
+    def hosts(self, run: Run) -> tuple[Host, ...]:
+        """Return the host that the server will run on, for its plan.
+
+        Raises:
+            ConfigError: nothing is deployed.
+        """
+        kinds = [kind for kind in KINDS[self.group] if kind != self.kind]
+        raise ConfigError(
+            self.group, self.kind, why="there is nothing to render", fix=f"set deploy={' or '.join(kinds)}"
+        )
+
+    def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
+        """Yield why this run cannot be deployed so.
+
+        Args:
+            run: the server, with this group.
+            plan: of the server on ``hosts``.
+        """
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoDeploy(Deploy):
+    """Nothing to deploy: what every run has here."""
+
     kind: ClassVar[str] = "none"
 
 

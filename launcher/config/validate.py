@@ -60,6 +60,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _validate_secrets(run)
     yield from _validate_shown_ranks(run, hosts)
     yield from run.backend.validate_hosts(hosts)
+    yield from _validate_deploy(run)
     yield from _validate_quantization(run)
     yield from _validate_adapter(run, world_size)
     yield from _validate_parameter_groups(run)
@@ -101,6 +102,14 @@ def _validate_name(run: Run) -> Iterator[ConfigError]:
     elif not name.isprintable() or len(name.encode()) > _MAX_NAME_BYTES:
         why = f"holds a control character, or more than {_MAX_NAME_BYTES} bytes"
         yield ConfigError("run.name", name, why=why, fix="set a shorter one of printable characters")
+
+
+def _validate_deploy(run: Run) -> Iterator[ConfigError]:
+    """Reject the group that has no effect on a run; ``launch deploy`` plans without it."""
+    if run.deploy.kind != "none":
+        why = "has no effect on a run: launch deploy renders it"
+        fix = f"type launch deploy … deploy={run.deploy.kind} to write the files, or leave deploy out"
+        yield ConfigError("deploy", run.deploy.kind, why=why, fix=fix)
 
 
 def _validate_profile(run: Run, world_size: int) -> Iterator[ConfigError]:

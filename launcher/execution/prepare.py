@@ -64,7 +64,7 @@ def prepare(composed: Composition) -> PreparedRun:
     Raises:
         ConfigErrors: everything that prevents it, found in one pass.
     """
-    if unreachable := list(_unreachable(composed.run)):
+    if unreachable := list(validate_paths(composed.run)):
         raise ConfigErrors(unreachable)
     locks = CheckpointLocks()
     run = composed.run if composed.is_resolved else resolve_run_references(composed, locks=locks)
@@ -84,7 +84,7 @@ def prepare(composed: Composition) -> PreparedRun:
     return replace(prepared, locks=locks)
 
 
-def _unreachable(run: Run) -> Iterator[ConfigError]:
+def validate_paths(run: Run) -> Iterator[ConfigError]:
     """Yield every path of ``run`` that cannot be examined.
 
     The other checks ask only whether a path exists.

@@ -31,6 +31,7 @@ OPTIONS = [(group, option) for group, options in groups().items() if group in KI
 def test_every_option_composes(group, option):
     needed = {
         "backend/kubernetes": ["backend.image=x"],
+        "deploy/kubernetes": ["deploy.out=x", "deploy.image=x"],
         "model/hf": ["model.name=x"],
         "data/hf": ["data.path=x"],
         "parallel/zero_infinity": ["parallel.nvme_path=x"],

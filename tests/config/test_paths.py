@@ -44,6 +44,7 @@ OPTIONS = {
     "job.vllm_python": ["job=serve", "job.engine=vllm", "job.vllm_python="],
     "backend.hostfile": ["backend=ssh", "backend.hostfile="],
     "backend.ssh_config": ["backend=ssh", "backend.ssh_config="],
+    "deploy.out": ["deploy=kubernetes", "deploy.image=x", "deploy.out="],
     "benchmark.tokenizer": ["job=benchmark", "benchmark=batching", "benchmark.tokenizer="],
     "benchmark.tasks": ["job=benchmark", "benchmark=lm_eval", "benchmark.tasks=[{}]"],
     "benchmark.include_path": ["job=benchmark", "benchmark=lm_eval", "benchmark.include_path=[{}]"],

@@ -12,6 +12,7 @@ import launcher.backends.registry
 import launcher.benchmarks.registry
 import launcher.jobs.registry
 from launcher.config.registry import KINDS
+from launcher.deploy.registry import RENDERERS
 
 EXECUTORS = {
     "job": launcher.jobs.registry.EXECUTORS,
@@ -33,3 +34,13 @@ def test_the_executor_exists(target: str) -> None:
     assert spec.origin is not None
     defined = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body  # not imported: it may import torch
     assert name in {node.name for node in defined if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_every_kind_of_deployment_has_a_renderer() -> None:
+    assert RENDERERS.keys() == KINDS["deploy"].keys() - {"none"}
+    for module in RENDERERS.values():
+        spec = find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        defined = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+        assert "render" in {node.name for node in defined if isinstance(node, ast.FunctionDef)}

@@ -349,7 +349,7 @@ def render_manifests(submission: Submission, *, snapshot: str) -> str:
     }
     objects = [config, *WORKLOADS[submission.backend.workload].manifests(submission)]
     head = "".join(f"# {line}\n" for line in _remarks(submission))
-    return head + "".join(f"---\n{_yaml(manifest)}" for manifest in objects)
+    return head + "".join(f"---\n{manifest_text(manifest)}" for manifest in objects)
 
 
 def _remarks(submission: Submission) -> Iterator[str]:
@@ -367,7 +367,8 @@ def _remarks(submission: Submission) -> Iterator[str]:
     yield f"Besides, the Secret {job} is created over stdin, with {keys}; it is deleted with the run."
 
 
-def _yaml(manifest: Manifest) -> str:
+def manifest_text(manifest: Manifest) -> str:
+    """Return a manifest as YAML, texts of several lines as blocks."""
     import yaml
 
     class Dumper(yaml.SafeDumper):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.config.backend.kubernetes import Workload
+from launcher.config.kubernetes_objects import dashed
 from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
 from launcher.protocol.plan import RunIdentity
 from launcher.utils.files import read_json
@@ -25,16 +25,12 @@ def job_name(run_name: str, run_id: str) -> str:
     Invalid characters are replaced by dashes, and the name is cut so that the host name of every pod is a DNS label
     too. The run id keeps names unique that become equal.
     """
-    tail = _dashed(run_id)
+    tail = dashed(run_id)
     room = _MAX_LABEL - _LONGEST_SUFFIX - len(tail) - 1
-    head = _dashed(run_name)[:room].strip("-")
+    head = dashed(run_name)[:room].strip("-")
     if not head or not head[0].isalpha():
         head = f"run-{head}"[:room].strip("-")
     return f"{head}-{tail}"
-
-
-def _dashed(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def pod_address(workload: Workload, job: str, index: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import posixpath
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -16,43 +15,25 @@ from launcher.config.backend.base import (
     forwarded_names,
     plausible_memory,
 )
+from launcher.config.kubernetes_objects import (
+    NAME_RULE,
+    is_label,
+    parse_quantity,
+    validate_image,
+    validate_names,
+    validate_tolerations,
+)
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host
-from launcher.utils.text import bytes_text, did_you_mean
+from launcher.utils.text import bytes_text
 
 Workload = Literal["indexed_job", "jobset", "pytorchjob", "trainjob"]
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_SUBDOMAIN = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*")
-_QUANTITY = re.compile(r"(?P<number>[1-9][0-9]*)(?P<unit>[kMGT]i?|Ki)?")
-_DIGEST = re.compile(r"[^@\s]+@[A-Za-z][A-Za-z0-9]*([+._-][A-Za-z0-9]+)*:[0-9a-fA-F]{32,}")
-_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 _LEAST_BYTES = {"memory": LEAST_MEMORY_BYTES, "shared_memory": 1 << 20}
 
 
-def is_label(text: str) -> bool:
-    """Whether ``text`` may name a namespace."""
-    return _LABEL.fullmatch(text) is not None
-
-
-def is_subdomain(text: str) -> bool:
-    """Whether ``text`` may name most other things: a claim, a Secret, a service account."""
-    return _SUBDOMAIN.fullmatch(text) is not None
-
-
-def parse_quantity(quantity: str) -> int | None:
-    """Return the bytes of ``64Gi``; ``None`` for what is not a whole number with a unit."""
-    found = _QUANTITY.fullmatch(quantity)
-    return int(found["number"]) * _UNITS.get(found["unit"] or "", 1) if found else None
-
-
 _OWN_MOUNTS = ("/run/launcher", "/dev/shm")  # noqa: S108 (paths in pods)
-_TOLERATION_VALUES = {
-    "operator": ("Exists", "Equal", "Lt", "Gt"),
-    "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
-}
-_TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,33 +148,16 @@ class KubernetesBackend(Backend):
                 why = f"is the folder of {taken[folder]} in every pod, and two volumes cannot share a folder"
                 yield ConfigError(f"backend.{name}", path, why=why, fix="choose another folder")
             taken.setdefault(folder, f"backend.{name}")
-        for toleration in self.tolerations:
-            for key, choices in _TOLERATION_VALUES.items():
-                if key in toleration and toleration[key] not in choices:
-                    why, fix = f"is not a valid {key} of a toleration", did_you_mean(str(toleration[key]), choices)
-                    yield ConfigError("backend.tolerations", toleration[key], why=why, fix=fix)
-            for key in toleration:
-                if key not in _TOLERATION_KEYS:
-                    fix = did_you_mean(key, _TOLERATION_KEYS)
-                    yield ConfigError("backend.tolerations", key, why="is not a field of a toleration", fix=fix)
+        yield from validate_tolerations("backend.tolerations", self.tolerations)
 
     def _bad_names(self) -> Iterator[ConfigError]:
-        rule = "lowercase letters, digits and dashes, with a letter or digit at both ends"
         if not is_label(self.namespace):
-            yield self.error("namespace", "is not a valid name of a namespace", f"use at most 63 {rule}")
+            yield self.error("namespace", "is not a valid name of a namespace", f"use at most 63 {NAME_RULE}")
         named = {name: getattr(self, name) for name in ("claim", "service_account", "secret")}
         many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
-        for name, values in {**{key: (value,) for key, value in named.items() if value is not None}, **many}.items():
-            for value in values:
-                if not is_subdomain(value):
-                    why = "is not a valid name in Kubernetes"
-                    yield ConfigError(f"backend.{name}", value, why=why, fix=f"use {rule}, and dots")
-        if "@" in self.image and not _DIGEST.fullmatch(self.image):
-            why = "is not a valid image: only a digest (sha256:…) may follow the @"  # its value may hold a password
-            fix = "write it like registry/team/launcher:tag; backend.image_pull_secrets names logins of a registry"
-            yield ConfigError("backend.image", why=why, fix=fix)
-        elif not self.image.strip() or "://" in self.image or any(letter.isspace() for letter in self.image):
-            yield self.error("image", "is not a valid image", "write it like registry/team/launcher:tag")
+        one = {key: (value,) for key, value in named.items() if value is not None}
+        yield from validate_names("backend", {**one, **many})
+        yield from validate_image("backend.image", self.image, logins="backend.image_pull_secrets")
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return placeholders for the pods; their hosts are known once the run is submitted."""

@@ -6,7 +6,7 @@ import pytest
 
 from launcher.backends.kubernetes.manifests import escape_references
 from launcher.backends.kubernetes.pod_config import job_name, pod_address
-from launcher.config.backend.kubernetes import parse_quantity
+from launcher.config.kubernetes_objects import parse_quantity
 
 from .cluster import expand
 

@@ -1,0 +1,1 @@
+"""The deploy group: what ``launch deploy`` renders for a server."""

@@ -1,0 +1,92 @@
+"""Names, amounts, images and tolerations as Kubernetes accepts them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from launcher.errors import ConfigError
+from launcher.utils.text import did_you_mean
+
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_SUBDOMAIN = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*")
+_QUANTITY = re.compile(r"(?P<number>[1-9][0-9]*)(?P<unit>[kMGT]i?|Ki)?")
+_DIGEST = re.compile(r"[^@\s]+@[A-Za-z][A-Za-z0-9]*([+._-][A-Za-z0-9]+)*:[0-9a-fA-F]{32,}")
+_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_TOLERATION_VALUES = {
+    "operator": ("Exists", "Equal", "Lt", "Gt"),
+    "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
+}
+_TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
+NAME_RULE = "lowercase letters, digits and dashes, with a letter or digit at both ends"
+
+
+def is_label(text: str) -> bool:
+    """Whether ``text`` may name a namespace."""
+    return _LABEL.fullmatch(text) is not None
+
+
+def is_service_name(text: str) -> bool:
+    """Whether ``text`` may name a Service: a label that begins with a letter."""
+    return is_label(text) and text[0].isalpha()
+
+
+def is_subdomain(text: str) -> bool:
+    """Whether ``text`` may name most other things: a claim, a Secret, a service account."""
+    return _SUBDOMAIN.fullmatch(text) is not None
+
+
+def dashed(text: str) -> str:
+    """Return ``text`` in the letters of a label, other characters replaced by dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def parse_quantity(quantity: str) -> int | None:
+    """Return the bytes of ``64Gi``; ``None`` for what is not a whole number with a unit."""
+    found = _QUANTITY.fullmatch(quantity)
+    return int(found["number"]) * _UNITS.get(found["unit"] or "", 1) if found else None
+
+
+def validate_image(option: str, image: str, *, logins: str) -> Iterator[ConfigError]:
+    """Yield why ``image`` names no container image.
+
+    Args:
+        option: that holds it.
+        image: the value.
+        logins: the option that names logins of a registry.
+    """
+    if "@" in image and not _DIGEST.fullmatch(image):
+        why = "is not a valid image: only a digest (sha256:…) may follow the @"  # its value may hold a password
+        fix = f"write it like registry/team/launcher:tag; {logins} names logins of a registry"
+        yield ConfigError(option, why=why, fix=fix)
+    elif not image.strip() or "://" in image or any(letter.isspace() for letter in image):
+        fix = "write it like registry/team/launcher:tag"
+        yield ConfigError(option, image, why="is not a valid image", fix=fix)
+
+
+def validate_names(group: str, named: Mapping[str, Iterable[str]]) -> Iterator[ConfigError]:
+    """Yield the names that Kubernetes refuses.
+
+    Args:
+        group: of the options.
+        named: the names that each option holds.
+    """
+    for name, values in named.items():
+        for value in values:
+            if not is_subdomain(value):
+                why = "is not a valid name in Kubernetes"
+                yield ConfigError(f"{group}.{name}", value, why=why, fix=f"use {NAME_RULE}, and dots")
+
+
+def validate_tolerations(option: str, tolerations: Iterable[Mapping[str, Any]]) -> Iterator[ConfigError]:
+    """Yield fields and values that no toleration of a pod has."""
+    for toleration in tolerations:
+        for key, choices in _TOLERATION_VALUES.items():
+            if key in toleration and toleration[key] not in choices:
+                why, fix = f"is not a valid {key} of a toleration", did_you_mean(str(toleration[key]), choices)
+                yield ConfigError(option, toleration[key], why=why, fix=fix)
+        for key in toleration:
+            if key not in _TOLERATION_KEYS:
+                fix = did_you_mean(key, _TOLERATION_KEYS)
+                yield ConfigError(option, key, why="is not a field of a toleration", fix=fix)

@@ -1,0 +1,30 @@
+"""The registry of renderers: one line for each kind of deployment."""
+
+from __future__ import annotations
+
+import importlib
+
+from launcher.config.run import Run
+from launcher.config.snapshot import dump_run
+from launcher.protocol.plan import Plan
+
+RENDERERS: dict[str, str] = {
+    "kubernetes": "launcher.deploy.kubernetes.render",
+}
+"""Module of each ``Deploy.kind``.
+It has ``render(run, plan)``, a pure function from run and plan to the text of each file."""
+
+SNAPSHOT = "run.yaml"
+"""The run with its group deploy, from which the folder can be rendered again."""
+
+
+def render(run: Run, plan: Plan) -> dict[str, str]:
+    """Return the text of each file by its path in ``deploy.out``.
+
+    Args:
+        run: the server, with its group deploy.
+        plan: of the server in one container.
+    """
+    module = importlib.import_module(RENDERERS[run.deploy.kind])
+    files: dict[str, str] = module.render(run, plan)
+    return {SNAPSHOT: dump_run(run), **files}

@@ -1,0 +1,58 @@
+"""Options of ``deploy=haproxy``: HAProxy in front of servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from launcher.config.deploy.proxy import ProxyDeploy
+from launcher.errors import ConfigError
+
+_MAX_RETRIED_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaproxyDeploy(ProxyDeploy):
+    """``haproxy.cfg``: HAProxy, which asks every server's readiness endpoint."""
+
+    kind: ClassVar[str] = "haproxy"
+    summary_fields: ClassVar[tuple[str, ...]] = ("out", "upstreams")
+
+    check_every_s: float = 1.0
+    """Seconds between two checks of a server; four times as often after a failed request."""
+
+    check_timeout_s: float = 5.0
+    """How long a server may take to answer a check; three in a row without an answer end its streams."""
+
+    retried_bytes: int = 2**16
+    """Largest request, headers and body, that another server can still get when one fails.
+    It is the size of HAProxy's buffers, of which each connection takes up to two."""
+
+    metrics_port: int | None = None
+    """Port on 127.0.0.1 with HAProxy's own metrics for Prometheus; ``null`` exports none."""
+
+    def validate(self) -> Iterator[ConfigError]:
+        """Reject intervals without sense, and buffers that take all memory."""
+        yield from super().validate()
+        for name in ("check_every_s", "check_timeout_s"):
+            if not 0.1 <= getattr(self, name) <= 3600:
+                yield self.error(name, "must lie between 0.1 and 3600", f"leave deploy.{name} out")
+        yield from self.validate_minimum(2**14, "retried_bytes")
+        if self.retried_bytes > _MAX_RETRIED_BYTES:
+            why = f"is more than {_MAX_RETRIED_BYTES}, which each connection would take twice"
+            yield self.error("retried_bytes", why, "set deploy.retried_bytes=1048576")
+        yield from self.validate_port("metrics_port")
+        if self.metrics_port == self.port:
+            yield self.error("metrics_port", "is deploy.port", f"set deploy.metrics_port={self.port % 65535 + 1}")
+
+    def validate_tls(self) -> Iterator[ConfigError]:
+        """Require a key where HAProxy looks for one."""
+        yield from super().validate_tls()
+        certificate = self.tls_certificate
+        if certificate is None or self.tls_key is None:
+            return
+        expected = f"{certificate.removesuffix('.crt')}.key"
+        if self.tls_key not in (expected, certificate):
+            why = f"HAProxy finds the key of {certificate} in {expected}, or in the certificate's file"
+            yield self.error("tls_key", why, f"move it there, and set deploy.tls_key={expected}")

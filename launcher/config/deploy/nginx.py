@@ -1,0 +1,41 @@
+"""Options of ``deploy=nginx``: nginx in front of servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from launcher.config.deploy.proxy import ProxyDeploy
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NginxDeploy(ProxyDeploy):
+    """``nginx.conf``: the open-source nginx, which checks servers only by their answers to requests."""
+
+    kind: ClassVar[str] = "nginx"
+    summary_fields: ClassVar[tuple[str, ...]] = ("out", "upstreams")
+
+    log_folder: str | None = "/var/log/nginx"
+    """Folder of access.log and error.log; ``null`` writes both to the standard streams."""
+
+    temporary_folder: str | None = None
+    """Folder for nginx's temporary files and its process id; ``null`` takes nginx's own folders, which are root's."""
+
+    fail_timeout_s: float = 2.0
+    """After a server refused a connection, broke it or answered 503, other servers get all requests for so long."""
+
+    def validate(self) -> Iterator[ConfigError]:
+        """Reject a folder that nginx cannot be told, and a certificate without its key."""
+        yield from super().validate()
+        yield from self.validate_path("log_folder")
+        yield from self.validate_path("temporary_folder")
+        if not 1 <= self.fail_timeout_s <= 3600:
+            yield self.error("fail_timeout_s", "must lie between 1 and 3600", "set deploy.fail_timeout_s=2")
+
+    def validate_tls(self) -> Iterator[ConfigError]:
+        """Require the key beside the certificate."""
+        yield from super().validate_tls()
+        if self.tls_certificate is not None and self.tls_key is None:
+            yield self.error("tls_certificate", "has no key", "set deploy.tls_key=FILE")

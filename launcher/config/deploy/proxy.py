@@ -1,0 +1,193 @@
+"""Fields that every load balancer in front of servers has."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from launcher.config.deploy.base import RenderedDeploy
+from launcher.config.inference import connections_per_client
+from launcher.config.job.serve import Serve
+from launcher.config.run import Run
+from launcher.errors import ConfigError
+from launcher.protocol.plan import Plan
+
+_HOST_NAME = re.compile(
+    r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?)*"
+)
+_ACCOUNT = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_PATH = re.compile(r"/[A-Za-z0-9._/@%+=:,-]*")
+"""Characters that mean nothing in nginx's, HAProxy's and Compose's languages, quoted or not."""
+_MAX_UPSTREAMS = 256
+_CHECK_CONNECTIONS = 4
+SLACK_S = 5.0
+"""Seconds that the server has to send its own error before the proxy gives up."""
+WRITE_TIMEOUT_S = 60.0
+"""After so long without reading anything a client is gone, for the proxy as for the server."""
+
+
+def is_host(text: str) -> bool:
+    """Whether ``text`` is an IP address or a host name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        digits = text.rpartition(".")[2]
+        return _HOST_NAME.fullmatch(text) is not None and not digits.isdigit()
+    return "%" not in text
+
+
+def bracketed(host: str, port: int) -> str:
+    """Return ``HOST:PORT``, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_upstream(text: str) -> str | None:
+    """Return the canonical ``HOST:PORT`` of an upstream; ``None`` for what is none."""
+    host, colon, port = text.rpartition(":")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if is_bracketed else host
+    if not colon or not re.fullmatch(r"[1-9][0-9]{0,4}", port, re.ASCII) or int(port) > 65535:
+        return None
+    if not is_host(host) or (":" in host) != is_bracketed:
+        return None
+    return bracketed(host.lower(), int(port))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyDeploy(RenderedDeploy):
+    """A load balancer: one address for several servers, with TLS, limits and retries."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` is all IPv4 interfaces, ``::`` all IPv6 ones."""
+
+    port: int = 8080
+    """Port to listen on."""
+
+    upstreams: tuple[str, ...] = ()
+    """Servers behind it, as ``HOST:PORT``; empty takes job.host and job.port."""
+
+    tls_certificate: str | None = None
+    """File with the certificate and its chain, where the proxy runs; ``null`` speaks HTTP without TLS."""
+
+    tls_key: str | None = None
+    """File with the private key."""
+
+    rate_per_minute: int | None = None
+    """Requests per minute for each client address (IPv6: /64) over all servers; ``null`` takes job.rate_per_minute."""
+
+    user: str | None = None
+    """Account that the proxy changes to after it was started by root; ``null`` changes nothing."""
+
+    def validate(self) -> Iterator[ConfigError]:
+        """Reject what the proxy's language would read as something else."""
+        yield from super().validate()
+        yield from self.validate_minimum(1, "rate_per_minute")
+        if not is_host(self.host):
+            yield self.error("host", "is neither an IP address nor a host name", "set deploy.host=0.0.0.0")
+        yield from self.validate_port("port")
+        if len(self.upstreams) > _MAX_UPSTREAMS:
+            why = f"{len(self.upstreams)} servers are more than {_MAX_UPSTREAMS}"
+            yield ConfigError("deploy.upstreams", why=why, fix="start a second load balancer for the others")
+        for at, each in enumerate(self.upstreams):
+            option, found = f"deploy.upstreams[{at}]", parse_upstream(each)
+            if found is None:
+                why = "is not HOST:PORT"
+                yield ConfigError(option, each, why=why, fix="write it like deploy.upstreams=[10.0.0.1:8000]")
+            elif found in map(parse_upstream, self.upstreams[:at]):
+                yield ConfigError(option, each, why="is there twice", fix="name every server once")
+        for name in ("tls_certificate", "tls_key"):
+            yield from self.validate_path(name)
+        if self.user is not None and not _ACCOUNT.fullmatch(self.user):
+            yield self.error("user", "is not the name of an account", "set deploy.user=www-data")
+        yield from self.validate_tls()
+
+    def validate_tls(self) -> Iterator[ConfigError]:
+        """Reject a key without a certificate."""
+        if self.tls_key is not None and self.tls_certificate is None:
+            yield self.error("tls_key", "has no certificate", "set deploy.tls_certificate=FILE")
+
+    def validate_port(self, name: str) -> Iterator[ConfigError]:
+        """Reject a port that does not exist, or that a user other than root cannot listen on."""
+        port = getattr(self, name)
+        if port is None:
+            return
+        if not 0 < port < 65536:
+            yield self.error(name, "must lie between 1 and 65535", f"set deploy.{name}=8080")
+        elif port < 1024 and self.user is None:
+            why = "only root may listen on a port below 1024"
+            fix = f"set deploy.user=ACCOUNT, which root's proxy then changes to, or deploy.{name}=8080"
+            yield self.error(name, why, fix)
+
+    def validate_path(self, name: str) -> Iterator[ConfigError]:
+        """Reject a path that is not absolute, or that no quotes make safe."""
+        path = getattr(self, name)
+        if path is None:
+            return
+        if not path.startswith("/"):
+            why = "is not absolute, and the proxy does not start in your folder"
+            yield self.error(name, why, f"give the whole path: deploy.{name}=/etc/ssl/FILE")
+        elif not _PATH.fullmatch(path) or ".." in PurePosixPath(path).parts:
+            why = "has characters that configuration files of proxies cannot hold safely, or a part .."
+            yield self.error(name, why, "use letters, digits and . _ / @ % + = : , - only")
+
+    def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
+        """Reject a rate that servers would count for the proxy instead of for its clients."""
+        yield from super().validate_run(run, plan)
+        job = run.job
+        if not isinstance(job, Serve):
+            return
+        if job.rate_per_minute is not None and job.api_keys_file is None and not job.trusted_proxies:
+            why = "without API keys a server counts by address, and all requests come from the proxy's"
+            fix = "set job.trusted_proxies=[ADDRESS OF THE PROXY], or deploy.rate_per_minute instead"
+            yield ConfigError("job.rate_per_minute", job.rate_per_minute, why=why, fix=fix)
+        if not self.upstreams and job.port == self.port and self.host in (job.host, "0.0.0.0"):  # noqa: S104 (compared)
+            yield self.error("port", "is the server's own (job.port)", f"set deploy.port={job.port % 65535 + 1}")
+
+    def addresses(self, run: Run) -> Sequence[str]:
+        """Return ``HOST:PORT`` of every server."""
+        job = served_job(run)
+        if self.upstreams:
+            return [found for each in self.upstreams if (found := parse_upstream(each)) is not None]
+        any_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (replaced)
+        return [bracketed(any_address.get(job.host, job.host), job.port)]
+
+    def requests_per_minute(self, run: Run) -> int | None:
+        """Return the limit for each client; ``None`` sets none."""
+        return self.rate_per_minute or getattr(run.job, "rate_per_minute", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyLimits:
+    """Times, sizes and numbers of a proxy that fit the servers behind it."""
+
+    body_bytes: int
+    """Largest body, the server's own limit."""
+    read_s: float
+    """For the headers of a request, and for its body."""
+    queue_s: float
+    """For a connection to a server."""
+    response_s: float
+    """For a whole answer, so also between two tokens: a little more than the server's own limit."""
+    connections: int
+    """Those that one server accepts from one address, which is the proxy's; some are left for checks of its health."""
+
+
+def served_job(run: Run) -> Serve:
+    """Return the job of a run that ``validate_run`` accepted."""
+    assert isinstance(run.job, Serve), "validate_run accepts servers alone"
+    return run.job
+
+
+def proxy_limits(run: Run) -> ProxyLimits:
+    """Return the limits that follow from those of the servers."""
+    job = served_job(run)
+    return ProxyLimits(
+        body_bytes=job.max_body_bytes,
+        read_s=job.read_timeout_s,
+        queue_s=job.queue_timeout_s,
+        response_s=job.request_timeout_s + SLACK_S,
+        connections=max(1, connections_per_client(job.max_connections) - _CHECK_CONNECTIONS),
+    )

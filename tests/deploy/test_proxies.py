@@ -1,0 +1,275 @@
+"""nginx and HAProxy themselves, with rendered configurations, before servers that misbehave as a test says."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.proxies import FILES, KINDS, Proxy, check_command, rendered
+from tests.deploy.upstreams import Held, Upstream, answer, cut, drain, drop
+from tests.helpers import wait_for
+
+PATH = "/v1/completions"
+Begin = Callable[..., Proxy]
+Listen = Callable[..., Upstream]
+BODY = json.dumps({"prompt": "x" * 30_000}).encode()
+TOKENS = b"data: 1\n\ndata: 2\n\n"
+TLS = ("deploy.tls_certificate={folder}/site.crt", "deploy.tls_key={folder}/site.key")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """``nginx``, then ``haproxy``."""
+    return str(request.param)
+
+
+@pytest.fixture
+def begin(kind: str, tmp_path: Path) -> Iterator[Begin]:
+    """Start a load balancer before some servers."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*upstreams: Upstream | str, words: tuple[str, ...] = (), **options: Callable[[str], str]) -> Proxy:
+            addresses = [each if isinstance(each, str) else each.address for each in upstreams]
+            proxy = Proxy(kind, tmp_path / "proxy", f"deploy.upstreams=[{','.join(addresses)}]", *words, **options)
+            stack.callback(proxy.close)
+            return proxy
+
+        yield start
+
+
+@pytest.fixture
+def listen() -> Iterator[Listen]:
+    """Start a server that behaves in some way."""
+    with contextlib.ExitStack() as stack:
+
+        def start(respond: Callable[[socket.socket], None], *, is_ready: bool = True) -> Upstream:
+            upstream = Upstream(respond, is_ready=is_ready)
+            stack.callback(upstream.close)
+            return upstream
+
+        yield start
+
+
+def ask(
+    proxy: Proxy, path: str = PATH, body: bytes | None = BODY, *, headers: dict[str, str] | None = None
+) -> http.client.HTTPResponse:
+    """Send a request and return its response, whose body is not read yet."""
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
+    connection.request("GET" if body is None else "POST", path, body, headers or {})
+    return connection.getresponse()
+
+
+def code_of(response: http.client.HTTPResponse) -> tuple[int, str]:
+    """Return the status of an error, and its code, which is the server's kind of JSON."""
+    assert response.getheader("content-type") == "application/json"
+    return response.status, json.loads(response.read())["error"]["code"]
+
+
+def certificate(folder: Path) -> Path:
+    """Write a certificate of this machine and its key."""
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(folder / "site.key"), "-out", str(folder / "site.crt")]
+    subprocess.run([*command, *names, *files], check=True, capture_output=True)
+    return folder / "site.crt"
+
+
+def test_the_program_itself_accepts_every_option(kind: str, tmp_path: Path) -> None:
+    certificate(tmp_path)
+    own = {
+        "nginx": (f"deploy.log_folder={tmp_path}", f"deploy.temporary_folder={tmp_path}", "deploy.fail_timeout_s=7"),
+        "haproxy": ("deploy.metrics_port=9101", "deploy.check_every_s=0.5", "deploy.retried_bytes=131072"),
+    }
+    many = "deploy.upstreams=[127.0.0.1:8001,'[::1]:8002',localhost:8003]"
+    tls = [word.format(folder=tmp_path) for word in TLS]
+    timeouts = ("job.read_timeout_s=0.0001", "job.request_timeout_s=1e30", "job.queue_timeout_s=0.25")
+    limits = ("deploy.rate_per_minute=1", "job.max_connections=1", "job.max_body_bytes=1024")
+    for words in ((), (many, *tls, "deploy.user=nobody", *own[kind]), ("deploy.host='::1'", *timeouts, *limits)):
+        file = tmp_path / FILES[kind]
+        file.write_text(rendered(kind, *words))
+        done = subprocess.run(check_command(kind, file), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "warn" not in f"{done.stdout}{done.stderr}".lower(), done.stderr
+
+
+def test_each_token_is_sent_at_once(begin: Begin, listen: Listen) -> None:
+    held = Held()
+    response = ask(begin(listen(held)))
+    assert response.read(9) == b"data: 1\n\n"  # the server sends the second token only after this
+    held.goes_on.set()
+    assert response.read() == b"data: 2\n\n"
+
+
+def test_a_client_that_leaves_ends_its_request_at_the_server(begin: Begin, listen: Listen) -> None:
+    held = Held()
+    response = ask(begin(listen(held)))
+    response.read(9)
+    assert not held.is_left.is_set()
+    response.close()
+    assert held.is_left.wait(20)
+
+
+def test_a_request_without_an_answer_goes_to_another_server(begin: Begin, listen: Listen) -> None:
+    for broken in (drop, drain):
+        bad, good = listen(broken), listen(answer)
+        proxy = begin(bad, good)
+        for _ in range(4):
+            response = ask(proxy)
+            assert (response.status, response.read()) == (200, TOKENS)
+        assert {each.body for each in (*bad.requests, *good.requests)} == {BODY}
+        assert bad.requests
+        assert len(good.requests) == 4
+
+
+def test_a_server_that_is_not_there_costs_no_request(begin: Begin, listen: Listen) -> None:
+    gone, good = listen(answer), listen(answer)
+    gone.close()
+    proxy = begin(gone, good)
+    assert [ask(proxy).read() for _ in range(4)] == [TOKENS] * 4
+
+
+def test_an_answer_that_has_begun_is_never_repeated(begin: Begin, listen: Listen) -> None:
+    bad, good = listen(cut), listen(answer)
+    proxy = begin(bad, good)
+    read: list[bytes] = []
+    num_cut = 0
+    for _ in range(4):
+        response = ask(proxy)
+        try:
+            read.append(response.read())
+        except http.client.IncompleteRead as error:
+            num_cut += 1
+            assert error.partial == b"data: 1\n\n"
+    assert num_cut == len(bad.requests) > 0
+    assert read == [TOKENS] * len(good.requests)
+    assert num_cut + len(read) == 4
+
+
+def test_a_draining_server_gets_no_new_requests(kind: str, begin: Begin, listen: Listen) -> None:
+    draining, good = listen(drain, is_ready=False), listen(answer)
+    words = ("deploy.fail_timeout_s=3600",) if kind == "nginx" else ("deploy.check_every_s=0.1",)
+    proxy = begin(draining, good, words=words)
+    if kind == "haproxy":
+        wait_for(lambda: draining.num_checks > 2, seconds=60, shown=lambda: proxy.output)
+    else:
+        while not draining.requests:  # nginx learns of it by one request
+            assert ask(proxy).read() == TOKENS
+    seen = len(draining.requests)
+    assert [ask(proxy).read() for _ in range(6)] == [TOKENS] * 6
+    assert len(draining.requests) == seen
+
+
+def test_a_server_that_drains_finishes_its_streams(kind: str, begin: Begin, listen: Listen) -> None:
+    held = Held()
+    upstream = listen(held)
+    proxy = begin(upstream, words=("deploy.check_every_s=0.1",) if kind == "haproxy" else ())
+    response = ask(proxy)
+    response.read(9)
+    upstream.is_ready = False
+    seen = upstream.num_checks
+    if kind == "haproxy":
+        wait_for(lambda: upstream.num_checks > seen + 5, seconds=60, shown=lambda: proxy.output)
+        assert code_of(ask(proxy)) == (503, "busy")
+    held.goes_on.set()
+    assert response.read() == b"data: 2\n\n"
+    if kind == "haproxy":
+        upstream.is_ready = True
+        wait_for(lambda: ask(proxy).status == 200, seconds=60, shown=lambda: proxy.output)
+
+
+def test_errors_of_the_load_balancer_look_like_those_of_the_server(begin: Begin, listen: Listen) -> None:
+    gone, good = listen(answer), listen(answer)
+    gone.close()
+    proxy = begin(gone, words=("job.max_body_bytes=2048",))
+    response = ask(proxy, body=b"{}")
+    assert response.getheader("retry-after") == "2"
+    assert code_of(response) == (503, "busy")
+    assert code_of(ask(proxy, body=b"x" * 2049)) == (413, "body_too_large")
+    for path in ("/metrics", "/", "/%6detrics"):
+        assert code_of(ask(proxy, path, None)) == (404, "not_found"), path
+    with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert b'"code": "invalid_http"' in connection.recv(4096)
+    assert not good.requests
+
+
+def test_the_server_learns_host_and_client_and_no_lie_about_it(begin: Begin, listen: Listen) -> None:
+    upstream = listen(answer)
+    ask(begin(upstream), headers={"Host": "models.example.org", "X-Forwarded-For": "192.0.2.1"}).read()
+    (request,) = upstream.requests
+    assert request.headers["host"] == "models.example.org"
+    assert request.headers["x-forwarded-for"] == "127.0.0.1"
+    assert request.headers["x-forwarded-proto"] == "http"
+
+
+def test_each_client_has_a_rate(begin: Begin, listen: Listen) -> None:
+    proxy = begin(listen(answer), words=("deploy.rate_per_minute=3",))
+    for at in range(5):
+        response = ask(proxy, headers={"X-Forwarded-For": f"192.0.2.{at}"})
+        if at < 3:
+            assert response.read() == TOKENS
+        else:
+            assert response.getheader("retry-after") == "1"
+            assert code_of(response) == (429, "rate_limit_exceeded")
+        assert ask(proxy, "/health/ready", None).status == 200
+
+
+def test_nginx_counts_networks_of_ipv6_clients(kind: str, begin: Begin, listen: Listen) -> None:
+    if kind != "nginx":
+        return  # HAProxy masks addresses by itself
+
+    def from_header(text: str) -> str:
+        return text.replace("server_name _;", "set_real_ip_from 127.0.0.1;\nreal_ip_header X-Test;")
+
+    proxy = begin(listen(answer), words=("deploy.rate_per_minute=1",), edited=from_header)
+    for address, status in {
+        "2001:db8:1:2:3:4:5:6": 200,
+        "2001:db8:1:2::9": 429,
+        "2001:db8:1:3::9": 200,
+        "2001:db8::1": 200,
+        "2001:db8::1:2:3:4": 429,
+        "192.0.2.1": 200,
+        "::ffff:192.0.2.1": 429,
+        "::ffff:192.0.2.2": 200,
+        "192.0.2.3": 200,
+    }.items():
+        assert ask(proxy, headers={"X-Test": address}).status == status, address
+
+
+def test_tls(begin: Begin, listen: Listen, tmp_path: Path) -> None:
+    trusted = ssl.create_default_context(cafile=str(certificate(tmp_path)))
+    upstream = listen(answer)
+    proxy = begin(upstream, words=tuple(word.format(folder=tmp_path) for word in TLS))
+    connection = http.client.HTTPSConnection("127.0.0.1", proxy.port, timeout=20, context=trusted)
+    connection.request("POST", PATH, BODY)
+    assert connection.getresponse().read() == TOKENS
+    assert upstream.requests[0].headers["x-forwarded-proto"] == "https"
+    trusted.maximum_version = ssl.TLSVersion.TLSv1_2
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as plain:
+        plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert b" 200 " not in plain.recv(4096)
+    assert len(upstream.requests) == 1
+
+
+def test_haproxy_exports_metrics(kind: str, begin: Begin, listen: Listen) -> None:
+    if kind != "haproxy":
+        return
+    from launcher.utils.system import free_port
+
+    port = free_port()
+    proxy = begin(listen(answer), words=(f"deploy.metrics_port={port}",))
+    ask(proxy).read()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/metrics")
+    assert b'haproxy_server_http_responses_total{proxy="servers",server="server-1",code="2xx"} 1' in (
+        connection.getresponse().read()
+    )

@@ -58,6 +58,7 @@ _BY_PLACE = (
     ),
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
     ("plugins/test_contracts.py*", "process"),
+    *((f"deploy/test_{name}.py*", "process") for name in ("proxies", "load_balancing")),
     ("data/test_example_encoding.py*", "process"),
     # Single tests that do.
     ("plugins/test_other_processes.py*", "process"),

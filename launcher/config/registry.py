@@ -117,6 +117,8 @@ KINDS: dict[str, dict[str, str]] = {
     "deploy": {
         "none": "launcher.config.run:NoDeploy",
         "kubernetes": "launcher.config.deploy.kubernetes:KubernetesDeploy",
+        "nginx": "launcher.config.deploy.nginx:NginxDeploy",
+        "haproxy": "launcher.config.deploy.haproxy:HaproxyDeploy",
     },
 }
 """Every component, by group and kind: a new one is its file, its YAML and a line here."""

@@ -49,7 +49,7 @@ def render(run: Run, plan: Plan) -> dict[str, str]:
 def _global(deploy: HaproxyDeploy, limits: ProxyLimits, num_servers: int) -> list[str]:
     return [
         "global",
-        *([f"    user {deploy.user}"] if deploy.user else []),
+        *([f"    user {deploy.user}", f"    group {deploy.user_group or deploy.user}"] if deploy.user else []),
         "    log stdout format raw local0 info",
         f"    maxconn {limits.connections * num_servers + _SPARE_CONNECTIONS}",
         f"    tune.bufsize {deploy.retried_bytes + _REWRITE_BYTES}  # a request that fits can go to another server",

@@ -63,7 +63,7 @@ def nginx_configuration(
     folder = deploy.log_folder
     lines = [
         "# Load balancer of job=serve, written by launch deploy.",
-        *([f"user {deploy.user};"] if deploy.user else []),
+        *([f"user {deploy.user} {deploy.user_group or deploy.user};"] if deploy.user else []),
         "worker_processes auto;",
         f"worker_rlimit_nofile {num_connections + _SPARE_CONNECTIONS};",
         f'error_log "{folder}/error.log" warn;' if folder else "error_log stderr warn;",

@@ -10,6 +10,8 @@ from launcher.protocol.plan import Plan
 
 RENDERERS: dict[str, str] = {
     "kubernetes": "launcher.deploy.kubernetes.render",
+    "nginx": "launcher.deploy.nginx",
+    "haproxy": "launcher.deploy.haproxy",
 }
 """Module of each ``Deploy.kind``.
 It has ``render(run, plan)``, a pure function from run and plan to the text of each file."""

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from launcher.utils.system import free_port
 
 REQUEST_TIMEOUT_S = 240.0
 """Time after which the server fails the requests that still wait."""
@@ -33,12 +34,11 @@ class SoakServer:
         overrides: of the run.
         replicas: engines.
         folder: for its run directory and its log.
+        port: on which it listens; ``None`` takes a free one.
     """
 
-    def __init__(self, overrides: Sequence[str], *, replicas: int, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def __init__(self, overrides: Sequence[str], *, replicas: int, folder: Path, port: int | None = None) -> None:
+        port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "server.log"
         words = [f"job.replicas={replicas}", f"job.port={port}", "job.result_cache_bytes=0", "tracker=local"]

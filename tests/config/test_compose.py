@@ -32,6 +32,8 @@ def test_every_option_composes(group, option):
     needed = {
         "backend/kubernetes": ["backend.image=x"],
         "deploy/kubernetes": ["deploy.out=x", "deploy.image=x"],
+        "deploy/nginx": ["deploy.out=x"],
+        "deploy/haproxy": ["deploy.out=x"],
         "model/hf": ["model.name=x"],
         "data/hf": ["data.path=x"],
         "parallel/zero_infinity": ["parallel.nvme_path=x"],

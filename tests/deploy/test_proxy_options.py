@@ -29,7 +29,7 @@ EVERYTHING = (
 @pytest.mark.parametrize("name", ["default", "everything"])
 def test_the_configuration_is_as_reviewed(kind: str, name: str) -> None:
     words = () if name == "default" else (*EVERYTHING, *(["deploy.metrics_port=9101"] if kind == "haproxy" else []))
-    text, golden = rendered(kind, *words), GOLDEN / f"{name}.{FILES[kind]}"
+    text, golden = rendered(kind, words), GOLDEN / f"{name}.{FILES[kind]}"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text)
@@ -46,7 +46,7 @@ def test_the_configuration_is_as_reviewed(kind: str, name: str) -> None:
         (["deploy.port=443"], "deploy.port"),
         (["deploy.port=8000"], "deploy.port"),
         (["deploy.upstreams=['10.0.0.1:8000; }']"], "deploy.upstreams[0]"),
-        (["deploy.upstreams=[10.0.0.1:8000,\"10.0.0.2:80\\n\"]"], "deploy.upstreams[1]"),
+        (['deploy.upstreams=[10.0.0.1:8000,"10.0.0.2:80\\n"]'], "deploy.upstreams[1]"),
         (["deploy.upstreams=[10.0.0.1]"], "deploy.upstreams[0]"),
         (["deploy.upstreams=['::1:8000']"], "deploy.upstreams[0]"),
         (["deploy.upstreams=[10.0.0.1:99999]"], "deploy.upstreams[0]"),
@@ -58,10 +58,12 @@ def test_the_configuration_is_as_reviewed(kind: str, name: str) -> None:
         (["deploy.tls_certificate=a.crt", "deploy.tls_key=/a.key"], "deploy.tls_certificate"),
         (["deploy.tls_certificate='/a$b.crt'", "deploy.tls_key=/a.key"], "deploy.tls_certificate"),
         (["deploy.tls_certificate='/a\".crt'", "deploy.tls_key=/a.key"], "deploy.tls_certificate"),
-        (["deploy.tls_certificate=\"/a'.crt\"", "deploy.tls_key=/a.key"], "deploy.tls_certificate"),
+        (['deploy.tls_certificate="/a\'.crt"', "deploy.tls_key=/a.key"], "deploy.tls_certificate"),
         (["deploy.tls_certificate=/a/../b.crt", "deploy.tls_key=/b.key"], "deploy.tls_certificate"),
         (["deploy.rate_per_minute=0"], "deploy.rate_per_minute"),
         (["deploy.user='root; daemon on'"], "deploy.user"),
+        (["deploy.user=www-data", "deploy.user_group='a b'"], "deploy.user_group"),
+        (["deploy.user_group=www-data"], "deploy.user_group"),
         (["deploy.name='A b'"], "deploy.name"),
         (["job.rate_per_minute=60"], "job.rate_per_minute"),
     ],
@@ -69,7 +71,7 @@ def test_the_configuration_is_as_reviewed(kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hostile_value_is_refused_by_its_option(kind: str, words: list[str], option: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
-        rendered(kind, *words)
+        rendered(kind, words)
     assert option in [error.option for error in caught.value.errors]
 
 
@@ -91,25 +93,41 @@ def test_a_hostile_value_is_refused_by_its_option(kind: str, words: list[str], o
 )
 def test_a_value_without_sense_is_refused_by_its_option(kind: str, words: list[str], option: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
-        rendered(kind, *words)
+        rendered(kind, words)
     assert option in [error.option for error in caught.value.errors]
 
 
 def test_a_rate_of_the_server_needs_a_proxy_that_it_trusts() -> None:
-    text = rendered("nginx", "job.rate_per_minute=60", "job.trusted_proxies=[10.0.0.5]")
+    text = rendered(
+        "nginx",
+        (
+            "job.rate_per_minute=60",
+            "job.trusted_proxies=[10.0.0.5]",
+        ),
+    )
     assert "rate=60r/m" in text
     assert "limit_req" not in rendered("nginx")
 
 
 def test_without_upstreams_it_is_the_server_of_this_run() -> None:
     assert "server 127.0.0.1:8000 " in rendered("nginx")
-    assert "server 127.0.0.1:8123 " in rendered("nginx", "job.host=0.0.0.0", "job.port=8123")
-    assert "server [::1]:8123 " in rendered("nginx", "job.host='::1'", "job.port=8123")
+    assert "server 127.0.0.1:8123 " in rendered(
+        "nginx",
+        (
+            "job.host=0.0.0.0",
+            "job.port=8123",
+        ),
+    )
+    assert "server [::1]:8123 " in rendered(
+        "nginx",
+        (
+            "job.host='::1'",
+            "job.port=8123",
+        ),
+    )
 
 
 def test_a_job_that_is_no_server_is_refused() -> None:
     with pytest.raises(ConfigErrors) as caught:
-        rendered("haproxy", "job=train")
+        rendered("haproxy", server=("job=train", "model=gpt2_tiny", "tracker=local"))
     assert "job" in [error.option for error in caught.value.errors]
-
-

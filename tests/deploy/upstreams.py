@@ -33,7 +33,7 @@ class Upstream:
     def __init__(self, respond: Callable[[socket.socket], None], *, is_ready: bool = True) -> None:
         self.respond, self.is_ready = respond, is_ready
         self.requests: list[Request] = []
-        self.num_checks = 0
+        self.num_checks, self.answers_checks = 0, True
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.upstream = self  # type: ignore[attr-defined]
@@ -60,6 +60,8 @@ class _Handler(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):
             if line.startswith("GET /health/ready") and headers.get("x-forwarded-for") is None:
                 upstream.num_checks += 1
+                if not upstream.answers_checks:
+                    return
                 self.request.sendall(response(b"200 OK" if upstream.is_ready else b"503 Service Unavailable", b"{}"))
                 return
             upstream.requests.append(Request(line, headers, body))
@@ -96,18 +98,53 @@ def drain(connection: socket.socket) -> None:
 
 
 class Held:
-    """A stream that goes on when the test says so, and notices when its client leaves."""
+    """A stream that goes on when the test says so.
 
-    def __init__(self) -> None:
+    Args:
+        has_begun: whether the first token is sent at once.
+    """
+
+    def __init__(self, *, has_begun: bool = True) -> None:
+        self._has_begun, self.is_asked = has_begun, threading.Event()
         self.goes_on, self.is_left = threading.Event(), threading.Event()
 
     def __call__(self, connection: socket.socket) -> None:
-        """Send a token, wait, and send the rest."""
-        connection.sendall(_HEAD % b"200 OK" + chunk(b"data: 1\n\n"))
+        """Send a token, wait, and send the rest; notice a client that leaves."""
+        self.is_asked.set()
+        if self._has_begun:
+            connection.sendall(_HEAD % b"200 OK" + chunk(b"data: 1\n\n"))
         connection.settimeout(0.02)
         while not self.goes_on.is_set():
-            with contextlib.suppress(TimeoutError):
-                if not connection.recv(1):
-                    self.is_left.set()
-                    return
+            if _is_closed(connection):
+                self.is_left.set()
+                return
         connection.sendall(chunk(b"data: 2\n\n") + chunk(b""))
+
+
+class Poured:
+    """A stream without end, which stops when nothing reads it."""
+
+    def __init__(self) -> None:
+        self.is_left = threading.Event()
+
+    def __call__(self, connection: socket.socket) -> None:
+        """Send a token every 10 ms until the connection is closed."""
+        connection.sendall(_HEAD % b"200 OK" + chunk(b"data: 1\n\n"))
+        connection.settimeout(0.01)
+        try:
+            while True:
+                connection.sendall(chunk(b"data: 2\n\n"))
+                if _is_closed(connection):
+                    return
+        finally:
+            self.is_left.set()
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has closed or reset a connection, on which it has nothing more to send."""
+    try:
+        return not connection.recv(1)
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True

@@ -81,6 +81,9 @@ class ProxyDeploy(RenderedDeploy):
     user: str | None = None
     """Account that the proxy changes to after it was started by root; ``null`` changes nothing."""
 
+    user_group: str | None = None
+    """Group of that account; ``null`` takes the one of the same name."""
+
     def validate(self) -> Iterator[ConfigError]:
         """Reject what the proxy's language would read as something else."""
         yield from super().validate()
@@ -100,8 +103,11 @@ class ProxyDeploy(RenderedDeploy):
                 yield ConfigError(option, each, why="is there twice", fix="name every server once")
         for name in ("tls_certificate", "tls_key"):
             yield from self.validate_path(name)
-        if self.user is not None and not _ACCOUNT.fullmatch(self.user):
-            yield self.error("user", "is not the name of an account", "set deploy.user=www-data")
+        for name, what in (("user", "an account"), ("user_group", "a group")):
+            if getattr(self, name) is not None and not _ACCOUNT.fullmatch(getattr(self, name)):
+                yield self.error(name, f"is not the name of {what}", f"set deploy.{name}=www-data")
+        if self.user_group is not None and self.user is None:
+            yield self.error("user_group", "has no account", "set deploy.user=ACCOUNT")
         yield from self.validate_tls()
 
     def validate_tls(self) -> Iterator[ConfigError]:

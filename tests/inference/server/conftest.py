@@ -136,10 +136,12 @@ class Served:
         return code
 
 
-def start(folder: Path, *words: str, env: dict[str, str] | None = None, wait: bool = True) -> Served:
+def start(
+    folder: Path, *words: str, env: dict[str, str] | None = None, wait: bool = True, port: int | None = None
+) -> Served:
     """Start a server in ``folder`` and wait until it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
-    port, mark = free_port(), new_mark()
+    port, mark = port or free_port(), new_mark()
     run = compose([*WORDS, f"job.port={port}", *words]).run
     (folder / "run.yaml").write_text(dump_run(run))
     with (folder / "output.txt").open("wb") as output:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.config.deploy.haproxy import HaproxyDeploy
-from launcher.config.deploy.proxy import ProxyLimits, bracketed, proxy_limits
+from launcher.config.deploy.proxy import UpstreamLimits, bracketed, upstream_limits
 from launcher.config.run import Run
 from launcher.deploy.proxy import (
     NO_SUCH_PATH,
@@ -34,7 +34,7 @@ def render(run: Run, plan: Plan) -> dict[str, str]:
     """Return ``haproxy.cfg``."""
     deploy = run.deploy
     assert isinstance(deploy, HaproxyDeploy), deploy.kind
-    limits, addresses = proxy_limits(run), deploy.addresses(run)
+    limits, addresses = upstream_limits(run), deploy.addresses(run)
     sections = [
         ["# Load balancer of job=serve, written by launch deploy.", *_global(deploy, limits, len(addresses))],
         _defaults(limits),
@@ -46,7 +46,7 @@ def render(run: Run, plan: Plan) -> dict[str, str]:
     return {CONFIGURATION: "\n\n".join("\n".join(section) for section in sections) + "\n"}
 
 
-def _global(deploy: HaproxyDeploy, limits: ProxyLimits, num_servers: int) -> list[str]:
+def _global(deploy: HaproxyDeploy, limits: UpstreamLimits, num_servers: int) -> list[str]:
     return [
         "global",
         *([f"    user {deploy.user}", f"    group {deploy.user_group or deploy.user}"] if deploy.user else []),
@@ -67,7 +67,7 @@ def _tls() -> list[str]:
     ]
 
 
-def _defaults(limits: ProxyLimits) -> list[str]:
+def _defaults(limits: UpstreamLimits) -> list[str]:
     return [
         "defaults",
         "    mode http",
@@ -110,7 +110,7 @@ def _return(error: ProxyError, condition: str) -> str:
     return f"http-request return status {error.status} {_content(error)} if {condition}"
 
 
-def _frontend(deploy: HaproxyDeploy, limits: ProxyLimits, rate_per_minute: int | None) -> list[str]:
+def _frontend(deploy: HaproxyDeploy, limits: UpstreamLimits, rate_per_minute: int | None) -> list[str]:
     errors = {each.status: each for each in proxy_errors(body_bytes=limits.body_bytes)}
     certificate = f" ssl crt '{deploy.tls_certificate}'" if deploy.tls_certificate else ""
     lines = [
@@ -134,7 +134,7 @@ def _frontend(deploy: HaproxyDeploy, limits: ProxyLimits, rate_per_minute: int |
     return [*lines, "    default_backend servers"]
 
 
-def _backend(deploy: HaproxyDeploy, limits: ProxyLimits, addresses: Sequence[str]) -> list[str]:
+def _backend(deploy: HaproxyDeploy, limits: UpstreamLimits, addresses: Sequence[str]) -> list[str]:
     check = duration(deploy.check_every_s)
     return [
         "backend servers",

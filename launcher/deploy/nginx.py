@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.config.deploy.nginx import NginxDeploy
-from launcher.config.deploy.proxy import WRITE_TIMEOUT_S, ProxyLimits, bracketed, proxy_limits
+from launcher.config.deploy.proxy import WRITE_TIMEOUT_S, UpstreamLimits, bracketed, upstream_limits
 from launcher.config.run import Run
 from launcher.deploy.proxy import (
     NO_SUCH_PATH,
@@ -38,7 +38,7 @@ def render(run: Run, plan: Plan) -> dict[str, str]:
     text = nginx_configuration(
         deploy,
         addresses=deploy.addresses(run),
-        limits=proxy_limits(run),
+        limits=upstream_limits(run),
         rate_per_minute=deploy.requests_per_minute(run),
     )
     return {CONFIGURATION: text}
@@ -48,7 +48,7 @@ def nginx_configuration(
     deploy: NginxDeploy,
     *,
     addresses: Sequence[str],
-    limits: ProxyLimits,
+    limits: UpstreamLimits,
     rate_per_minute: int | None,
 ) -> str:
     """Return the whole configuration of one nginx.
@@ -87,7 +87,7 @@ def nginx_configuration(
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _http(deploy: NginxDeploy, limits: ProxyLimits) -> list[str]:
+def _http(deploy: NginxDeploy, limits: UpstreamLimits) -> list[str]:
     log = f'"{deploy.log_folder}/access.log"' if deploy.log_folder else "/dev/stdout"
     parts = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi") if deploy.temporary_folder else ()
     return [
@@ -109,7 +109,7 @@ def _http(deploy: NginxDeploy, limits: ProxyLimits) -> list[str]:
     ]
 
 
-def _upstream(deploy: NginxDeploy, addresses: Sequence[str], limits: ProxyLimits) -> list[str]:
+def _upstream(deploy: NginxDeploy, addresses: Sequence[str], limits: UpstreamLimits) -> list[str]:
     health = f"max_fails=1 fail_timeout={duration(round(deploy.fail_timeout_s))} max_conns={limits.connections}"
     return [
         "upstream servers {",
@@ -138,7 +138,7 @@ def _clients(rate_per_minute: int | None) -> list[str]:
     ]
 
 
-def _server(deploy: NginxDeploy, limits: ProxyLimits, *, num_servers: int, rate_per_minute: int | None) -> list[str]:
+def _server(deploy: NginxDeploy, limits: UpstreamLimits, *, num_servers: int, rate_per_minute: int | None) -> list[str]:
     is_secure = deploy.tls_certificate is not None
     burst = f" burst={rate_per_minute - 1} nodelay" if rate_per_minute is not None and rate_per_minute > 1 else ""
     return [
@@ -173,7 +173,7 @@ def _tls(deploy: NginxDeploy) -> list[str]:
     ]
 
 
-def _proxying(limits: ProxyLimits, *, num_servers: int) -> list[str]:
+def _proxying(limits: UpstreamLimits, *, num_servers: int) -> list[str]:
     return [
         "proxy_http_version 1.1;",
         "proxy_set_header Host $http_host;",
@@ -197,7 +197,8 @@ def _proxying(limits: ProxyLimits, *, num_servers: int) -> list[str]:
 
 
 _RENAMED = {400: (400, 494, 497), 503: (502, 503)}
-"""Statuses that nginx gives where it means another: 494 and 497 are its own, and 502 says that no server was left."""
+"""Statuses that nginx gives where it means another.
+494 and 497 are its own, and 502 says that no server was left."""
 
 
 def _error_page(error: ProxyError) -> list[str]:

@@ -15,7 +15,7 @@ TLS_CIPHERS = ":".join(
     for rest in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
     for exchange in ("ECDHE-ECDSA", "ECDHE-RSA")
 )
-"""Ciphers of TLS 1.2, all with forward secrecy and authenticated encryption; those of TLS 1.3 are all fine."""
+"""Ciphers of TLS 1.2: all with forward secrecy and authenticated encryption."""
 _MAX_S = 20 * 86_400.0
 """HAProxy counts milliseconds in 31 bits."""
 
@@ -31,7 +31,7 @@ class ProxyError:
     """Value of Retry-After."""
 
     def body(self) -> str:
-        """Return JSON in the shape of the server's own errors; it holds no quote that a proxy's language needs."""
+        """Return JSON as the server's own errors are, without a character that needs escaping."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {
             "message": self.message,

@@ -23,10 +23,10 @@ class HaproxyDeploy(ProxyDeploy):
     """Seconds between two checks of a server; four times as often after a failed request."""
 
     check_timeout_s: float = 5.0
-    """How long a server may take to answer a check; three in a row without an answer end its streams."""
+    """How long a server may take to answer a check; after three failed ones its streams end."""
 
     retried_bytes: int = 2**16
-    """Largest request, headers and body, that another server can still get when one fails.
+    """Largest request, headers and body, that another server can get when one fails.
     It is the size of HAProxy's buffers, of which each connection takes up to two."""
 
     metrics_port: int | None = None

@@ -21,10 +21,10 @@ class NginxDeploy(ProxyDeploy):
     """Folder of access.log and error.log; ``null`` writes both to the standard streams."""
 
     temporary_folder: str | None = None
-    """Folder for nginx's temporary files and its process id; ``null`` takes nginx's own folders, which are root's."""
+    """Folder of temporary files and the process id; ``null`` takes nginx's own, which are root's."""
 
     fail_timeout_s: float = 2.0
-    """After a server refused a connection, broke it or answered 503, other servers get all requests for so long."""
+    """Seconds without new requests for a server that refused or broke a connection, or answered 503."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject a folder that nginx cannot be told, and a certificate without its key."""

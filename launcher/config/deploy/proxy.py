@@ -61,7 +61,7 @@ class ProxyDeploy(RenderedDeploy):
     """A load balancer: one address for several servers, with TLS, limits and retries."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; ``0.0.0.0`` is all IPv4 interfaces, ``::`` all IPv6 ones."""
+    """Address to listen on; ``0.0.0.0`` is all IPv4 interfaces, ``::`` all of IPv6."""
 
     port: int = 8080
     """Port to listen on."""
@@ -70,16 +70,17 @@ class ProxyDeploy(RenderedDeploy):
     """Servers behind it, as ``HOST:PORT``; empty takes job.host and job.port."""
 
     tls_certificate: str | None = None
-    """File with the certificate and its chain, where the proxy runs; ``null`` speaks HTTP without TLS."""
+    """File with the certificate and its chain, on the proxy's machine; ``null``: no TLS."""
 
     tls_key: str | None = None
     """File with the private key."""
 
     rate_per_minute: int | None = None
-    """Requests per minute for each client address (IPv6: /64) over all servers; ``null`` takes job.rate_per_minute."""
+    """Requests per minute of each client to all servers; ``null`` takes job.rate_per_minute.
+    A client is an IPv4 address, or the /64 of an IPv6 address."""
 
     user: str | None = None
-    """Account that the proxy changes to after it was started by root; ``null`` changes nothing."""
+    """Account that the proxy changes to after root started it; ``null`` changes nothing."""
 
     user_group: str | None = None
     """Group of that account; ``null`` takes the one of the same name."""
@@ -166,7 +167,7 @@ class ProxyDeploy(RenderedDeploy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyLimits:
+class UpstreamLimits:
     """Times, sizes and numbers of a proxy that fit the servers behind it."""
 
     body_bytes: int
@@ -178,7 +179,8 @@ class ProxyLimits:
     response_s: float
     """For a whole answer, so also between two tokens: a little more than the server's own limit."""
     connections: int
-    """Those that one server accepts from one address, which is the proxy's; some are left for checks of its health."""
+    """Those that one server accepts from the proxy's address.
+    Some are left for checks of its health."""
 
 
 def served_job(run: Run) -> Serve:
@@ -187,10 +189,10 @@ def served_job(run: Run) -> Serve:
     return run.job
 
 
-def proxy_limits(run: Run) -> ProxyLimits:
+def upstream_limits(run: Run) -> UpstreamLimits:
     """Return the limits that follow from those of the servers."""
     job = served_job(run)
-    return ProxyLimits(
+    return UpstreamLimits(
         body_bytes=job.max_body_bytes,
         read_s=job.read_timeout_s,
         queue_s=job.queue_timeout_s,

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 from launcher.config.deploy.base import ContainerDeploy
 from launcher.config.job.serve import Serve
-from launcher.config.run import NoDeploy, Run
+from launcher.config.model.hf import Hf
+from launcher.config.run import NoDeploy, Run, default_run_name
 from launcher.config.snapshot import dump_run
 from launcher.utils.files import sha256_of
 
+SNAPSHOT_FILE = "run.yaml"
 SNAPSHOT_FOLDER = "/run/launcher"
 """Where a container finds ``run.yaml``."""
 RUNS_FOLDER = "/runs"
 """Where a container writes its run directory."""
 
 
-def container_run(run: Run, *, names: Sequence[str] = ()) -> Run:
+def container_run(run: Run, *, names: Sequence[str] = (), has_keys: bool = False, model_path: str | None = None) -> Run:
     """Return the run that a container starts.
 
     It listens on all interfaces, and keeps its run directory in ``/runs``.
@@ -25,13 +27,32 @@ def container_run(run: Run, *, names: Sequence[str] = ()) -> Run:
     Args:
         run: the server, with its group deploy.
         names: host names by which clients reach it; a server without API keys accepts only these.
+        has_keys: whether the container gets API keys in its environment.
+        model_path: folder of the weights in the container; ``None`` keeps what the run names.
     """
-    job = run.job
+    job, model = run.job, run.model
     assert isinstance(job, Serve), "validate_run accepts servers alone"
-    allowed = job.allowed_hosts if job.api_keys_file is not None else (*job.allowed_hosts, *names)
-    job = replace(job, host="0.0.0.0", allowed_hosts=tuple(dict.fromkeys(allowed)))  # noqa: S104 (in a container)
+    has_keys = has_keys or job.api_keys_file is not None
+    allowed = job.allowed_hosts if has_keys else (*job.allowed_hosts, *names)
+    served = job.served_model_name or default_run_name(job.name_of(run))  # a path says nothing to clients
+    job = replace(
+        job,
+        host="0.0.0.0",  # noqa: S104 (in a container)
+        allowed_hosts=tuple(dict.fromkeys(allowed)),
+        served_model_name=served if served != model.name else job.served_model_name,
+    )
+    if model_path is not None:
+        is_folder = isinstance(model, Hf) and model.weights == "pretrained"
+        model = replace(model, name=model_path) if is_folder else replace(model, weights=model_path)
+        job = replace(job, served_model_name=served)
+    deploy = run.deploy
+    assert isinstance(deploy, ContainerDeploy), "other kinds start no container"
+    (host,) = deploy.hosts(run)
+    threads = max(1, deploy.cpus // host.slots) if run.backend.threads == "auto" else run.backend.threads
+    # a container sees every core of its node, and may use deploy.cpus of them
+    backend = replace(run.backend, ranks=host.slots, threads=threads)
     options = replace(run.run, root=RUNS_FOLDER, dir=None)
-    return replace(run, job=job, run=options, deploy=NoDeploy())
+    return replace(run, job=job, model=model, backend=backend, run=options, deploy=NoDeploy())
 
 
 def container_command(deploy: ContainerDeploy) -> list[str]:

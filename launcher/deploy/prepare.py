@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.config.compose import Composition, compose
+from launcher.config.deploy.kubernetes import KubernetesDeploy
 from launcher.config.run import NoDeploy, Run, run_to_tree
 from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigErrors
 from launcher.execution.prepare import DEFAULT_PORT, replan, validate_paths
 from launcher.execution.run_references import resolve_run_references
 from launcher.protocol.plan import Plan
+from launcher.protocol.rundir import RunDir
 from launcher.runs.config_source import load_saved_run
+from launcher.utils.files import read_regular
 
+_READY = re.compile(rb"^serving .* after ([0-9]+\.[0-9]+) s;", re.MULTILINE)
+"""The line that a server prints once it is ready."""
 _RUN_ID = "deploy"
 """Of the plan: what a pod starts gets an id of its own."""
 
@@ -45,8 +51,28 @@ def prepare_saved(folder: Path, words: Sequence[str]) -> tuple[Run, Plan]:
     """
     chosen = [word for word in words if word.lstrip("+").partition("=")[0].partition(".")[0] == "deploy"]
     run = load_saved_run(folder, [word for word in words if word not in chosen])
-    run = replace(run, run=replace(run.run, dir=None), deploy=compose(chosen).run.deploy)
+    deploy = compose(chosen).run.deploy
+    measured = _measured_load_s(RunDir(folder))
+    if isinstance(deploy, KubernetesDeploy) and measured is not None and not _sets(chosen, "deploy.load_s"):
+        deploy = replace(deploy, load_s=measured)
+    run = replace(run, run=replace(run.run, dir=None), deploy=deploy)
     return plan_deployment(Composition(run=run, tree=run_to_tree(run), sweep=None, overrides=tuple(words)))
+
+
+def _sets(words: Sequence[str], option: str) -> bool:
+    return any(word.lstrip("+").partition("=")[0] == option for word in words)
+
+
+def _measured_load_s(run_dir: RunDir) -> float | None:
+    """Return the seconds until a saved server was ready; ``None`` if its log does not say."""
+    for path in sorted(run_dir.logs.glob("*.log")):
+        try:
+            found = _READY.findall(read_regular(path, inside=run_dir.path))
+        except OSError:
+            continue
+        if found:
+            return float(found[-1])
+    return None
 
 
 def plan_deployment(composed: Composition) -> tuple[Run, Plan]:

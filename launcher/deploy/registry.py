@@ -6,6 +6,7 @@ import importlib
 
 from launcher.config.run import Run
 from launcher.config.snapshot import dump_run
+from launcher.deploy.container_run import SNAPSHOT_FILE
 from launcher.protocol.plan import Plan
 
 RENDERERS: dict[str, str] = {
@@ -16,12 +17,11 @@ RENDERERS: dict[str, str] = {
 """Module of each ``Deploy.kind``.
 It has ``render(run, plan)``, a pure function from run and plan to the text of each file."""
 
-SNAPSHOT = "run.yaml"
-"""The run with its group deploy, from which the folder can be rendered again."""
-
 
 def render(run: Run, plan: Plan) -> dict[str, str]:
     """Return the text of each file by its path in ``deploy.out``.
+
+    ``run.yaml`` is the run with its group deploy, from which the folder can be rendered again.
 
     Args:
         run: the server, with its group deploy.
@@ -29,4 +29,4 @@ def render(run: Run, plan: Plan) -> dict[str, str]:
     """
     module = importlib.import_module(RENDERERS[run.deploy.kind])
     files: dict[str, str] = module.render(run, plan)
-    return {SNAPSHOT: dump_run(run), **files}
+    return {SNAPSHOT_FILE: dump_run(run), **files}

@@ -46,10 +46,13 @@ def test_a_saved_run_is_deployed_with_changes(launch_in_process: Launch, tmp_pat
     saved = tmp_path / "runs/gpt2_tiny/20260101-120000-abcd"
     saved.mkdir(parents=True)
     save_run(compose((*SERVER, "job.max_queue=7")).run, saved / "run.yaml")
+    (saved / "logs").mkdir()
+    line = "serving gpt2_tiny at http://127.0.0.1:8000 after 41.2 s; http://127.0.0.1:8000/ shows its status\n"
+    (saved / "logs/here.0.log").write_text(f"loading\n{line}")
     words = ("deploy", str(saved), *KUBERNETES, f"deploy.out={tmp_path}/k8s", "job.port=9000")
     launch_in_process(*words).expect(0)
     run = load_run(tmp_path / "k8s/run.yaml")
-    assert (run.job.max_queue, run.job.port, run.deploy.kind) == (7, 9000, "kubernetes")
+    assert (run.job.max_queue, run.job.port, run.deploy.kind, run.deploy.load_s) == (7, 9000, "kubernetes", 41.2)
     assert "deploy.out" in launch_in_process("deploy", str(saved), *KUBERNETES).expect(2).stderr
 
 

@@ -57,7 +57,8 @@ def _code_of_pod(folder: Path) -> int:
         del os.environ[name]
     os.environ.update(child_environment())
     config = load_pod_config(folder)
-    run = load_run(folder / SNAPSHOT_FILE, expected_hash=config.identity.run_hash)
+    snapshot = (folder / SNAPSHOT_FILE).resolve()  # the kubelet mounts links, which are never read as run.yaml
+    run = load_run(snapshot, expected_hash=config.identity.run_hash)
     os.environ.update(path_environment(run.plugins))
     check_plugin_versions(config.plugins, image=getattr(run.backend, "image", ""))
     backend, key = run.backend, load_key(folder)

@@ -20,7 +20,7 @@ from launcher.errors import ConfigError
 from launcher.protocol.plan import Host, Plan
 from launcher.utils.text import bytes_text
 
-MAX_NAME = 40
+MAX_NAME = 36
 """Longest name: what is derived from it must stay a label of 63 characters."""
 SERVER_NAME = "server"
 """Name of the host that a server is planned for."""

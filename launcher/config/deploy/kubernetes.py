@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
+from typing import Any, ClassVar, Literal
 
 from launcher.config.deploy.base import ContainerDeploy
-from launcher.config.kubernetes_objects import NAME_RULE, is_label
+from launcher.config.job.serve import Serve
+from launcher.config.kubernetes_objects import (
+    NAME_RULE,
+    is_label,
+    is_subdomain,
+    parse_quantity,
+    validate_image,
+    validate_names,
+    validate_tolerations,
+)
+from launcher.config.run import Run
 from launcher.errors import ConfigError
+from launcher.protocol.plan import Plan
+
+ModelSource = Literal["hub", "image", "claim", "image_volume", "object_store"]
+_MOUNTED = ("claim", "image_volume", "object_store")
+_OWN_MOUNTS = ("/run/launcher", "/runs", "/cache", "/tmp", "/dev/shm")  # noqa: S108 (paths in pods)
+_MAX_VERSION = 12
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
+_GATEWAY = re.compile(r"[a-z0-9.-]+(/[a-z0-9.-]+)?")
+_LOCAL_PATHS = (
+    "run.root",
+    "run.dir",
+    "deploy.out",
+    "job.vllm_python",
+    "job.api_keys_file",
+    "model.name",
+    "model.weights",
+)
+"""Paths that no container reads as they are.
+
+They are written here, are in the image, or are replaced by ``deploy.model_path``.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +58,320 @@ class KubernetesDeploy(ContainerDeploy):
     context: str | None = None
     """Context of kubectl, and so the cluster; ``null`` is the current one."""
 
+    workload: Literal["auto", "deployment", "stateful_set"] = "auto"
+    """Kind of workload; ``auto`` is a StatefulSet if an engine has several ranks.
+    Otherwise it is a Deployment. All ranks of an engine are in one pod; each pod of a StatefulSet keeps a cache of
+    model files of its own."""
+
     replicas: int = 1
-    """Pods, each with ``job.replicas`` engines."""
+    """Pods, each with ``job.replicas`` engines; an autoscaler sets their number itself."""
+
+    service_port: int = 80
+    """Port of the Service."""
+
+    secret: str | None = None
+    """An existing Secret; its entries become variables of the server.
+    Such are ``HF_TOKEN`` and ``AWS_ACCESS_KEY_ID``."""
+
+    keys_from: str | None = None
+    """An existing Secret with the entry ``LAUNCHER_API_KEYS``: keys separated by commas.
+    Clients must then send one of them."""
+
+    image_pull_secrets: tuple[str, ...] = ()
+    """Secrets with which images are pulled."""
+
+    run_as_user: int = 1000
+    """User id in the containers; never root."""
+
+    node_selector: dict[str, str] = field(default_factory=dict)
+    """Labels that a node must have."""
+
+    tolerations: tuple[dict[str, Any], ...] = ()
+    """Taints that pods tolerate, as in a pod's specification."""
+
+    spread: tuple[str, ...] = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
+    """Labels of nodes over which pods are spread, as far as possible."""
+
+    max_unavailable: int = 1
+    """Pods that may be drained from their nodes at the same time."""
+
+    shared_memory: str = "1Gi"
+    """Size of /dev/shm, through which the processes of one pod communicate."""
+
+    load_s: float = 120.0
+    """Measured seconds from the start of a server until it is ready.
+    A start may take three times as long. A server prints them (``serving … after 41.2 s``); of a saved run they are
+    read from its log."""
+
+    pre_stop_s: int = 5
+    """Seconds between the removal of a pod from the Service and SIGTERM.
+    Requests that are sent meanwhile still arrive."""
+
+    model_from: ModelSource = "hub"
+    """Where a pod gets the model: from the hub, its image, or a volume.
+    ``hub``: what the run names, downloaded into a cache; ``image``: a folder in the image; the others are mounted."""
+
+    model_source: str | None = None
+    """The claim, the image with the files, or the URL of a folder (``s3://bucket/model``)."""
+
+    model_path: str = "/models"
+    """Folder of the model in the container.
+    It replaces ``model.weights`` unless ``model_from=hub``."""
+
+    model_subpath: str = ""
+    """Folder of the model in the claim or the image; empty for its root."""
+
+    cache_claim: str | None = None
+    """PersistentVolumeClaim (ReadWriteMany) for files of the hub.
+    Without one each pod has a cache of its own."""
+
+    cache_size: str = "20Gi"
+    """Size of that cache of a pod, and of the model's files from an object store."""
+
+    volumes: dict[str, str] = field(default_factory=dict)
+    """More claims and where pods see them, read only: ``{adapters: /adapters}``."""
+
+    vllm_image: str | None = None
+    """Image for ``job.engine=vllm``: with this program, and with vLLM at ``job.vllm_python``."""
+
+    autoscaling: Literal["none", "hpa", "keda"] = "none"
+    """What sets the number of pods: nothing, a HorizontalPodAutoscaler, or KEDA."""
+
+    min_replicas: int = 1
+    """Least pods; 0 needs ``autoscaling=keda`` and ``queue_query``."""
+
+    max_replicas: int = 4
+    """Most pods."""
+
+    target_requests: int = 16
+    """Requests, running and waiting, for which one pod is provided."""
+
+    prometheus: str | None = None
+    """Address of Prometheus for KEDA: ``http://prometheus.monitoring:9090``."""
+
+    queue_query: str | None = None
+    """PromQL of the requests that wait in front of the pods, at the gateway.
+    It starts the first pod: without pods nothing else counts requests."""
+
+    traffic: Literal["none", "istio", "gateway"] = "none"
+    """Routes from outside: those of Istio, or of the Gateway API.
+    ``istio`` is a VirtualService and a DestinationRule, ``gateway`` an HTTPRoute."""
+
+    gateway: str | None = None
+    """Existing gateway of the routes: NAME or NAMESPACE/NAME."""
+
+    hostnames: tuple[str, ...] = ()
+    """Host names that clients use."""
+
+    version: str = "v1"
+    """Version of this deployment: part of the names of its pods, so that two run side by side."""
+
+    baseline: str | None = None
+    """Version that serves already, while this one is a canary."""
+
+    weights: dict[str, int] = field(default_factory=dict)
+    """Percent of the requests by version: ``{v1: 90, v2: 10}``; empty sends all to this version."""
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether the model is a volume of the pod."""
+        return self.model_from in _MOUNTED
+
+    @property
+    def shares(self) -> Mapping[str, int]:
+        """Return the percent of the requests of each version."""
+        return self.weights or {self.version: 100}
+
+    def is_stateful(self, plan: Plan) -> bool:
+        """Return whether the workload is a StatefulSet."""
+        return plan.world_size > 1 if self.workload == "auto" else self.workload == "stateful_set"
+
+    def server_image(self, run: Run) -> str:
+        """Return the image of the server's container."""
+        is_vllm = isinstance(run.job, Serve) and run.job.engine == "vllm"
+        return self.vllm_image if is_vllm and self.vllm_image else self.image
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject what the cluster would refuse later, and less clearly."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "replicas")
+        yield from self.validate_minimum(1, "replicas", "max_replicas", "target_requests", "max_unavailable")
+        yield from self.validate_minimum(0, "min_replicas", "pre_stop_s")
+        yield from self._validate_names()
+        yield from validate_tolerations("deploy.tolerations", self.tolerations)
+        if self.load_s <= 0:
+            yield self.error("load_s", "must be above 0", "set deploy.load_s=120")
+        if self.run_as_user < 1:
+            why = "is root, which restricted namespaces refuse"
+            yield self.error("run_as_user", why, "set deploy.run_as_user=1000")
+        if not 0 < self.service_port < 65536:
+            yield self.error("service_port", "must lie between 1 and 65535", "set deploy.service_port=80")
+        for name in ("shared_memory", "cache_size"):
+            if parse_quantity(getattr(self, name)) is None:
+                yield self.error(name, "is not an amount of memory", f"write it like deploy.{name}=2Gi")
+        yield from self._validate_model()
+        yield from self._validate_mounts()
+        yield from self._validate_autoscaling()
+        yield from self._validate_traffic()
+
+    def _validate_names(self) -> Iterator[ConfigError]:
         if not is_label(self.namespace):
             yield self.error("namespace", "is not a valid name of a namespace", f"use at most 63 {NAME_RULE}")
+        one = {name: getattr(self, name) for name in ("secret", "keys_from", "cache_claim")}
+        many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
+        yield from validate_names("deploy", {**{k: (v,) for k, v in one.items() if v is not None}, **many})
+        versions = {"version": (self.version,), "weights": tuple(self.weights)}
+        if self.baseline is not None:
+            versions["baseline"] = (self.baseline,)
+        for name, values in versions.items():
+            for value in values:
+                if not is_label(value) or len(value) > _MAX_VERSION:
+                    why = "is not a valid version: it is part of names in the cluster"
+                    fix = f"use at most {_MAX_VERSION} {NAME_RULE}"
+                    yield ConfigError(f"deploy.{name}", value, why=why, fix=fix)
+
+    def _validate_model(self) -> Iterator[ConfigError]:
+        source = self.model_source
+        if not self.is_mounted:
+            if source is not None:
+                why = f"deploy.model_from={self.model_from} has no such source"
+                yield self.error("model_source", why, "set deploy.model_from=claim, image_volume or object_store")
+        elif source is None:
+            example = {"claim": "CLAIM", "image_volume": "registry/team/model:tag", "object_store": "s3://bucket/model"}
+            why = f"deploy.model_from={self.model_from} needs a source"
+            yield ConfigError("deploy.model_source", why=why, fix=f"set deploy.model_source={example[self.model_from]}")
+        elif self.model_from == "claim" and not is_subdomain(source):
+            yield self.error("model_source", "is not a valid name of a claim", f"use {NAME_RULE}, and dots")
+        elif self.model_from == "image_volume":
+            yield from validate_image("deploy.model_source", source, logins="deploy.image_pull_secrets")
+        elif self.model_from == "object_store" and not _URL.fullmatch(source):
+            yield self.error("model_source", "is not the URL of a folder", "write it like s3://bucket/model")
+        if self.model_subpath and self.model_from not in ("claim", "image_volume"):
+            why = f"deploy.model_from={self.model_from} has no folders below its source"
+            yield self.error("model_subpath", why, "leave it out")
+        elif self.model_subpath.startswith("/") or ".." in self.model_subpath.split("/"):
+            yield self.error("model_subpath", "is not a folder below the volume", "write it like team/model")
+        if self.vllm_image is not None:
+            yield from validate_image("deploy.vllm_image", self.vllm_image, logins="deploy.image_pull_secrets")
+
+    def _validate_mounts(self) -> Iterator[ConfigError]:
+        taken = dict.fromkeys(_OWN_MOUNTS, "the launcher itself")
+        named = {"model_path": self.model_path} if self.model_from != "hub" else {}
+        for name, path in {**named, **{f"volumes.{claim}": path for claim, path in self.volumes.items()}}.items():
+            folder = posixpath.normpath(path)
+            if not path.startswith("/") or ":" in path or folder in ("/", "//"):
+                yield ConfigError(f"deploy.{name}", path, why="pods mount at absolute paths", fix="begin it with /")
+            elif folder in taken:
+                why = f"is the folder of {taken[folder]} in every pod"
+                yield ConfigError(f"deploy.{name}", path, why=why, fix="choose another folder")
+            taken.setdefault(folder, f"deploy.{name}")
+
+    def _validate_autoscaling(self) -> Iterator[ConfigError]:
+        if self.autoscaling == "none":
+            usual = {each.name: each.default for each in fields(self)}
+            for name in ("min_replicas", "max_replicas", "target_requests", "prometheus", "queue_query"):
+                if getattr(self, name) != usual[name]:
+                    why = "nothing scales the pods (deploy.autoscaling=none)"
+                    yield self.error(name, why, "set deploy.autoscaling=keda, or leave it out")
+            return
+        if self.min_replicas > self.max_replicas:
+            why = f"is more than deploy.max_replicas={self.max_replicas}"
+            yield self.error("min_replicas", why, f"set deploy.max_replicas={self.min_replicas} or more")
+        if self.autoscaling == "hpa" and self.min_replicas == 0:
+            why = "a HorizontalPodAutoscaler keeps one pod, whose metric it reads"
+            yield self.error("min_replicas", why, "set deploy.autoscaling=keda and deploy.queue_query, or 1")
+        if self.autoscaling == "keda":
+            if self.prometheus is None:
+                fix = "set deploy.prometheus=http://prometheus.monitoring:9090"
+                yield ConfigError("deploy.prometheus", why="KEDA reads the metric from Prometheus", fix=fix)
+            elif not re.fullmatch(r"https?://[^\s@]+", self.prometheus):
+                fix = "write it like http://prometheus.monitoring:9090"
+                yield self.error("prometheus", "is not an address without a login", fix)
+            if self.min_replicas == 0 and self.queue_query is None:
+                why = "without pods none of their metrics counts requests, so no pod would ever start"
+                yield self.error("min_replicas", why, "set deploy.queue_query=<PromQL of the gateway's queue>, or 1")
+
+    def _validate_traffic(self) -> Iterator[ConfigError]:
+        if self.traffic == "none":
+            for name in ("gateway", "hostnames", "weights", "baseline"):
+                if getattr(self, name):
+                    why = "nothing routes requests (deploy.traffic=none)"
+                    yield self.error(name, why, "set deploy.traffic=istio or gateway, or leave it out")
+            return
+        if self.gateway is None:
+            why = f"deploy.traffic={self.traffic} attaches its routes to a gateway"
+            yield ConfigError("deploy.gateway", why=why, fix="set deploy.gateway=NAMESPACE/NAME")
+        elif not _GATEWAY.fullmatch(self.gateway):
+            yield self.error("gateway", "is not the name of a gateway", "write it like istio-system/gateway")
+        for name in self.hostnames:
+            if not is_subdomain(name.removeprefix("*.")):
+                fix = "write it like models.example.org"
+                yield ConfigError("deploy.hostnames", name, why="is not a host name", fix=fix)
+        if not self.hostnames and self.traffic == "istio":
+            why = "a VirtualService is for host names"
+            yield ConfigError("deploy.hostnames", why=why, fix="set deploy.hostnames=[models.example.org]")
+        if self.baseline == self.version:
+            why = "is this version itself: a canary is compared with another one"
+            yield self.error("baseline", why, "set deploy.version=v2, or another baseline")
+        if self.weights:
+            yield from self._validate_weights()
+
+    def _validate_weights(self) -> Iterator[ConfigError]:
+        shown, total = ", ".join(f"{name}: {share}" for name, share in self.weights.items()), sum(self.weights.values())
+        if total != 100 or min(self.weights.values()) < 0:
+            why = f"{' + '.join(map(str, self.weights.values()))} = {total} percent, not 100"
+            yield ConfigError("deploy.weights", f"{{{shown}}}", why=why, fix="let the weights sum to 100")
+        known = {self.version, *([self.baseline] if self.baseline else [])}
+        for name in self.weights:
+            if name not in known:
+                why = "is neither deploy.version nor deploy.baseline" if self.baseline else "a canary needs a baseline"
+                fix = f"set deploy.baseline={name}, the version that serves already, or leave it out"
+                yield ConfigError("deploy.weights", name, why=why, fix=fix)
+
+    def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
+        """Reject files that no pod sees, keys in files, and engines without their image."""
+        yield from super().validate_run(run, plan)
+        job = run.job
+        if not isinstance(job, Serve):
+            return
+        if job.api_keys_file is not None:
+            why = "is a file of this machine, and secrets are in no manifest"
+            fix = "leave it out, and name in deploy.keys_from a Secret whose entry LAUNCHER_API_KEYS holds the keys"
+            yield ConfigError("job.api_keys_file", job.api_keys_file, why=why, fix=fix)
+        if self.keys_from is not None and job.allowed_hosts:
+            why = "clients send keys (deploy.keys_from), so Host headers are not checked"
+            yield job.error("allowed_hosts", why, "leave job.allowed_hosts out")
+        wild = [name for name in self.hostnames if "*" in name]
+        if wild and self.keys_from is None:
+            why = "a server without API keys accepts only whole names"
+            fix = "name a Secret in deploy.keys_from, or name each host"
+            yield ConfigError("deploy.hostnames", wild[0], why=why, fix=fix)
+        if job.engine == "vllm" and self.vllm_image is None:
+            why = "deploy.image has this program and no vLLM"
+            fix = "set deploy.vllm_image=registry/team/launcher-vllm:tag job.vllm_python=<path in it>"
+            yield ConfigError("job.engine", "vllm", why=why, fix=fix)
+        if self.gpus and plan.world_size > self.gpus:
+            why = f"the engine has {plan.world_size} ranks, each on a GPU of its own"
+            yield self.error("gpus", why, f"set deploy.gpus={plan.world_size}")
+        yield from self._validate_paths(run, job)
+
+    def _validate_paths(self, run: Run, job: Serve) -> Iterator[ConfigError]:
+        folder = run.model.local_weights
+        if folder is not None and self.model_from == "hub":
+            why = "is a folder of this machine, which no pod sees"
+            fix = f"set deploy.model_from=claim deploy.model_source=CLAIM, with the files of {folder} in the claim"
+            yield ConfigError("model.weights", folder, why=why, fix=fix)
+        unused = run.job.unused_groups(run)
+        seen = (*self.volumes.values(), *([] if self.model_from == "hub" else [self.model_path]))
+        for option, value in run.paths():
+            group = option.partition(".")[0]
+            if (
+                option == "model.weights"
+                or group in unused
+                or group in ("tracker", "checkpoint", "deploy", "run")
+                or option in _LOCAL_PATHS
+            ):
+                continue
+            if not any(PurePosixPath(posixpath.normpath(value)).is_relative_to(path) for path in seen):
+                why = "is a path of this machine, which no pod sees"
+                fix = "give the path in the pods, below deploy.volumes={CLAIM: FOLDER}"
+                yield ConfigError(option, value, why=why, fix=fix)

@@ -1,91 +1,134 @@
-"""ServiceAccount, ConfigMap, Service and the workload of a server."""
+"""ServiceAccount, ConfigMap, Service, disruption budget and the workload of a server."""
 
 from __future__ import annotations
 
-from launcher.backends.kubernetes.manifests import GPU, Manifest, escape_references
-from launcher.config.deploy.kubernetes import KubernetesDeploy
-from launcher.config.job.serve import Serve
-from launcher.config.run import Run
-from launcher.deploy.container_run import (
-    RUNS_FOLDER,
-    SNAPSHOT_FOLDER,
-    container_command,
-    container_run,
-    snapshot_with_hash,
-)
-from launcher.protocol.plan import Plan
+from launcher.backends.kubernetes.manifests import Manifest
+from launcher.deploy.container_run import SNAPSHOT_FILE
+from launcher.deploy.kubernetes.pod import CACHE, pod_spec
+from launcher.deploy.kubernetes.server import PORT_NAME, Server
 
-PORT_NAME = "http"
+HASH_ANNOTATION = "launcher/run-hash"
 
 
-def workload_manifests(run: Run, plan: Plan) -> list[Manifest]:
+def workload_manifests(server: Server) -> list[Manifest]:
     """Return what every server needs."""
-    deploy = run.deploy
-    assert isinstance(deploy, KubernetesDeploy)
-    name = deploy.object_name(run)
-    labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/managed-by": "launcher"}
-    metadata = {"name": name, "namespace": deploy.namespace, "labels": labels}
-    hosts = [name, f"{name}.{deploy.namespace}", f"{name}.{deploy.namespace}.svc"]
-    job = run.job
-    assert isinstance(job, Serve)
-    snapshot, run_hash = snapshot_with_hash(container_run(run, names=[*hosts, f"{hosts[-1]}.cluster.local"]))
-    config = f"{name}-{run_hash[:10]}"
-    resources = {"cpu": str(deploy.cpus), "memory": str(deploy.memory_bytes(run, plan))}
-    if deploy.gpus:
-        resources[GPU] = str(deploy.gpus)
-    container = {
-        "name": "server",
-        "image": deploy.image,
-        "command": [escape_references(word) for word in container_command(deploy)],
-        "ports": [{"name": PORT_NAME, "containerPort": job.port}],
-        "resources": {"requests": resources, "limits": resources.copy()},
-        "volumeMounts": [
-            {"name": "snapshot", "mountPath": SNAPSHOT_FOLDER, "readOnly": True},
-            {"name": "runs", "mountPath": RUNS_FOLDER},
-        ],
-    }
-    pod = {
-        "serviceAccountName": name,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "containers": [container],
-        "volumes": [
-            {"name": "snapshot", "configMap": {"name": config}},
-            {"name": "runs", "emptyDir": {}},
-        ],
-    }
-    selector = {"app.kubernetes.io/name": name}
     return [
-        {
-            "apiVersion": "v1",
-            "kind": "ServiceAccount",
-            "metadata": metadata,
-            "automountServiceAccountToken": False,
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {**metadata, "name": config},
-            "immutable": True,
-            "data": {"run.yaml": snapshot},
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": metadata,
-            "spec": {
-                "selector": selector,
-                "ports": [{"name": PORT_NAME, "port": 80, "targetPort": PORT_NAME}],
-            },
-        },
-        {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": metadata,
-            "spec": {
-                "replicas": deploy.replicas,
-                "selector": {"matchLabels": selector},
-                "template": {"metadata": {"labels": labels}, "spec": pod},
-            },
-        },
+        _service_account(server),
+        _config_map(server),
+        service(server.shared_metadata(), server, selector={"app.kubernetes.io/name": server.name}),
+        *version_services(server),
+        _disruption_budget(server),
+        stateful_set(server) if server.is_stateful else deployment(server),
     ]
+
+
+def _service_account(server: Server) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": server.shared_metadata(),
+        "automountServiceAccountToken": False,
+    }
+
+
+def _config_map(server: Server) -> Manifest:
+    snapshot, run_hash = server.snapshot
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {**server.metadata(server.config_name), "annotations": {HASH_ANNOTATION: run_hash}},
+        "immutable": True,
+        "data": {SNAPSHOT_FILE: snapshot},
+    }
+
+
+def service(metadata: Manifest, server: Server, *, selector: dict[str, str], is_headless: bool = False) -> Manifest:
+    """Return a Service.
+
+    Args:
+        metadata: with its name.
+        server: whose pods it leads to.
+        selector: labels of the pods.
+        is_headless: whether its name resolves to the pods themselves.
+    """
+    port = {"name": PORT_NAME, "port": server.deploy.service_port, "targetPort": PORT_NAME, "appProtocol": "http"}
+    headless = {"clusterIP": "None"} if is_headless else {}
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {**headless, "selector": selector, "ports": [port]},
+    }
+
+
+def version_services(server: Server) -> list[Manifest]:
+    """Return the Service of this version alone, where a StatefulSet or a route refers to it."""
+    if not server.is_stateful and server.deploy.traffic != "gateway":
+        return []
+    metadata = server.metadata()
+    return [service(metadata, server, selector=server.selector, is_headless=server.is_stateful)]
+
+
+def _disruption_budget(server: Server) -> Manifest:
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": server.metadata(),
+        "spec": {
+            "maxUnavailable": server.deploy.max_unavailable,
+            "selector": {"matchLabels": server.selector},
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",  # a pod that does not serve keeps no node from being drained
+        },
+    }
+
+
+def deployment(server: Server) -> Manifest:
+    """Return the workload of engines of one rank."""
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": server.metadata(),
+        "spec": {
+            **_spec(server),
+            "progressDeadlineSeconds": server.startup_s + 300,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+        },
+    }
+
+
+def stateful_set(server: Server) -> Manifest:
+    """Return the workload whose pods have names and caches of their own."""
+    deploy = server.deploy
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": CACHE},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": deploy.cache_size}}},
+    }
+    own_caches = {
+        "volumeClaimTemplates": [claim],
+        "persistentVolumeClaimRetentionPolicy": {"whenDeleted": "Delete", "whenScaled": "Retain"},
+    }
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": server.metadata(),
+        "spec": {
+            **_spec(server),
+            "serviceName": server.versioned,
+            "podManagementPolicy": "Parallel",
+            **({} if deploy.cache_claim else own_caches),
+        },
+    }
+
+
+def _spec(server: Server) -> Manifest:
+    deploy = server.deploy
+    # the autoscaler alone sets the number: an apply would set it back
+    replicas = {"replicas": deploy.replicas} if deploy.autoscaling == "none" else {}
+    return {
+        **replicas,
+        "revisionHistoryLimit": 3,
+        "selector": {"matchLabels": server.selector},
+        "template": {"metadata": {"labels": server.labels}, "spec": pod_spec(server)},
+    }

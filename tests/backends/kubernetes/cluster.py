@@ -26,8 +26,7 @@ import psutil
 import yaml
 
 from tests.conftest import REPOSITORY, Start, Started, start_interpreter
-
-from .schemas import problems
+from tests.kubernetes_schemas import problems
 
 KINDS = {
     "configmaps": "ConfigMap",
@@ -372,8 +371,16 @@ class Cluster:
         for source in volume.get("projected", {"sources": ()})["sources"]:
             kind, chosen = ("ConfigMap", source["configMap"]) if "configMap" in source else ("Secret", source["secret"])
             values = self.values(kind, chosen["name"])
+            data = folder / "..2026_01_01_00_00_00.1"  # a kubelet mounts links to files behind a link that it can swap
+            data.mkdir(exist_ok=True)
+            for link, target in {
+                folder / "..data": data.name,
+                **{folder / i["path"]: f"..data/{i['path']}" for i in chosen["items"]},
+            }.items():
+                if not link.is_symlink():
+                    link.symlink_to(target)
             for item in chosen["items"]:
-                (folder / item["path"]).write_text(values[item["key"]], encoding="utf-8")
+                (data / item["path"]).write_text(values[item["key"]], encoding="utf-8")
         return str(folder)
 
     def values(self, kind: str, name: str) -> dict[str, str]:

@@ -1,0 +1,194 @@
+"""The pod of a server: container, probes, volumes and what a restricted namespace demands."""
+
+from __future__ import annotations
+
+import math
+
+from launcher.backends.kubernetes.manifests import GPU, Manifest, escape_references
+from launcher.config.inference import API_KEYS_VARIABLE
+from launcher.deploy.container_run import RUNS_FOLDER, SNAPSHOT_FILE, SNAPSHOT_FOLDER, container_command
+from launcher.deploy.kubernetes.server import PORT_NAME, Server
+
+CACHE, CACHE_FOLDER = "cache", "/cache"
+_MODEL = "model"
+_SLACK_S = 15
+"""Time, beyond the drain, for the launcher to end the engines and write the result files."""
+_PERIOD_S = 10
+
+
+def pod_spec(server: Server) -> Manifest:
+    """Return the ``spec`` of the pods."""
+    deploy = server.deploy
+    optional: Manifest = {
+        "nodeSelector": deploy.node_selector,
+        "tolerations": list(deploy.tolerations),
+        "imagePullSecrets": [{"name": name} for name in deploy.image_pull_secrets],
+        "initContainers": _init_containers(server),
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": label,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": server.selector},
+            }
+            for label in deploy.spread
+        ],
+    }
+    return {
+        "serviceAccountName": server.name,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,  # no variables of other services in the namespace
+        "terminationGracePeriodSeconds": termination_s(server),
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": deploy.run_as_user,
+            "runAsGroup": deploy.run_as_user,
+            "fsGroup": deploy.run_as_user,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        **{key: value for key, value in optional.items() if value},
+        "containers": [_container(server)],
+        "volumes": _volumes(server),
+    }
+
+
+def termination_s(server: Server) -> int:
+    """Return the seconds between the decision to end a pod and SIGKILL."""
+    return server.deploy.pre_stop_s + math.ceil(server.job.shutdown_grace_s) + _SLACK_S
+
+
+def _container(server: Server) -> Manifest:
+    deploy = server.deploy
+    resources = {"cpu": str(deploy.cpus), "memory": server.memory}
+    if deploy.gpus:
+        resources[GPU] = str(deploy.gpus)
+    live, ready = (
+        {"httpGet": {"path": f"/health/{name}", "port": PORT_NAME}, "timeoutSeconds": _PERIOD_S}
+        for name in ("live", "ready")
+    )
+    return {
+        "name": "server",
+        "image": deploy.server_image(server.run),
+        "imagePullPolicy": "IfNotPresent",
+        "command": [escape_references(word) for word in container_command(deploy)],
+        "workingDir": RUNS_FOLDER,
+        "ports": [{"name": PORT_NAME, "containerPort": server.job.port}],
+        **_environment(server),
+        # requests equal limits: cores and memory of the plan are reserved for this pod
+        "resources": {"requests": resources, "limits": resources.copy()},
+        # the engines are built and warmed up: until then no other probe is asked
+        "startupProbe": {
+            **ready,
+            "periodSeconds": _PERIOD_S,
+            "failureThreshold": max(3, math.ceil(server.startup_s / _PERIOD_S)),
+        },
+        "readinessProbe": {**ready, "periodSeconds": 5, "failureThreshold": 2},
+        # the process that answers takes no steps: a long step delays nothing here
+        "livenessProbe": {**live, "periodSeconds": _PERIOD_S, "failureThreshold": 6},
+        **({"lifecycle": {"preStop": {"sleep": {"seconds": deploy.pre_stop_s}}}} if deploy.pre_stop_s else {}),
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # so that `kubectl describe` shows the last block
+        "securityContext": _locked_down(),
+        "volumeMounts": [
+            # a file of its own: what a whole ConfigMap mounts are links, which are never read as run.yaml
+            {
+                "name": "snapshot",
+                "mountPath": f"{SNAPSHOT_FOLDER}/{SNAPSHOT_FILE}",
+                "subPath": SNAPSHOT_FILE,
+                "readOnly": True,
+            },
+            {"name": "runs", "mountPath": RUNS_FOLDER},
+            {"name": CACHE, "mountPath": CACHE_FOLDER},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (in a pod, whose root is read only)
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 (where processes of one pod meet)
+            *_model_mount(server, is_read_only=True),
+            *(
+                {"name": f"data-{n}", "mountPath": path, "readOnly": True}
+                for n, path in enumerate(deploy.volumes.values())
+            ),
+        ],
+    }
+
+
+def _locked_down() -> Manifest:
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+
+
+def _environment(server: Server) -> Manifest:
+    """Return a container's variables: folders to write in, and those of Secrets by name."""
+    deploy = server.deploy
+    plain = {
+        "HOME": CACHE_FOLDER,
+        "USER": "launcher",  # a user id without an entry in /etc/passwd has no name
+        "HF_HOME": f"{CACHE_FOLDER}/huggingface",
+        "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_FOLDER}/torchinductor",
+    }
+    variables: list[Manifest] = [{"name": name, "value": value} for name, value in plain.items()]
+    if deploy.keys_from is not None:
+        key = {"name": deploy.keys_from, "key": API_KEYS_VARIABLE}
+        variables.append({"name": API_KEYS_VARIABLE, "valueFrom": {"secretKeyRef": key}})
+    named = {"envFrom": [{"secretRef": {"name": deploy.secret}}]} if deploy.secret else {}
+    return {**named, "env": variables}
+
+
+def _model_mount(server: Server, *, is_read_only: bool) -> list[Manifest]:
+    deploy = server.deploy
+    if not deploy.is_mounted:
+        return []
+    mount: Manifest = {"name": _MODEL, "mountPath": deploy.model_path, "readOnly": is_read_only}
+    return [{**mount, **({"subPath": deploy.model_subpath} if deploy.model_subpath else {})}]
+
+
+def _init_containers(server: Server) -> list[Manifest]:
+    """Return the container that copies the model's files from an object store, if any."""
+    deploy = server.deploy
+    if deploy.model_from != "object_store":
+        return []
+    command = (deploy.python, "-m", "launcher.deploy.fetch", deploy.model_source or "", deploy.model_path)
+    resources = {"cpu": "1", "memory": "2Gi"}
+    return [
+        {
+            "name": "fetch-model",
+            "image": deploy.image,
+            "imagePullPolicy": "IfNotPresent",
+            "command": [escape_references(word) for word in command],
+            **_environment(server),
+            "resources": {"requests": resources, "limits": resources.copy()},
+            "securityContext": _locked_down(),
+            "volumeMounts": [
+                *_model_mount(server, is_read_only=False),
+                {"name": CACHE, "mountPath": CACHE_FOLDER},
+                {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (in a pod, whose root is read only)
+            ],
+        }
+    ]
+
+
+def _volumes(server: Server) -> list[Manifest]:
+    deploy = server.deploy
+    volumes: list[Manifest] = [
+        {"name": "snapshot", "configMap": {"name": server.config_name}},
+        {"name": "runs", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": deploy.shared_memory}},
+    ]
+    if deploy.cache_claim is not None:
+        volumes.append({"name": CACHE, "persistentVolumeClaim": {"claimName": deploy.cache_claim}})
+    elif not server.is_stateful:  # whose pods have claims of their own
+        volumes.append({"name": CACHE, "emptyDir": {"sizeLimit": deploy.cache_size}})
+    source = deploy.model_source
+    if deploy.model_from == "claim":
+        volumes.append({"name": _MODEL, "persistentVolumeClaim": {"claimName": source, "readOnly": True}})
+    elif deploy.model_from == "image_volume":
+        volumes.append({"name": _MODEL, "image": {"reference": source, "pullPolicy": "IfNotPresent"}})
+    elif deploy.model_from == "object_store":
+        volumes.append({"name": _MODEL, "emptyDir": {"sizeLimit": deploy.cache_size}})
+    volumes += [
+        {"name": f"data-{n}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+        for n, claim in enumerate(deploy.volumes)
+    ]
+    return volumes

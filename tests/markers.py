@@ -60,6 +60,8 @@ _BY_PLACE = (
     ("plugins/test_contracts.py*", "process"),
     *((f"deploy/test_{name}.py*", "process") for name in ("proxies", "load_balancing")),
     ("data/test_example_encoding.py*", "process"),
+    ("deploy/monitoring/test_rules.py*", "process"),
+    ("deploy/monitoring/test_prometheus.py*", "process"),
     # Single tests that do.
     ("plugins/test_other_processes.py*", "process"),
     ("plugins/test_example.py*", "process"),

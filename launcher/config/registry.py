@@ -119,6 +119,7 @@ KINDS: dict[str, dict[str, str]] = {
         "kubernetes": "launcher.config.deploy.kubernetes:KubernetesDeploy",
         "nginx": "launcher.config.deploy.nginx:NginxDeploy",
         "haproxy": "launcher.config.deploy.haproxy:HaproxyDeploy",
+        "monitoring": "launcher.config.deploy.monitoring:MonitoringDeploy",
     },
 }
 """Every component, by group and kind: a new one is its file, its YAML and a line here."""

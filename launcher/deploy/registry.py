@@ -13,6 +13,7 @@ RENDERERS: dict[str, str] = {
     "kubernetes": "launcher.deploy.kubernetes.render",
     "nginx": "launcher.deploy.nginx",
     "haproxy": "launcher.deploy.haproxy",
+    "monitoring": "launcher.deploy.monitoring.render",
 }
 """Module of each ``Deploy.kind``.
 It has ``render(run, plan)``, a pure function from run and plan to the text of each file."""

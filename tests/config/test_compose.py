@@ -34,6 +34,7 @@ def test_every_option_composes(group, option):
         "deploy/kubernetes": ["deploy.out=x", "deploy.image=x"],
         "deploy/nginx": ["deploy.out=x"],
         "deploy/haproxy": ["deploy.out=x"],
+        "deploy/monitoring": ["deploy.out=x"],
         "model/hf": ["model.name=x"],
         "data/hf": ["data.path=x"],
         "parallel/zero_infinity": ["parallel.nvme_path=x"],

@@ -11,13 +11,16 @@ run is over, ``run_exit_code``.
 from __future__ import annotations
 
 import re
+import socket
+import socketserver
 import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -33,6 +36,7 @@ LAST_SCRAPE_S = 20.0
 """Longest wait for the last scrape of a run; longer than the usual interval, 15 s."""
 _SCRAPED_WITHIN_S = 90.0
 """Age at which the last scrape no longer counts: the longest usual interval is a minute."""
+_POLL_S = 0.05
 _PHASE = re.compile(r"time/(\w+)_s")
 _INVALID = re.compile(r"[^a-zA-Z0-9_]")
 _COUNTS = {
@@ -65,9 +69,11 @@ class PrometheusRun(TrackedRun):
         registry = CollectorRegistry()
         registry.register(self._state)
         try:
-            self._server, self._thread = start_http_server(run.tracker.port, run.tracker.host, registry)
+            self._server = _MetricsServer(run.tracker.host, run.tracker.port, registry)
         except OSError as error:
             raise TrackerFailed(f"{plan.tracker.place}: {error.strerror or error}") from error
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), daemon=True)
+        self._thread.start()
         print(f"Prometheus: {plan.tracker.place}", flush=True)
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -84,6 +90,43 @@ class PrometheusRun(TrackedRun):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _MetricsServer(socketserver.ThreadingTCPServer):
+    """Answers each scrape on a thread, in the text format alone.
+
+    prometheus_client's own server also speaks OpenMetrics, whose names have no colon: Prometheus, which prefers that,
+    would see other names than those of a server.
+    """
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        self.registry = registry
+        super().__init__((host, port), _Scrape)
+
+
+class _Scrape(BaseHTTPRequestHandler):
+    """One request."""
+
+    timeout = 10.0
+    server: _MetricsServer
+
+    def do_GET(self) -> None:
+        """Answer with all metrics."""
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(404)
+            return
+        page: bytes = generate_latest(self.server.registry)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *values: object) -> None:
+        """Print nothing: what this process prints is shown with the run's output."""
 
 
 class _RunCollector(Collector):

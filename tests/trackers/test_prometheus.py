@@ -38,11 +38,16 @@ class Served:
 
     def scrape(self) -> dict[str, float]:
         """Return value by name, with the phase where there is one."""
-        page = urllib.request.urlopen(self.url).read().decode()
+        # as Prometheus asks; in the answer, names must keep their colons
+        asked = urllib.request.Request(
+            self.url, headers={"Accept": "application/openmetrics-text;version=1.0.0,*/*;q=0.2"}
+        )
+        page = urllib.request.urlopen(asked).read().decode()
         found = {}
         for family in text_string_to_metric_families(page):
             for sample in family.samples:
                 assert sample.labels["run_name"] == "tiny"
+                assert sample.name.startswith("launcher:")
                 assert sample.labels["run_id"]
                 phase = sample.labels.get("phase")
                 found[sample.name.removeprefix("launcher:") + (f"/{phase}" if phase else "")] = sample.value

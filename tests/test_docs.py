@@ -85,6 +85,13 @@ SLOW = {
         ("pip install --no-deps ./examples/plugin", "launch +exp=example"),
         "plugins/test_example.py::test_the_installed_example_trains_with_all_that_it_adds",
     ),
+    **dict.fromkeys(
+        (
+            "launch deploy job=serve tracker=local deploy=monitoring deploy.out=monitoring/chat deploy.name=chat",
+            "launch deploy tracker=prometheus deploy=monitoring deploy.out=monitoring/training deploy.name=training",
+        ),
+        "deploy/monitoring/test_render.py::test_the_verb_writes_what_is_rendered",
+    ),
     "scripts/test": "scripts/test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""

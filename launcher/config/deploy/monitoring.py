@@ -17,7 +17,7 @@ from launcher.protocol.plan import Host, Plan
 from launcher.protocol.serving_metrics import TTFT_BUCKETS
 
 FAST_BURN = 14.4
-"""Multiple of the budget at which the fastest alert fires: 2 % of 30 days' budget in one hour.
+"""Multiple of the budget at which the fastest alert fires: 2 % of 30 days' in one hour.
 From "Alerting on SLOs" in The Site Reliability Workbook (Google, 2018)."""
 _TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})")
 
@@ -62,19 +62,20 @@ class MonitoredDeploy(RenderedDeploy):
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoringDeploy(MonitoredDeploy):
-    """Prometheus' configuration, alert rules and Grafana's dashboards for a server or a training run."""
+    """Prometheus' configuration, alerts and a Grafana dashboard, of a server or a training run."""
 
     kind: ClassVar[str] = "monitoring"
     summary_fields: ClassVar[tuple[str, ...]] = ("out", "targets")
 
     targets: tuple[str, ...] = ()
-    """Addresses that Prometheus scrapes, ``host:port`` each; by default the server's or the tracker's own."""
+    """Addresses to scrape, ``host:port`` each; by default the server's or the tracker's own."""
 
     alertmanagers: tuple[str, ...] = ()
     """Addresses of Alertmanagers that get the alerts, ``host:port`` each."""
 
     stalled_s: int = 600
-    """Seconds without a step after which training counts as stalled; longer than evaluations and saves take."""
+    """Seconds without a step after which training counts as stalled.
+    Evaluations and saves must take less."""
 
     goodput_share: float = 0.5
     """Share of half an hour below which steps take too little of the time of a training run."""

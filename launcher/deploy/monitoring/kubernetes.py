@@ -1,4 +1,4 @@
-"""Monitoring as objects of a cluster with the Prometheus operator: scraping, rules and the dashboard."""
+"""Monitoring as objects of a cluster with the Prometheus operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``deploy=monitoring``: Prometheus' configuration and rules, and Grafana's dashboard, as files."""
+"""``deploy=monitoring``: files for a Prometheus and a Grafana."""
 
 from __future__ import annotations
 

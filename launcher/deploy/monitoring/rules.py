@@ -1,4 +1,4 @@
-"""Recording and alert rules of servers and training runs, as plain data in Prometheus' format."""
+"""Recording and alert rules of servers and training runs, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _BURNS = {
     "Fast": ((FAST_BURN, "5m", "1h"), (6.0, "30m", "6h")),
     "Slowly": ((3.0, "2h", "1d"), (1.0, "6h", "3d")),
 }
-"""Multiples of the budget with a short and a long window, from "Alerting on SLOs" in The Site Reliability Workbook.
-The short window lets an alert end soon after its cause."""
+"""Multiples of the budget, each with a short and a long window.
+From "Alerting on SLOs" in The Site Reliability Workbook. The short window lets an alert end soon after its cause."""
 _WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 
 
@@ -146,7 +146,7 @@ def serving_alerts(run: Run) -> Iterator[Alert]:
 
 
 def _restarts(*, is_vllm: bool) -> str:
-    """Return a query for engines that the server restarted, and for servers whose counters began again."""
+    """Return a query for restarted engines, and for servers whose counters began again."""
     started_again = f"resets({SHARED_PREFIX}prompt_tokens_total[15m]) > 0"
     return started_again if is_vllm else f"increase(launcher:engine_restarts_total[15m]) > 0 or {started_again}"
 

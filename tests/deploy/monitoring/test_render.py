@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from launcher.errors import ConfigErrors
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Launch
 from tests.deploy.monitoring.rendered import DEPLOY, SERVER, TRAINING_RUN, VLLM_SERVER, rendered, written
 
 GOLDEN = REPOSITORY / "tests/golden/deploy/monitoring"
@@ -22,6 +23,12 @@ def test_files_are_the_golden_ones(words: tuple[str, ...], request: pytest.Fixtu
         written(files, folder)
     kept = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("*.*")}
     assert files == kept
+
+
+def test_the_verb_writes_what_is_rendered(launch_in_process: Launch, tmp_path: Path) -> None:
+    for name, words in {"serving": ("job=serve", "tracker=local"), "training": ("tracker=prometheus",)}.items():
+        launch_in_process("deploy", *words, "deploy=monitoring", f"deploy.out=monitoring/{name}").expect(0)
+        assert (tmp_path / f"monitoring/{name}/rules/{name}.yml").is_file()
 
 
 @pytest.mark.parametrize("words", [SERVER, TRAINING_RUN], ids=["serving", "training"])

@@ -146,7 +146,7 @@ def test_every_query_of_every_panel_returns_data(scraped: Scraped) -> None:
     wait_for(complete, seconds=180, shown=lambda: missing)
     for board in scraped.boards.values():
         for variable in board["templating"]["list"][1:]:
-            metric, label = variable["definition"].removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
+            metric, label = variable["query"]["query"].removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
             assert all(labels[label] for labels, _ in scraped.query(metric)), variable
 
 

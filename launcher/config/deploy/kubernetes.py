@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
 from launcher.config.deploy.base import ContainerDeploy
+from launcher.config.deploy.monitoring import MonitoredDeploy
 from launcher.config.job.serve import Serve
 from launcher.config.kubernetes_objects import (
     NAME_RULE,
@@ -46,7 +47,7 @@ They are written here, are in the image, or are replaced by ``deploy.model_path`
 
 
 @dataclass(frozen=True, kw_only=True)
-class KubernetesDeploy(ContainerDeploy):
+class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
     """Manifests that kubectl applies: workload, Service, ConfigMap and what belongs to them."""
 
     kind: ClassVar[str] = "kubernetes"
@@ -142,6 +143,10 @@ class KubernetesDeploy(ContainerDeploy):
 
     max_replicas: int = 4
     """Most pods."""
+
+    monitoring: bool = False
+    """Whether Prometheus' operator, which the cluster must have, scrapes the pods and gets alerts.
+    Adds a ServiceMonitor, a PrometheusRule and a ConfigMap with Grafana's dashboard."""
 
     target_requests: int = 16
     """Requests, running and waiting, for which one pod is provided."""

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from launcher.backends.kubernetes.manifests import Manifest
-from launcher.config.deploy.monitoring import MonitoredDeploy
 from launcher.config.run import Run
-from launcher.deploy.monitoring.render import dashboard_text
+from launcher.deploy.monitoring.render import dashboard_text, monitored
 from launcher.deploy.monitoring.rules import rule_groups
+
+_API = "monitoring.coreos.com/v1"
 
 
 def monitoring_manifests(
-    run: Run, *, namespace: str, labels: dict[str, str], selector: dict[str, str], port: str
+    run: Run, *, metadata: Manifest, services: Manifest, port: str, pod_labels: Sequence[str]
 ) -> list[Manifest]:
     """Return ServiceMonitor, PrometheusRule and the ConfigMap of the dashboard.
 
     Args:
         run: the server.
-        namespace: of all objects.
-        labels: of all objects; Prometheus selects its monitors and rules by them.
-        selector: labels of the Service that is scraped.
+        metadata: of all objects.
+        services: selector of the Service whose pods are scraped; its name becomes the label ``job``.
         port: name of its port.
+        pod_labels: labels of pods that metrics get.
     """
-    deploy = run.deploy
-    assert isinstance(deploy, MonitoredDeploy), f"deploy={deploy.kind} is not monitored"
-    name = deploy.object_name(run)
-    endpoint = {"port": port, "path": "/metrics", "interval": f"{deploy.scrape_every_s}s"}
-    monitor = {"selector": {"matchLabels": selector}, "endpoints": [endpoint]}
-
-    def made(api_version: str, kind: str, name: str, *, more: dict[str, str] | None = None) -> Manifest:
-        metadata = {"name": name, "namespace": namespace, "labels": {**labels, **(more or {})}}
-        return {"apiVersion": api_version, "kind": kind, "metadata": metadata}
-
+    endpoint = {"port": port, "path": "/metrics", "interval": f"{monitored(run).scrape_every_s}s"}
+    spec = {"selector": services, "podTargetLabels": list(pod_labels), "endpoints": [endpoint]}
+    # Grafana's sidecar, as kube-prometheus-stack installs it, loads every ConfigMap with this label.
+    labels = {**metadata["labels"], "grafana_dashboard": "1"}
+    dashboard = {**metadata, "name": f"{metadata['name']}-dashboard", "labels": labels}
     return [
-        {**made("monitoring.coreos.com/v1", "ServiceMonitor", name), "spec": monitor},
-        {**made("monitoring.coreos.com/v1", "PrometheusRule", name), "spec": {"groups": rule_groups(run)}},
-        # Grafana's sidecar, as kube-prometheus-stack installs it, loads every ConfigMap with this label.
+        {"apiVersion": _API, "kind": "ServiceMonitor", "metadata": metadata, "spec": spec},
+        {"apiVersion": _API, "kind": "PrometheusRule", "metadata": metadata, "spec": {"groups": rule_groups(run)}},
         {
-            **made("v1", "ConfigMap", f"{name}-dashboard", more={"grafana_dashboard": "1"}),
-            "data": {"serving.json": dashboard_text(run)},
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": dashboard,
+            "data": {f"{metadata['name']}.json": dashboard_text(run)},
         },
     ]

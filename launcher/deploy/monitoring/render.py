@@ -42,14 +42,14 @@ def monitoring_files(
         f"grafana/dashboards/{name}.json": dashboard_text(run),
         "grafana/provisioning/dashboards/launcher.yaml": manifest_text(_dashboard_provider()),
         "grafana/provisioning/datasources/prometheus.yaml": manifest_text(
-            _data_source(f"http://{prometheus}", scrape_every_s=_monitored(run).scrape_every_s)
+            _data_source(f"http://{prometheus}", scrape_every_s=monitored(run).scrape_every_s)
         ),
     }
 
 
 def prometheus_config(run: Run, targets: tuple[str, ...], *, alertmanagers: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return Prometheus' configuration."""
-    deploy = _monitored(run)
+    deploy = monitored(run)
     every = f"{deploy.scrape_every_s}s"
     found: dict[str, Any] = {
         "global": {"scrape_interval": every, "evaluation_interval": every},
@@ -66,7 +66,8 @@ def dashboard_text(run: Run) -> str:
     return json.dumps(dashboard(run), indent=2, ensure_ascii=False) + "\n"
 
 
-def _monitored(run: Run) -> MonitoredDeploy:
+def monitored(run: Run) -> MonitoredDeploy:
+    """Return the options of monitoring."""
     assert isinstance(run.deploy, MonitoredDeploy), f"deploy={run.deploy.kind} is not monitored"
     return run.deploy
 

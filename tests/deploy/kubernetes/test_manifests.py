@@ -37,6 +37,7 @@ CASES = {
     "gateway": ("deploy.traffic=gateway", *ROUTES),
     "hpa": ("deploy.autoscaling=hpa", "deploy.max_replicas=8"),
     "keda": KEDA,
+    "monitored": ("deploy.monitoring=true", "deploy.traffic=gateway", *ROUTES),
     "stateful": ("deploy.workload=stateful_set", "deploy.replicas=2"),
     "claim": ("deploy.model_from=claim", "deploy.model_source=models", "deploy.model_subpath=team/chat"),
     "image volume": ("deploy.model_from=image_volume", "deploy.model_source=registry.example/model:1"),
@@ -243,3 +244,21 @@ def test_weights_of_this_machine_are_refused_unless_they_are_mounted(rendered: R
         rendered(f"model.weights={tmp_path}")
     _, _, files = rendered(f"model.weights={tmp_path}", *CASES["claim"])
     assert str(tmp_path) not in manifests_of(files)["ConfigMap"]["data"]["run.yaml"]
+
+
+def test_each_pod_is_scraped_once_with_its_version(rendered: Render) -> None:
+    """A Service of one version has the same pods as that of all."""
+    run, _, files = rendered(*CASES["monitored"])
+    manifests = [yaml.safe_load(text) for path, text in files.items() if path.startswith("manifests/")]
+    (monitor,) = (each for each in manifests if each["kind"] == "ServiceMonitor")
+    services = [each["metadata"] for each in manifests if each["kind"] == "Service"]
+    selector = monitor["spec"]["selector"]
+    (absent,) = selector["matchExpressions"]
+    matching = [
+        each["name"]
+        for each in services
+        if selector["matchLabels"].items() <= each["labels"].items() and absent["key"] not in each["labels"]
+    ]
+    assert len(services) == 2
+    assert matching == [run.deploy.object_name(run)], "its name is the label job, which alerts name"
+    assert monitor["spec"]["podTargetLabels"] == ["app.kubernetes.io/version"]

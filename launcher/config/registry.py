@@ -117,6 +117,7 @@ KINDS: dict[str, dict[str, str]] = {
     "deploy": {
         "none": "launcher.config.run:NoDeploy",
         "kubernetes": "launcher.config.deploy.kubernetes:KubernetesDeploy",
+        "compose": "launcher.config.deploy.compose:ComposeDeploy",
         "nginx": "launcher.config.deploy.nginx:NginxDeploy",
         "haproxy": "launcher.config.deploy.haproxy:HaproxyDeploy",
         "monitoring": "launcher.config.deploy.monitoring:MonitoringDeploy",

@@ -120,7 +120,7 @@ def test_the_program_itself_accepts_every_option(kind: str, tmp_path: Path) -> N
     limits = ("deploy.rate_per_minute=1", "job.max_connections=1", "job.max_body_bytes=1024")
     for words in (
         (),
-        (many, *tls, "deploy.user=nobody", "deploy.user_group=nogroup", *own[kind]),
+        (many, *tls, "deploy.user=www-data", "deploy.user_group=www-data", *own[kind]),
         ("deploy.host='::1'", *timeouts, *limits),
     ):
         file = tmp_path / FILES[kind]

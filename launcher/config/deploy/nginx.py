@@ -12,7 +12,7 @@ from launcher.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class NginxDeploy(ProxyDeploy):
-    """``nginx.conf``: the open-source nginx, which checks servers only by their answers to requests."""
+    """``nginx.conf``: the open-source nginx, which learns of a server's state by requests."""
 
     kind: ClassVar[str] = "nginx"
     summary_fields: ClassVar[tuple[str, ...]] = ("out", "upstreams")
@@ -21,13 +21,13 @@ class NginxDeploy(ProxyDeploy):
     """Folder of access.log and error.log; ``null`` writes both to the standard streams."""
 
     temporary_folder: str | None = None
-    """Folder of temporary files and the process id; ``null`` takes nginx's own, which are root's."""
+    """Folder of temporary files and the process id; ``null`` takes nginx's own (root's)."""
 
     fail_timeout_s: float = 2.0
-    """Seconds without new requests for a server that refused or broke a connection, or answered 503."""
+    """Seconds without new requests for a server that broke a connection or answered 503."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject a folder that nginx cannot be told, and a certificate without its key."""
+        """Reject folders that no quotes make safe, and times beyond reason."""
         yield from super().validate()
         yield from self.validate_path("log_folder")
         yield from self.validate_path("temporary_folder")

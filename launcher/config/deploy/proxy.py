@@ -56,6 +56,23 @@ def parse_upstream(text: str) -> str | None:
     return bracketed(host.lower(), int(port))
 
 
+def validate_safe_path(option: str, path: str | None) -> Iterator[ConfigError]:
+    """Yield why a path cannot stand in the configuration of a proxy.
+
+    Args:
+        option: that holds it.
+        path: on the proxy's machine; ``None`` is fine.
+    """
+    if path is None:
+        return
+    if not path.startswith("/"):
+        why = "is not absolute, and the proxy does not start in your folder"
+        yield ConfigError(option, path, why=why, fix=f"give the whole path: {option}=/etc/ssl/FILE")
+    elif not _PATH.fullmatch(path) or ".." in PurePosixPath(path).parts:
+        why = "has characters that configuration files of proxies cannot hold safely, or a part .."
+        yield ConfigError(option, path, why=why, fix="use letters, digits and . _ / @ % + = : , - only")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProxyDeploy(RenderedDeploy):
     """A load balancer: one address for several servers, with TLS, limits and retries."""
@@ -130,15 +147,7 @@ class ProxyDeploy(RenderedDeploy):
 
     def validate_path(self, name: str) -> Iterator[ConfigError]:
         """Reject a path that is not absolute, or that no quotes make safe."""
-        path = getattr(self, name)
-        if path is None:
-            return
-        if not path.startswith("/"):
-            why = "is not absolute, and the proxy does not start in your folder"
-            yield self.error(name, why, f"give the whole path: deploy.{name}=/etc/ssl/FILE")
-        elif not _PATH.fullmatch(path) or ".." in PurePosixPath(path).parts:
-            why = "has characters that configuration files of proxies cannot hold safely, or a part .."
-            yield self.error(name, why, "use letters, digits and . _ / @ % + = : , - only")
+        yield from validate_safe_path(f"deploy.{name}", getattr(self, name))
 
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
         """Reject a rate that servers would count for the proxy instead of for its clients."""

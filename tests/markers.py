@@ -59,6 +59,7 @@ _BY_PLACE = (
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
     ("plugins/test_contracts.py*", "process"),
     *((f"deploy/test_{name}.py*", "process") for name in ("proxies", "load_balancing")),
+    ("deploy/test_compose.py::test_nginx_accepts_its_configuration", "process"),
     ("data/test_example_encoding.py*", "process"),
     ("deploy/monitoring/test_rules.py*", "process"),
     ("deploy/monitoring/test_prometheus.py*", "process"),

@@ -92,6 +92,21 @@ SLOW = {
         ),
         "deploy/monitoring/test_render.py::test_the_verb_writes_what_is_rendered",
     ),
+    **dict.fromkeys(
+        (
+            "launch deploy +exp=serve_smollm2 deploy=nginx deploy.out=lb "
+            "deploy.upstreams=[10.0.0.1:8000,10.0.0.2:8000]",
+            "launch deploy +exp=serve_smollm2 deploy=haproxy deploy.out=lb "
+            "deploy.upstreams=[10.0.0.1:8000,10.0.0.2:8000]",
+            "launch deploy +exp=serve_smollm2 deploy=compose deploy.out=stack deploy.image=launcher:1 deploy.servers=2",
+            "nginx -t -c $PWD/lb/nginx.conf",
+            "haproxy -c -f lb/haproxy.cfg",
+        ),
+        "deploy/test_proxies.py::test_the_commands_of_the_page",
+    ),
+    "python scripts/bench/load_balancing.py --requests 300": (
+        "deploy/test_load_balancing.py::test_no_request_fails_that_had_sent_no_token"
+    ),
     "scripts/test": "scripts/test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""

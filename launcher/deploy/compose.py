@@ -130,7 +130,7 @@ def _server(run: Run, deploy: ComposeDeploy, plan: Plan, address: str) -> dict[s
 
 
 def _mounted(run: Run) -> list[str]:
-    """Return the paths of this machine that a server reads, each at the same place in its container."""
+    """Return paths that a server reads; a container has each at the same place."""
     return sorted({posixpath.normpath(path) for _, path in served_paths(run) if path.startswith("/")})
 
 

@@ -192,7 +192,7 @@ def main() -> int:
     arguments = parser.parse_args()
     kinds = arguments.kind or list(KINDS)
     words = arguments.overrides or [*SERVER[1:-1], "job.echo_step_s=0.02"]
-    print_machine()
+    print_machine("uvicorn")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         ports = [free_port(), free_port()]
         upstreams = f"deploy.upstreams=[{','.join(f'127.0.0.1:{port}' for port in ports)}]"

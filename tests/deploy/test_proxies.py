@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from launcher.utils.system import free_port
+from tests.conftest import Launch
 from tests.deploy.proxies import FILES, KINDS, LoadBalancer, check_command, program, rendered
 from tests.deploy.upstreams import Held, Poured, Upstream, answer, cut, drain, drop
 from tests.helpers import wait_for
@@ -327,3 +328,12 @@ def test_haproxy_exports_metrics(kind: str, begin: Begin, listen: Listen) -> Non
     with connection.getresponse() as response:
         wanted = b'haproxy_server_http_responses_total{proxy="servers",server="server-1",code="2xx"} 1'
         assert wanted in response.read()
+
+
+def test_the_commands_of_the_page(kind: str, launch_in_process: Launch, tmp_path: Path) -> None:
+    both = "deploy.upstreams=[10.0.0.1:8000,10.0.0.2:8000]"
+    launch_in_process("deploy", "+exp=serve_smollm2", f"deploy={kind}", "deploy.out=lb", both).expect(0)
+    subprocess.run(check_command(kind, tmp_path / "lb" / FILES[kind]), check=True, capture_output=True)
+    words = ("deploy=compose", "deploy.out=stack", "deploy.image=launcher:1", "deploy.servers=2")
+    launch_in_process("deploy", "+exp=serve_smollm2", *words).expect(0)
+    assert (tmp_path / "stack/compose.yaml").is_file()

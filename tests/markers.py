@@ -63,6 +63,7 @@ _BY_PLACE = (
     ("data/test_example_encoding.py*", "process"),
     ("deploy/monitoring/test_rules.py*", "process"),
     ("deploy/monitoring/test_prometheus.py*", "process"),
+    *((f"deploy/kubernetes/test_{name}.py*", "process") for name in ("helm", "cluster")),
     # Single tests that do.
     ("plugins/test_other_processes.py*", "process"),
     ("plugins/test_example.py*", "process"),

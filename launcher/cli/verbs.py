@@ -464,10 +464,19 @@ another unit is reported as changed and never fails.
 Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mistake in the command.""",
     ),
     "deploy": Verb(
-        summary="render what deploys a server: manifests and configurations, written into a folder",
-        positionals=(RUN_OR_OVERRIDES,),
+        summary="render what deploys a server into a folder, and apply it to a cluster",
+        positionals=(
+            replace(
+                RUN_OR_OVERRIDES,
+                metavar="ACTION|RUN|OVERRIDE",
+                completes=("apply", "status", "delete", Completion.RUN, Completion.OVERRIDE),
+                help=f"{RUN_OR_OVERRIDES.help}; or apply, status or delete, and a folder that was rendered",
+            ),
+        ),
         options=(
-            Option(names=("--diff",), help="print what would change in the folder, and write nothing"),
+            Option(
+                names=("--diff",), help="print what would change in the folder (apply: in the cluster), change nothing"
+            ),
             CONFIG_DIR,
             ROOT,
         ),
@@ -476,10 +485,16 @@ Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mi
   launch deploy 20260101 deploy=kubernetes deploy.out=k8s deploy.image=…   the server of an earlier run
   launch deploy … --diff                                                   compare with the files in deploy.out
   launch deploy … dry_run=true                                             print the files
+  launch deploy apply k8s --diff                                           what would change in the cluster
+  launch deploy apply k8s                                                  apply it, and wait until it serves
+  launch deploy status k8s                                                 its workloads and pods
+  launch deploy delete k8s                                                 delete it in the cluster
 """,
         notes="""\
 The options of the server are those of job=serve. Files in deploy.out that launch deploy did not write, or that you
-changed since, are never overwritten. Exit code of --diff: 0 no difference, 1 a difference, 2 a mistake.""",
+changed since, are never overwritten. kubectl and helm act with your own login on deploy.context and deploy.namespace.
+The cluster checks every object before apply changes the first one; new pods that do not get ready are taken back.
+Exit code of --diff: 0 no difference, 1 a difference, 2 a mistake.""",
     ),
     "completion": Verb(
         summary="print a script that makes a shell complete verbs, groups, options, keys, values and runs",

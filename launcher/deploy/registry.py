@@ -12,6 +12,7 @@ from launcher.protocol.plan import Plan
 RENDERERS: dict[str, str] = {
     "kubernetes": "launcher.deploy.kubernetes.render",
     "compose": "launcher.deploy.compose",
+    "helm": "launcher.deploy.helm",
     "nginx": "launcher.deploy.nginx",
     "haproxy": "launcher.deploy.haproxy",
     "monitoring": "launcher.deploy.monitoring.render",

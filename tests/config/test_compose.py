@@ -33,6 +33,7 @@ def test_every_option_composes(group, option):
         "backend/kubernetes": ["backend.image=x"],
         "deploy/kubernetes": ["deploy.out=x", "deploy.image=x"],
         "deploy/compose": ["deploy.out=x", "deploy.image=x"],
+        "deploy/helm": ["deploy.out=x", "deploy.image=x"],
         "deploy/nginx": ["deploy.out=x"],
         "deploy/haproxy": ["deploy.out=x"],
         "deploy/monitoring": ["deploy.out=x"],

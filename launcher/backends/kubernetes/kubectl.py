@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,32 +47,39 @@ class Kubectl:
 
     namespace: str
     context: str | None
+    group: str = "backend"
+    """Config group of the options that errors name."""
 
     def argv(self, *words: str) -> list[str]:
         """Return the whole command line."""
         context = [f"--context={self.context}"] if self.context else []
         return ["kubectl", *context, f"--namespace={self.namespace}", *words]
 
-    def run(self, *words: str, document: str = "") -> str:
+    def run(
+        self, *words: str, document: str = "", timeout_s: float = _TIMEOUT_S, accepts: Container[int] = (0,)
+    ) -> str:
         """Run a command and return what it prints.
 
         Args:
             words: its arguments.
             document: its stdin.
+            timeout_s: seconds until it has to end.
+            accepts: exit codes that are no failure.
 
         Raises:
             EnvironmentProblem: kubectl is missing, times out, or fails.
         """
         argv = self.argv(*words)
         try:
-            done = subprocess.run(argv, input=document, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            done = subprocess.run(argv, input=document, capture_output=True, text=True, timeout=timeout_s, check=False)
         except FileNotFoundError as error:
-            raise kubectl_missing() from error
+            raise kubectl_missing(self.group) from error
         except subprocess.TimeoutExpired as error:
-            raise EnvironmentProblem(f"`{_shown(argv)}` did not end within {_TIMEOUT_S:.0f} s") from error
-        if done.returncode:
+            raise EnvironmentProblem(f"`{_shown(argv)}` did not end within {timeout_s:.0f} s") from error
+        if done.returncode not in accepts:
             said = done.stderr.strip() or f"exit code {done.returncode}"
-            raise EnvironmentProblem(f"`{_shown(argv)}` failed: {said}; {_remedy(said)}")
+            remedy = _remedy(said).replace("backend.", f"{self.group}.")
+            raise EnvironmentProblem(f"`{_shown(argv)}` failed: {said}; {remedy}")
         return done.stdout
 
     def get(self, *words: str) -> Any:
@@ -85,11 +92,13 @@ class Kubectl:
             raise EnvironmentProblem(f"{said}; check that kubectl is the program and not a wrapper") from error
 
 
-def kubectl_missing() -> EnvironmentProblem:
-    """Return the error for a machine without kubectl."""
+def kubectl_missing(group: str = "backend") -> EnvironmentProblem:
+    """Return the error for a machine without kubectl, for users of a config group."""
+    user = "backend=kubernetes starts everything" if group == "backend" else "launch deploy applies manifests"
+    printed = "print the manifests with `launch plan`" if group == "backend" else "copy the folder of manifests"
     return EnvironmentProblem(
-        "kubectl is not installed, and backend=kubernetes starts everything with it: see "
-        "https://kubernetes.io/docs/tasks/tools/, or print the manifests with `launch plan` and apply them elsewhere"
+        f"kubectl is not installed, and {user} with it: see https://kubernetes.io/docs/tasks/tools/, or {printed} and "
+        "apply them elsewhere"
     )
 
 

@@ -53,6 +53,12 @@ class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
     kind: ClassVar[str] = "kubernetes"
     summary_fields: ClassVar[tuple[str, ...]] = ("out", "replicas")
 
+    minimums: ClassVar[Mapping[str, int]] = {
+        **dict.fromkeys(("replicas", "max_replicas", "target_requests", "max_unavailable"), 1),
+        **dict.fromkeys(("min_replicas", "pre_stop_s"), 0),
+    }
+    """Least values of numbers."""
+
     namespace: str = "default"
     """Namespace of everything."""
 
@@ -199,8 +205,8 @@ class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
     def validate(self) -> Iterator[ConfigError]:
         """Reject what the cluster would refuse later, and less clearly."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "replicas", "max_replicas", "target_requests", "max_unavailable")
-        yield from self.validate_minimum(0, "min_replicas", "pre_stop_s")
+        for name, least in self.minimums.items():
+            yield from self.validate_minimum(least, name)
         yield from self._validate_names()
         yield from validate_tolerations("deploy.tolerations", self.tolerations)
         if self.load_s <= 0:

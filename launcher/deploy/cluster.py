@@ -1,0 +1,235 @@
+"""Apply the folder of a deployment to a cluster, show its state there, and delete it.
+
+kubectl and helm do it, with the login of the user; they get argument lists, never a shell.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.backends.kubernetes.kubectl import Kubectl
+from launcher.config.deploy.helm import HelmDeploy
+from launcher.config.deploy.kubernetes import KubernetesDeploy
+from launcher.config.run import Run
+from launcher.config.snapshot import load_run
+from launcher.deploy.container_run import SNAPSHOT_FILE
+from launcher.deploy.kubernetes.server import VERSION_LABEL
+from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.utils.text import format_table
+
+Say = Callable[[str], object]
+_MANIFESTS, _CHART = "manifests", "chart"
+_SLACK_S = 120.0
+"""Time to place a pod and pull its image, beyond the start of a server."""
+_CHANGED = 1
+"""Exit code of ``kubectl diff`` for a difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A rendered folder and the cluster that it is for."""
+
+    folder: Path
+    run: Run
+    deploy: KubernetesDeploy
+
+    @property
+    def name(self) -> str:
+        """Name of what all versions share; of the release of a chart too."""
+        return self.deploy.object_name(self.run)
+
+    @property
+    def versioned(self) -> str:
+        """Name of what this version has for itself."""
+        return f"{self.name}-{self.deploy.version}"
+
+    @property
+    def kubectl(self) -> Kubectl:
+        """The program for its namespace."""
+        return Kubectl(namespace=self.deploy.namespace, context=self.deploy.context, group="deploy")
+
+    @property
+    def is_chart(self) -> bool:
+        """Whether helm applies it."""
+        return isinstance(self.deploy, HelmDeploy)
+
+    @property
+    def selector(self) -> str:
+        """Selects the objects of this version."""
+        return f"app.kubernetes.io/name={self.name},app.kubernetes.io/version={self.deploy.version}"
+
+    @property
+    def rollout_s(self) -> float:
+        """Seconds that a rollout may take: pods are replaced one after the other."""
+        return self.deploy.replicas * (3 * self.deploy.load_s + _SLACK_S)
+
+    def argv_of_helm(self, *words: str) -> list[str]:
+        """Return a whole command line of helm."""
+        context = [f"--kube-context={self.deploy.context}"] if self.deploy.context else []
+        return ["helm", *context, f"--namespace={self.deploy.namespace}", *words]
+
+
+def open_deployment(folder: Path) -> Deployment:
+    """Return the deployment that ``launch deploy`` rendered into ``folder``.
+
+    Raises:
+        ConfigError: it holds none, or one that is not for a cluster.
+    """
+    snapshot = folder / SNAPSHOT_FILE
+    if not snapshot.is_file():
+        why = f"holds no {SNAPSHOT_FILE}, which launch deploy writes"
+        raise ConfigError("DIR", folder, why=why, fix="render it first: launch deploy … deploy.out=DIR")
+    run = load_run(snapshot)
+    if not isinstance(run.deploy, KubernetesDeploy):
+        why = f"holds deploy={run.deploy.kind}, which no cluster takes"
+        raise ConfigError("DIR", folder, why=why, fix="name a folder of deploy=kubernetes or deploy=helm")
+    return Deployment(folder=folder, run=run, deploy=run.deploy)
+
+
+def apply(deployment: Deployment, say: Say) -> None:
+    """Apply everything and wait until the new pods serve; if they do not, undo the rollout.
+
+    The server checks all objects before the first one is changed.
+
+    Raises:
+        EnvironmentProblem: there is no cluster, it refuses an object (nothing was changed then), or the new pods do not
+            get ready in time.
+    """
+    if deployment.is_chart:
+        seconds = f"--timeout={deployment.rollout_s:.0f}s"
+        words = ("upgrade", deployment.name, str(deployment.folder / _CHART), "--install")
+        _helm(deployment, *words, "--rollback-on-failure", "--wait", seconds)
+        say(f"release {deployment.name} is in {deployment.deploy.namespace}")
+        return
+    kubectl, files = deployment.kubectl, f"--filename={deployment.folder / _MANIFESTS}"
+    kubectl.run("apply", "--dry-run=server", files)
+    is_new = not _exists(deployment)
+    for line in kubectl.run("apply", files).splitlines():
+        say(line)
+    _wait_for_rollout(deployment, is_new=is_new)
+    say(f"{_workload(deployment)} serves in {deployment.deploy.namespace}")
+
+
+def _wait_for_rollout(deployment: Deployment, *, is_new: bool) -> None:
+    kubectl, workload = deployment.kubectl, _workload(deployment)
+    try:
+        seconds = deployment.rollout_s
+        kubectl.run("rollout", "status", workload, f"--timeout={seconds:.0f}s", timeout_s=seconds + _SLACK_S)
+    except EnvironmentProblem as problem:
+        if is_new:
+            raise
+        kubectl.run("rollout", "undo", workload)
+        raise EnvironmentProblem(f"{problem}; {workload} goes back to the revision before") from problem
+
+
+def difference(deployment: Deployment) -> str:
+    """Return what ``apply`` would change, by a dry run of the server; may be empty.
+
+    Raises:
+        EnvironmentProblem: there is no cluster, or it refuses an object.
+    """
+    if deployment.is_chart:
+        rendered = _helm(deployment, "template", deployment.name, str(deployment.folder / _CHART))
+        return deployment.kubectl.run("diff", "--server-side", "--filename=-", document=rendered, accepts=(0, _CHANGED))
+    files = f"--filename={deployment.folder / _MANIFESTS}"
+    return deployment.kubectl.run("diff", "--server-side", files, accepts=(0, _CHANGED))
+
+
+def status(deployment: Deployment) -> list[str]:
+    """Return the lines that show the workloads and pods of all versions.
+
+    Raises:
+        EnvironmentProblem: there is no cluster.
+    """
+    found = deployment.kubectl.get(
+        "deployments.apps,statefulsets.apps,pods", f"--selector=app.kubernetes.io/name={deployment.name}"
+    )
+    rows = [row for item in found["items"] for row in _rows(item)]
+    if not rows:
+        return [f"nothing of {deployment.name} is in {deployment.deploy.namespace}"]
+    return list(format_table([("object", "version", "ready", "state"), *rows]))
+
+
+def _rows(item: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    meta, state = item["metadata"], item.get("status", {})
+    version = meta.get("labels", {}).get("app.kubernetes.io/version", "")
+    name = f"{item['kind'].lower()}/{meta['name']}"
+    if item["kind"] != "Pod":
+        wanted, ready = item["spec"].get("replicas", 1), state.get("readyReplicas", 0)
+        yield name, version, f"{ready}/{wanted}", f"{state.get('updatedReplicas', 0)} of the newest revision"
+        return
+    containers = state.get("containerStatuses", [])
+    restarts = sum(each.get("restartCount", 0) for each in containers)
+    waiting = next((why for each in containers if (why := each.get("state", {}).get("waiting", {}).get("reason"))), "")
+    ready = f"{sum(bool(each.get('ready')) for each in containers)}/{len(containers)}"
+    yield name, version, ready, f"{waiting or state.get('phase', 'Unknown')}, {restarts} restarts"
+
+
+def delete(deployment: Deployment, say: Say) -> None:
+    """Delete the objects of this version, and those that all share unless a baseline uses them.
+
+    Raises:
+        EnvironmentProblem: there is no cluster.
+    """
+    if deployment.is_chart:
+        _helm(deployment, "uninstall", deployment.name, "--ignore-not-found", "--wait")
+        say(f"release {deployment.name} is deleted")
+        return
+    kubectl = deployment.kubectl
+    gone = kubectl.run("delete", "--ignore-not-found", *(f"--filename={path}" for path in _deletable(deployment)))
+    # earlier snapshots, to which a rollout could go back
+    gone += kubectl.run("delete", "configmaps", "--ignore-not-found", f"--selector={deployment.selector}")
+    for line in gone.splitlines():
+        say(line)
+
+
+def _deletable(deployment: Deployment) -> Iterator[Path]:
+    """Yield the manifests of the objects that go with this version."""
+    for path in sorted((deployment.folder / _MANIFESTS).glob("*.yaml")):
+        labels = yaml.safe_load(path.read_text(encoding="utf-8"))["metadata"]["labels"]
+        if deployment.deploy.baseline is None or VERSION_LABEL in labels:
+            yield path
+
+
+def _workload(deployment: Deployment) -> str:
+    """Return kubectl's name of the workload that was rendered."""
+    is_stateful = (deployment.folder / _MANIFESTS / "statefulset.yaml").is_file()
+    return f"{'statefulset' if is_stateful else 'deployment'}/{deployment.versioned}"
+
+
+def _exists(deployment: Deployment) -> bool:
+    """Return whether the workload is in the cluster already."""
+    return bool(deployment.kubectl.run("get", _workload(deployment), "--ignore-not-found", "--output=name").strip())
+
+
+def _helm(deployment: Deployment, *words: str) -> str:
+    """Run helm and return what it prints.
+
+    Raises:
+        EnvironmentProblem: helm is missing or fails.
+    """
+    argv = deployment.argv_of_helm(*words)
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=deployment.rollout_s + 2 * _SLACK_S, check=False
+        )
+    except FileNotFoundError as error:
+        fix = "see https://helm.sh/docs/intro/install/, or set deploy=kubernetes"
+        raise EnvironmentProblem(f"helm is not installed, and deploy=helm is applied with it: {fix}") from error
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentProblem(f"`{_shown(argv)}` did not end in time") from error
+    if done.returncode:
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        fix = "`kubectl cluster-info` must work first; deploy.context and deploy.namespace choose the cluster"
+        raise EnvironmentProblem(f"`{_shown(argv)}` failed: {said}; {fix}")
+    return done.stdout
+
+
+def _shown(argv: Sequence[str]) -> str:
+    return " ".join(argv)

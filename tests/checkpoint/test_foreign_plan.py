@@ -59,6 +59,9 @@ def test_a_run_that_has_no_step_left_or_another_optimizer_or_model_is_refused(tr
     assert str(error) == f"job.steps=8: {trainer} is already at step 8; set job.steps to more than 8"
     (error,) = refusals(trainer, "job.steps=9", "model.num_hidden_layers=3")
     assert error.why == "is of another model: its num_hidden_layers is 2, this run's is 3"
+    (error,) = refusals(trainer, "job.steps=9", "optimizer=sgd")
+    assert error.why == "takes over moments of AdamW, and this run has optimizer=sgd"
+    assert error.fix.startswith("set optimizer=adamw, or set model.weights=")
 
 
 def test_weights_without_a_step_cannot_be_resumed(tmp_path: Path) -> None:

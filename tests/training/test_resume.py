@@ -14,13 +14,14 @@ import torch
 from launcher.checkpoint.manifest import CheckpointManifest
 from launcher.checkpoint.store import CheckpointStore
 from launcher.config.checkpoint import Checkpoint
-from launcher.config.data.base import TextChunk
+from launcher.config.data.base import Synthetic, TextChunk
 from launcher.config.data.text import Text
 from launcher.config.job.train import Train
 from launcher.config.optimizer import AdamW
 from launcher.config.schedule import CosineSchedule
 from launcher.data.token_cache import train_bpe
-from launcher.errors import ConfigError, exit_code_of_rank
+from launcher.engines import distributed
+from launcher.errors import ConfigError, JobError, exit_code_of_rank
 from launcher.models.tokenizer import FastTokenizer
 from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.rundir import RunDir
@@ -173,3 +174,32 @@ def test_checkpoints_of_another_run_are_left_as_they_are(continued, tmp_path):
     with pytest.raises(ConfigError, match=r"step_00000030 is damaged.*model\.safetensors"):
         continued(str(folder_of(tmp_path, 30)), folder=tmp_path / "new")
     assert folder_of(tmp_path, 30).is_dir()
+
+
+def test_ranks_that_see_different_checkpoints_load_none(continued, monkeypatch):
+    """Their folders are no shared one: each would go on from another step."""
+
+    def with_another_rank(values: list[float], **_: Any) -> list[float]:
+        return [values[0] + 20.0]
+
+    monkeypatch.setattr(distributed, "sum_over_ranks", with_another_rank)
+    with pytest.raises(JobError, match=r"checkpoint\.resume=auto: ranks see different checkpoints; set run\.root to"):
+        continued()
+
+
+def test_a_rank_beside_the_main_one_says_and_renames_nothing(continued, tmp_path, capsys):
+    damage(folder_of(tmp_path, 30))
+    assert continued(is_main=False) == (20, [folder_of(tmp_path, 20)])
+    assert capsys.readouterr().out == ""
+    assert folder_of(tmp_path, 30).is_dir()
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_without_a_checkpoint_there_is_no_tokenizer_to_take(tmp_path, resume):
+    context: Any = SimpleNamespace(
+        run=SimpleNamespace(checkpoint=Checkpoint(resume=resume)), run_dir=RunDir(tmp_path / "own")
+    )
+    with pytest.raises(ConfigError, match=f"no checkpoint of checkpoint.resume={resume} holds an intact tokenizer"):
+        resolve_tokenizer(context, Text(path="x", tokenizer="checkpoint"))
+    for data in (Text(path="x", tokenizer="bpe"), Synthetic()):
+        assert resolve_tokenizer(context, data) is data

@@ -6,6 +6,7 @@ import errno
 import random
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import compose
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
-from launcher.training import saving
+from launcher.training import early_check, saving
 from launcher.training.checkpointing import restore_checkpoint
 from launcher.training.early_check import CheckpointCheck
 from launcher.training.saving import CheckpointSaver
@@ -193,3 +194,50 @@ def test_a_run_without_a_checkpoint_has_nothing_to_read_early(saver: Any) -> Non
         context: Any = SimpleNamespace(**{**vars(saver._context), "run": run})
         with CheckpointCheck(context) as check:
             assert check._reading is None
+
+
+@pytest.fixture
+def auto(saver: Any) -> Any:
+    """The context of a run that goes on from its checkpoint."""
+    saver.save(TrainingProgress(step=1, sequences=8), now=True)
+    run = replace(saver._context.run, checkpoint=Checkpoint(resume="auto"))
+    return SimpleNamespace(**{**vars(saver._context), "run": run})
+
+
+def test_a_rank_that_ends_before_it_loads_stops_reading(auto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = threading.Event()
+
+    def damaged_files(*_: Any, heartbeat: Callable[[], None]) -> list[str]:
+        heartbeat()  # while it is open
+        assert closed.wait(60)
+        heartbeat()
+        return []
+
+    monkeypatch.setattr(early_check, "damaged_files", damaged_files)
+    with CheckpointCheck(auto) as check:
+        pass
+    closed.set()
+    with pytest.raises(InterruptedError, match="the rank ends and does not load it"):
+        check._reading.result()
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_rank_that_waits_for_what_is_read_shows_that_it_lives(
+    auto: Any, saver: Any, monkeypatch: pytest.MonkeyPatch, is_main: bool
+) -> None:
+    waits = threading.Event()
+    shown: list[tuple[int, int]] = []
+
+    def damaged_files(*_: Any, heartbeat: Callable[[], None]) -> list[str]:
+        heartbeat()
+        assert waits.wait(60)
+        return ["a"]
+
+    monkeypatch.setattr(early_check, "damaged_files", damaged_files)
+    auto.heartbeat = SimpleNamespace(update=lambda phase: waits.set() if phase == "load" else None)
+    auto.is_main = is_main
+    with CheckpointCheck(auto) as check:
+        monkeypatch.setattr(check._lines, "update", lambda done, total: shown.append((done, total)))
+        assert check.damaged(saver._store.latest()) == ["a"]
+    total = sum(saver._store.latest().manifest.files.values())
+    assert {of for _, of in shown} == ({total} if is_main else set())

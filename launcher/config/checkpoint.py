@@ -42,7 +42,8 @@ class Checkpoint(Component):
 
     best_metric: str = LOWEST_LOSS
     """Metric of the best checkpoint: ``min:loss`` is the lowest held-out loss.
-    ``min:NAME`` and ``max:NAME`` take a metric of ``job.metrics``. Only checkpoints whose step was evaluated count."""
+    ``min:NAME`` and ``max:NAME`` take a metric of ``job.metrics``, or ``NAME/loss`` of a set or a source of the data.
+    Only checkpoints whose step was evaluated count."""
 
     keep_every: int = 0
     """Also keep the checkpoints of steps that are multiples of this; 0 keeps none for that."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from launcher.data.dataset import Splits
-from launcher.data.rows import IGNORE_INDEX, PairRows, Sequences, TokenRow
+from launcher.data.rows import IGNORE_INDEX, ExampleRows, PairRows, Sequences, TokenRow
 from launcher.protocol.plan import Batch
 
 
@@ -40,6 +40,8 @@ class MicroBatch:
     """Whether rows n to 2n - 1 are the rejected answers to the prompts of rows 0 to n - 1."""
     reference: torch.Tensor | None = None
     """fp32, shape (sequences,), of pairs: log-probability of each answer in the reference."""
+    sources: torch.Tensor | None = None
+    """int64, of each row, or of each pair: the number of its source in a mixture."""
 
 
 class Loader:
@@ -80,9 +82,10 @@ class Loader:
 
     def _batch_of(self, sequences: Sequences, numbers: Sequence[int], *, num_labelled: int | None = None) -> MicroBatch:
         """Return sequences as one micro-batch; those after ``num_labelled`` have no labels."""
-        fixed = sequences.row_length
+        fixed, sources = sequences.row_length, self._sources(sequences, numbers)
         if not isinstance(sequences, PairRows):
-            return _tensors([sequences.row(number) for number in numbers], fixed=fixed, num_labelled=num_labelled)
+            rows = [sequences.row(number) for number in numbers]
+            return replace(_tensors(rows, fixed=fixed, num_labelled=num_labelled), sources=sources)
         pairs = [sequences.pair(number) for number in numbers]
         batch = _tensors([pair[side] for side in (0, 1) for pair in pairs], fixed=fixed)
         if num_labelled is not None:
@@ -90,7 +93,14 @@ class Loader:
             batch.labels[len(pairs) + num_labelled :] = IGNORE_INDEX
         known = self._references.get(id(sequences))
         reference = None if known is None else torch.from_numpy(known[list(numbers)].T.reshape(-1)).float()
-        return replace(batch, is_paired=True, reference=reference)
+        return replace(batch, is_paired=True, reference=reference, sources=sources)
+
+    def _sources(self, sequences: Sequences, numbers: Sequence[int]) -> torch.Tensor | None:
+        splits = self._splits
+        names = splits.train_sources if sequences is splits.train else splits.held_out_sources
+        if not names or not isinstance(sequences, ExampleRows | PairRows):
+            return None
+        return torch.tensor([sequences.source(number) for number in numbers])
 
     def _number_at(self, position: int) -> int:
         return self._splits.train_order.index(self._seed, position)

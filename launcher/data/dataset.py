@@ -200,6 +200,10 @@ class Splits:
     """All tokens of a text, in their order."""
     order: SampleOrder | None = None
     """Of the training sequences; ``None``: each once an epoch, shuffled."""
+    train_sources: tuple[str, ...] = ()
+    """Names of the sources of a mixture; empty unless there are several, each with rows of its own."""
+    held_out_sources: tuple[str, ...] = ()
+    """The same of what is held out."""
 
     @property
     def is_paired(self) -> bool:
@@ -354,6 +358,8 @@ def _open_examples(
         baselines={"reference": math.log(2)} if is_paired else {"uniform": uniform_loss(vocab_size)},
         summary=opened.summary,
         order=opened.order,
+        train_sources=data.source_names("path"),
+        held_out_sources=data.held_out_source_names,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,8 @@ class ExampleStore:
         """Changes with the data, the template and the tokenizer."""
         self.sources: list[int] = layout["sources"]
         """Examples of each source, whose numbers follow each other."""
+        self.source_ends = list(accumulate(self.sources))
+        """One past the last example of each source."""
         self.is_paired: bool = layout.get("is_paired", False)
         """Whether each two examples are the preferred and the rejected answer to one prompt."""
         self._ids = _map(folder / _IDS, layout["dtype"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,11 @@ def piece_tokens(store: ExampleStore, numbers: np.ndarray, *, max_tokens: int) -
     return found
 
 
+def source_of(store: ExampleStore, number: int) -> int:
+    """Return the source of an example or piece, as :class:`ExampleRows` numbers them."""
+    return bisect_right(store.source_ends, number % len(store))
+
+
 def both_of(pairs: np.ndarray) -> np.ndarray:
     """Return the numbers of both examples of each pair, the preferred one first."""
     found: np.ndarray = np.stack([2 * pairs, 2 * pairs + 1], axis=-1).reshape(-1)
@@ -104,6 +110,10 @@ class ExampleRows:
     def num_tokens(self, index: int) -> int:
         """Return the tokens of sequence ``index``, without reading them."""
         return int(piece_tokens(self._store, self.examples(index), max_tokens=self._max_tokens).sum())
+
+    def source(self, index: int) -> int:
+        """Return the number of the source that sequence ``index`` comes from."""
+        return source_of(self._store, int(self._rows.examples[self._rows.starts[index]]))
 
     def num_labels(self, index: int) -> int:
         """Return how many labels of sequence ``index`` count."""
@@ -171,6 +181,10 @@ class PairRows:
     def num_tokens(self, index: int) -> int:
         """Return the tokens of the longer row of pair ``index``, which decides its padding."""
         return max(self.lengths(index))
+
+    def source(self, index: int) -> int:
+        """Return the number of the source that pair ``index`` comes from."""
+        return source_of(self._store, 2 * int(self._pairs[index]))
 
     def num_labels(self, index: int) -> int:
         """Return how many labels of pair ``index`` count."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.engines.preferences import DpoLoss
+    from launcher.engines.source_losses import SourceLosses
     from launcher.profiling.performance import StepClock
     from launcher.protocol.plan import StateBytes
 
@@ -78,6 +79,9 @@ class Engine(ABC):
     preferences: DpoLoss | None = None
     """The loss of pairs, where these are what a job trains on."""
 
+    by_source: SourceLosses | None = None
+    """The loss of each source of a mixture, added up by steps and by :meth:`loss_of`."""
+
     @abstractmethod
     def step(
         self,
@@ -112,6 +116,10 @@ class Engine(ABC):
     @abstractmethod
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Return ``input_ids`` (sequences, tokens) with a greedy continuation, on every rank."""
+
+    def add_losses_to(self, by_source: SourceLosses) -> None:
+        """Add up the loss of each source of a mixture from now on."""
+        self.by_source = by_source
 
     def whole_model(self) -> AbstractContextManager[WholeModel]:
         """Return a context in which every rank holds the whole model.

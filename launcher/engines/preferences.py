@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +17,10 @@ from launcher.engines.distributed import sum_over_ranks
 
 if TYPE_CHECKING:
     from launcher.config.run import BatchedJob
+
+
+AddLosses = Callable[[Tensor, Tensor], None]
+"""Takes the loss of each pair, and whether it counts, both of shape (pairs,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +47,46 @@ class DpoLoss:
     def __init__(self, *, beta: float, label_smoothing: float, device: torch.device) -> None:
         self._beta, self._smoothing, self._device = beta, label_smoothing, device
         self._sums = self._no_sums()
+        self._collected: list[Tensor] | None = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """In this context, append the log-probabilities of every batch to the list; losses are 0.
+
+        Batches need no reference.
+        """
+        self._collected = []
+        try:
+            yield self._collected
+        finally:
+            self._collected = None
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(len(DPO_METRICS) + 2, dtype=torch.float64, device=self._device)
 
-    def __call__(self, log_probs: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+    def __call__(
+        self, log_probs: Tensor, reference: Tensor | None, labels: Tensor, add: AddLosses | None = None
+    ) -> Tensor:
         """Return the loss summed over the pairs, an fp32 scalar.
 
         Args:
             log_probs: of the chosen answers, then of the rejected ones, (2 * pairs,).
-            reference: the same in the reference model.
+            reference: the same in the reference model, on any device.
             labels: (2 * pairs, tokens); pairs without any do not count.
+            add: gets the loss of each pair, and whether it counts.
         """
-        chosen, rejected = (log_probs - reference).chunk(2)
+        if self._collected is not None:
+            self._collected.append(log_probs)
+            return log_probs.new_zeros(())
+        assert reference is not None, "the reference model has been evaluated"
+        chosen, rejected = (log_probs - reference.to(log_probs.device, non_blocking=True)).chunk(2)
         counted = labels != IGNORE_INDEX
         counts = counted.any(dim=1).chunk(2)[0]
         margin = self._beta * (chosen - rejected)
         losses = -logsigmoid(margin) * (1 - self._smoothing) - logsigmoid(-margin) * self._smoothing
         self._add(self._beta * chosen.detach(), self._beta * rejected.detach(), counts, num_labels=counted.sum())
+        if add is not None:
+            add(losses, counts)
         return (losses * counts).sum()
 
     def _add(self, chosen: Tensor, rejected: Tensor, counts: Tensor, *, num_labels: Tensor) -> None:

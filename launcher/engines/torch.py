@@ -79,6 +79,7 @@ class TorchEngine(Engine):
                         device=self.device,
                         function=self._loss,
                         preferences=self.preferences,
+                        by_source=self.by_source,
                     )
                 with self._clock.phase("backward"):
                     own_sum += loss.detach()
@@ -110,7 +111,12 @@ class TorchEngine(Engine):
                 with self._split(whole):
                     losses.append(
                         token_loss_sum(
-                            self.module, batch, device=self.device, observe=observe, preferences=self.preferences
+                            self.module,
+                            batch,
+                            device=self.device,
+                            observe=observe,
+                            preferences=self.preferences,
+                            by_source=self.by_source,
                         )
                     )
         self.module.train()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.config.model.config_json import sequence_sharding_problem
 from launcher.config.supported_models import whole_sequence_error
-from launcher.data.dataloader import MicroBatch
 from launcher.models.attention import class_attention_support
 from launcher.models.layers import causal_mask
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel
+
+    from launcher.data.dataloader import MicroBatch
 
 _NAME = "launcher_ulysses"
 
@@ -94,7 +96,7 @@ class SequenceParallel:
             positions = torch.arange(own.start, own.stop)[None]
         else:
             positions = whole.position_ids[:, own]
-        return MicroBatch(input_ids=whole.input_ids[:, own], labels=whole.labels[:, own], position_ids=positions)
+        return replace(whole, input_ids=whole.input_ids[:, own], labels=whole.labels[:, own], position_ids=positions)
 
     @contextlib.contextmanager
     def splitting(self, whole: MicroBatch) -> Iterator[None]:

@@ -13,9 +13,9 @@ from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
 from launcher.config.data.bpe import count_folder_tokens, folder_vocabulary, trained_vocabulary
 from launcher.config.data.hf import HfData
 from launcher.config.data.sources import cached_dataset
+from launcher.config.job.eval_sets import EvaluatingJob
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
-from launcher.config.job.train import Train
 from launcher.config.model.base import (
     FOLDER_WITH_TOKENIZER,
     Model,
@@ -159,7 +159,7 @@ def data_details(run: Run, folder: Path) -> dict[str, str]:
         return {}
     own = None if run.data.trains_tokenizer else local_tokenizer_folder(run, RunDir(folder), run.data.tokenizer)
     details = dict(run.data.describe(own))
-    if isinstance(run.job, Train):
+    if isinstance(run.job, EvaluatingJob):
         details |= dict(run.job.describe_shapes(run, run.data.local_shapes()))
     return details
 

@@ -24,6 +24,7 @@ from launcher.training.early_check import CheckpointCheck
 from launcher.training.eval_texts import EvalTexts, set_metrics
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.evaluation_metrics import load_metrics
+from launcher.training.source_metrics import SourceMetrics
 from launcher.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _evaluate_repeatedly(job: Evaluate, context: Context, check: CheckpointCheck
     with make_engine(context, clock) as engine:
         store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
         restored = restore_checkpoint(store, context, engine, tokenizer=splits.tokenizer, check=check)
-        done = restored.step if restored else 0
+        done, sources = restored.step if restored else 0, SourceMetrics(splits, engine)
         with MetricsWriter(context.run_dir.metrics, start_step=done) if context.is_main else nullcontext() as writer:
             if writer is not None:
                 writer.record(done, **{f"baseline/{name}": loss for name, loss in splits.baselines.items()})
@@ -80,13 +81,18 @@ def _evaluate_repeatedly(job: Evaluate, context: Context, check: CheckpointCheck
                 )
                 elapsed_s = time.perf_counter() - started
                 fastest_s = min(fastest_s, elapsed_s)
+                of_sources = {
+                    name: EvaluationResult(loss=loss, preempted=False, metrics={})
+                    for name, loss in sources.held_out().items()
+                }
                 of_sets = texts.evaluate(engine, loader, heartbeat=progress, profiler=context.profiler)
                 if writer is not None:
                     # engines may count a token several times
-                    tokens = sum(sequences.num_labels(at) for at in range(num_sequences))
-                    _record(writer, name, done, found, of_sets, tokens=tokens, elapsed_s=elapsed_s, fastest_s=fastest_s)
-                    num_tokens = {name: tokens, **texts.num_labels}
-                    table = _table({name: found, **of_sets}, num_tokens)
+                    labels = [sequences.num_labels(at) for at in range(num_sequences)]
+                    tokens, apart = sum(labels), {**of_sources, **of_sets}
+                    _record(writer, name, done, found, apart, tokens=tokens, elapsed_s=elapsed_s, fastest_s=fastest_s)
+                    num_tokens = {name: tokens, **sources.held_out_totals(labels), **texts.num_labels}
+                    table = _table({name: found, **apart}, num_tokens)
                     write_atomic(context.run_dir.path / "evaluation.md", "# Evaluation\n\n" + table)
                     print(table, end="", flush=True)
     heartbeat("done", num_steps)
@@ -108,13 +114,13 @@ def _record(
     name: str,
     done: int,
     found: EvaluationResult,
-    of_sets: Mapping[str, EvaluationResult],
+    apart: Mapping[str, EvaluationResult],
     *,
     tokens: int,
     elapsed_s: float,
     fastest_s: float,
 ) -> None:
-    measured = {**found.numbers, "tokens": tokens, **found.metrics, **set_metrics(of_sets)}
+    measured = {**found.numbers, "tokens": tokens, **found.metrics, **set_metrics(apart)}
     writer.record(
         done,
         **{f"eval/{name}": value for name, value in measured.items()},

@@ -19,8 +19,6 @@ from launcher.protocol.rundir import RunDir
 from launcher.utils.files import write_atomic
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from launcher.checkpoint.manifest import CheckpointManifest
     from launcher.config.job.train import Train
     from launcher.data.dataloader import Loader
@@ -164,23 +162,18 @@ def _log_probs(loader: Loader, pairs: PairRows, engine: Engine, progress: _Progr
     import torch
     from torch import distributed as dist
 
-    from launcher.engines.loss import row_log_probs
-
+    assert engine.preferences is not None, "a job on pairs has their loss"
     size = pairs.num_sequences
     sums = torch.zeros((size, 3), dtype=torch.float64, device=engine.device)  # and how many ranks had each pair
     for first, places, batches in zip(
         range(0, size, progress.batch), loader.positions(size), loader.in_order(pairs, size), strict=True
     ):
-        rows: list[Tensor] = []
-
-        def observe(logits: Tensor, labels: Tensor, rows: list[Tensor] = rows) -> None:
-            rows.append(row_log_probs(logits, labels).double())
-
-        engine.loss_of([replace(batch, is_paired=False) for batch in batches], observe=observe)
+        with engine.preferences.collecting() as rows:
+            engine.loss_of(batches)
         for at, found in zip(places, rows, strict=True):
             known = min(at.stop, size) - at.start
             if known > 0:
-                both = found.view(2, -1).T[:known]
+                both = found.double().view(2, -1).T[:known]
                 sums[at.start : at.start + known] += torch.cat([both, torch.ones_like(both[:, :1])], dim=1)
         progress.add(min(progress.batch, size - first))
     if dist.is_initialized():

@@ -30,6 +30,7 @@ from launcher.training.evaluation_metrics import load_metrics
 from launcher.training.recorder import Recorder
 from launcher.training.reference import load_references, with_objective
 from launcher.training.saving import CheckpointSaver
+from launcher.training.source_metrics import SourceMetrics
 from launcher.training.task_evaluation import TaskEvaluation
 from launcher.utils.files import write_atomic
 
@@ -82,6 +83,8 @@ class Trainer:
         self.metrics = load_metrics(job.metrics)
         self.texts = EvalTexts(job.eval_sets, context, splits, stride=job.sequence_length, most=job.eval_sequences)
         self.tasks = TaskEvaluation(job, context, splits.tokenizer)
+        self.sources = SourceMetrics(splits, engine)
+        self.sources.check_measured(context.run.checkpoint.best_metric, num_sequences=job.eval_sequences)
         self.bad_steps = BadSteps(job, drops_steps=isinstance(context.run.precision, Fp16Precision))
         self.early_stopping = EarlyStopping(job, best_metric=context.run.checkpoint.best_metric)
         self.skipped_sequences = 0
@@ -192,6 +195,7 @@ class Trainer:
         rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
         limit = self.bad_steps.limit if self.job.on_bad_step == "skip" else None
         result = self.engine.step(micro_batches, lr=rate, max_loss=limit, preempted=self.preemption.requested)
+        of_sources = {f"train/{name}/loss": loss for name, loss in self.sources.train().items()}
         if (why := self.bad_steps.judge(result)) is not None and self.job.on_bad_step == "stop":
             raise fatal(step + 1, why)
         pairs = None if self.engine.preferences is None else self.engine.preferences.take_metrics()
@@ -205,7 +209,7 @@ class Trainer:
             parts=self.clock.pop_times(),
             padding=self.loader.padding(step) if self.splits.summary and self.context.is_main else None,
         )
-        self.recorder.callbacks(step + 1, {} if pairs is None else pairs.rewards)
+        self.recorder.callbacks(step + 1, of_sources if pairs is None else {**pairs.rewards, **of_sources})
         self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
         return result, why
 
@@ -243,6 +247,8 @@ class Trainer:
             held_out = evaluate(
                 self.engine, self.loader.held_out(self.job.eval_sequences), preempted=asked, metrics=self.metrics
             )
+            of_sources = {f"{name}/loss": loss for name, loss in self.sources.held_out().items()}
+            held_out = replace(held_out, metrics={**held_out.metrics, **of_sources})
             if self.engine.preferences is not None:
                 rewards = self.engine.preferences.take_metrics().rewards
                 held_out = replace(held_out, metrics={**held_out.metrics, **rewards})

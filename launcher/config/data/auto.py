@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -19,7 +19,7 @@ from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_templ
 from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample
 from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, inspect_file, look_bytes_of_each
 from launcher.config.data.hf import LONGEST_LINE_BYTES
-from launcher.config.data.mixture import weights_error
+from launcher.config.data.mixture import source_names, weights_error
 from launcher.config.data.rows import FirstRows, Record, count_rows, first_rows, read_rows
 from launcher.config.data.shapes import (
     SHAPES,
@@ -349,6 +349,24 @@ class AutoData(Corpus):
         value = getattr(self, field)
         return (value,) if isinstance(value, str) else tuple(value)
 
+    def source_names(self, field: EntryField) -> tuple[str, ...]:
+        """Return the names of the entries in metrics; none of a single entry."""
+        entries = self.entries(field)
+        return source_names(entries) if len(entries) > 1 else ()
+
+    @property
+    def held_out_source_names(self) -> tuple[str, ...]:
+        """The names of the sources of what evaluations measure."""
+        return self.source_names("eval_path" if self.entries("eval_path") else "path")
+
+    def separates_sources(self, shapes: Collection[Shape]) -> bool:
+        """Return whether the rows of each source are its own: text may be one stream through all.
+
+        Args:
+            shapes: of the rows.
+        """
+        return set(shapes) != {"text"} or bool(self.packing or self.weights or self.eval_path)
+
     def _weights(self, field: EntryField) -> tuple[float, ...]:
         return self.weights if self.weights and field == "path" else (1.0,) * len(self.entries(field))
 
@@ -639,7 +657,7 @@ class AutoData(Corpus):
     @property
     def is_stream(self) -> bool:
         """Whether training cuts sequences from one stream of text, the end of which is held out."""
-        return self.is_documents and not self.packing and not self.weights and not self.eval_path
+        return self.is_documents and not self.separates_sources({"text"})
 
     @property
     def holds_examples(self) -> bool:

@@ -1,9 +1,10 @@
-"""Shares of the sources of a mixture, exact at every length."""
+"""Shares of the sources of a mixture, exact at every length, and their names in metrics."""
 
 from __future__ import annotations
 
 import heapq
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -61,3 +62,47 @@ def mixture_pattern(weights: Sequence[Fraction]) -> list[int]:
 def _period(weights: Sequence[Fraction]) -> int:
     total = sum(weights)
     return math.lcm(*((weight / total).denominator for weight in weights))
+
+
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def source_names(entries: Sequence[str]) -> tuple[str, ...]:
+    """Return a name for each entry of ``data.path``, to stand in the names of metrics.
+
+    It is the last part of the path, URL or name on the hub, with as many parts before it as tell the entries apart, and
+    ``_`` for characters that not every tracker takes. Entries that are alike even so are numbered.
+    """
+    parts = [_parts(entry) for entry in entries]
+    names = [""] * len(entries)
+    for size in range(1, max(map(len, parts), default=0) + 1):
+        shown = [_metric_name("/".join(each[-size:])) for each in parts]
+        for number, one in enumerate(shown):
+            if not names[number] and shown.count(one) == 1 and one not in names:
+                names[number] = one
+    for number, each in enumerate(parts):
+        place = number + 1
+        while not names[number]:
+            one = f"{_metric_name(each[-1])}-{place}"
+            names[number] = "" if one in names else one
+            place += len(parts)
+    return tuple(names)
+
+
+def _parts(entry: str) -> list[str]:
+    """Return the parts of a path or a URL, without what may be secret; patterns belong to the folder before."""
+    if "://" in entry:
+        entry = entry.partition("?")[0]
+    found: list[str] = []
+    for part in entry.split("/"):
+        if part in ("", ".", "..", "~"):
+            continue
+        if found and set(part) & set("*?["):
+            found[-1] += f"/{part}"
+        else:
+            found.append(part.rpartition("@")[2] if "://" in entry else part)
+    return found or [entry]
+
+
+def _metric_name(text: str) -> str:
+    return _NOT_IN_NAMES.sub("_", text).strip("_.-") or "source"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.config.data.auto import AutoData
 from launcher.config.data.base import Corpus
+from launcher.config.data.shapes import Shape
 from launcher.config.option_text import component_text
 from launcher.config.paths import PathText
 from launcher.config.run import BatchedJob, Run
@@ -50,6 +51,33 @@ class EvaluatingJob(BatchedJob):
         if self.eval_sets and not isinstance(run.data, Corpus):
             why = f"data={run.data.kind} has no text, so that no other text has its tokens"
             yield ConfigError("job.eval_sets", _names(self.eval_sets), why=why, fix="set data=text, or leave it out")
+
+    def validate_shapes(self, run: Run, data: AutoData, shapes: Collection[Shape]) -> Iterator[ConfigError]:
+        """Add sets that have the name of a source of the data."""
+        yield from super().validate_shapes(run, data, shapes)
+        yield from self.validate_source_names(data, shapes)
+
+    def validate_source_names(self, data: AutoData, shapes: Collection[Shape]) -> Iterator[ConfigError]:
+        """Reject sets that have the name of a source, whose loss would have the same name."""
+        names = data.held_out_source_names if data.separates_sources(shapes) else ()
+        for name in sorted(set(names) & set(self.eval_sets or {})):
+            why = f"a source of the data has this name, and its loss is recorded as eval/{name}/loss too"
+            yield ConfigError(f"job.eval_sets.{name}", why=why, fix="choose another name for the set")
+
+    def describe_shapes(self, run: Run, shapes: Collection[Shape]) -> Iterator[tuple[str, str]]:
+        """Yield the metrics of the sources of a mixture, with names for plans.
+
+        Args:
+            run: of the job.
+            shapes: of its rows.
+        """
+        data = run.data
+        if not isinstance(data, AutoData) or not data.separates_sources(shapes or {"text"}):
+            return
+        train = [f"train/{name}/loss" for name in data.source_names("path")] if self.trains else []
+        found = train + [f"eval/{name}/loss" for name in data.held_out_source_names]
+        if found:
+            yield "loss by source", ", ".join(found)
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield the errors of each set's files."""

@@ -212,7 +212,8 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
             yield self.error("objective", why, "set data=auto and data.path to conversations or preferences")
         name = run.checkpoint.best_metric.partition(":")[2]
         rewards = DPO_METRICS if self.objective == "dpo" else ()
-        measured = ("loss", *self.metrics, *self.set_metrics, *rewards)
+        sources = run.data.held_out_source_names if isinstance(run.data, AutoData) else ()
+        measured = ("loss", *self.metrics, *self.set_metrics, *rewards, *(f"{source}/loss" for source in sources))
         is_of_tasks = bool(self.eval_tasks) and name.startswith(TASK_METRICS)
         if name not in measured and not is_of_tasks:
             why = f"{name} is not measured: evaluations measure {', '.join(measured)}"
@@ -228,6 +229,13 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
         """Yield contradictions between objective and data, and what cannot train on preferences."""
         if not shapes:
             return
+        yield from self.validate_source_names(data, shapes)
+        name = run.checkpoint.best_metric.partition(":")[2]
+        is_of_source = name in {f"{source}/loss" for source in data.held_out_source_names}
+        if is_of_source and name not in self.set_metrics and not data.separates_sources(shapes):
+            why = "text without weights is one stream, and its sources are not told apart"
+            fix = "set data.weights or data.packing=true, or name its text in job.eval_sets"
+            yield ConfigError("checkpoint.best_metric", run.checkpoint.best_metric, why=why, fix=fix)
         if "preference" not in shapes:
             yield from self._validate_single_answers(data, shapes)
         elif self.objective in ("next_token", "sft"):
@@ -237,7 +245,8 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
             yield from self._validate_preferences(run, data)
 
     def describe_shapes(self, run: Run, shapes: Collection[Shape]) -> Iterator[tuple[str, str]]:
-        """Yield the objective of preferences, with names for plans."""
+        """Add the objective of preferences."""
+        yield from super().describe_shapes(run, shapes)
         if "preference" in shapes:
             reference = "the weights before the first step"
             if run.lora is not None:

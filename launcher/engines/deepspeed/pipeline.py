@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax, nll_loss
 
 from launcher.config.adapter_folder import ADAPTER_ATTRIBUTE
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
@@ -18,6 +18,7 @@ from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_a
 from launcher.engines.distributed import TokenCount, num_labels
 from launcher.engines.generate import greedy_decode
 from launcher.engines.optimizer import parameter_names, set_rates
+from launcher.engines.source_losses import sources_of_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.engines.deepspeed.masters import MasterState
+    from launcher.engines.source_losses import TokenSources
     from launcher.profiling.performance import StepClock
 
 
@@ -77,7 +79,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         count = TokenCount(micro_batches, device=self.device, copies=self._context.dims.copies)
         set_rates(self._engine.optimizer, lr)
         self._expect(micro_batches[0].input_ids)
-        self._loss.begin(weight=self._gain / count.total())
+        self._loss.begin(weight=self._gain / count.total(), sources=self._sources(micro_batches))
         self._place(micro_batches)
         with self._clock.phase("pipeline"):
             self._engine.train_batch(_pairs(micro_batches))
@@ -100,11 +102,17 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         found = (batch.position_ids for batch in micro_batches)
         self.module.positions.begin([None if ids is None else ids.to(self.device) for ids in found])
 
+    def _sources(self, micro_batches: Sequence[MicroBatch]) -> Iterator[TokenSources | None]:
+        """Yield where the losses of each micro-batch's tokens are added up."""
+        for batch in micro_batches:
+            labels = batch.labels if batch.sources is None else batch.labels.to(self.device)
+            yield sources_of_tokens(self.by_source, batch.sources, labels)
+
     def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the summed loss and the number of tokens on the last stage, and zeros on others."""
         assert observe is None, "the plan refuses metrics under pipelines"
         self._expect(micro_batches[0].input_ids)
-        self._loss.begin(weight=torch.ones((), device=self.device))
+        self._loss.begin(weight=torch.ones((), device=self.device), sources=self._sources(micro_batches))
         self._place(micro_batches)
         self._engine.eval_batch(
             _pairs(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
@@ -188,14 +196,23 @@ class StageLoss:
         self._device = device
         self.begin(weight=torch.ones((), device=device))
 
-    def begin(self, *, weight: Tensor) -> None:
-        """Reset the sum; ``weight`` turns means over micro-batches into the global batch's mean."""
-        self._weight = weight
+    def begin(self, *, weight: Tensor, sources: Iterable[TokenSources | None] = ()) -> None:
+        """Reset the sum.
+
+        Args:
+            weight: turns means over micro-batches into the global batch's mean.
+            sources: of the tokens of each micro-batch, in the order of the micro-batches.
+        """
+        self._weight, self._sources = weight, iter(sources)
         self.total = torch.zeros((), dtype=torch.float64, device=self._device)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return a micro-batch's weighted loss, fp32 scalar; logits (sequences, tokens, vocabulary)."""
-        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        flat, log_probs = labels.flatten(), log_softmax(logits.flatten(0, 1).float(), dim=-1)
+        loss = nll_loss(log_probs, flat, ignore_index=IGNORE_INDEX, reduction="sum")
+        if (of_sources := next(self._sources, None)) is not None:
+            losses = nll_loss(log_probs.detach(), flat, ignore_index=IGNORE_INDEX, reduction="none")
+            of_sources.add(slice(None), losses, flat)
         self.total += loss.detach()
         return loss * self._weight
 

@@ -119,7 +119,12 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         for number, micro_batch in enumerate(micro_batches):
             with self._clock.phase("forward"):
                 loss = token_loss_sum(
-                    self._engine, micro_batch, device=self.device, function=self._loss, preferences=self.preferences
+                    self._engine,
+                    micro_batch,
+                    device=self.device,
+                    function=self._loss,
+                    preferences=self.preferences,
+                    by_source=self.by_source,
                 )
             with self._clock.phase("backward"):
                 own_sum += loss.detach()
@@ -152,7 +157,12 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         with torch.no_grad():
             losses = [
                 token_loss_sum(
-                    self._engine, micro_batch, device=self.device, observe=observe, preferences=self.preferences
+                    self._engine,
+                    micro_batch,
+                    device=self.device,
+                    observe=observe,
+                    preferences=self.preferences,
+                    by_source=self.by_source,
                 )
                 for micro_batch in micro_batches
             ]

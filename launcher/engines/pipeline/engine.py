@@ -16,6 +16,7 @@ from launcher.config.parallel.pipeline import Pipeline, rank_of_chunk
 from launcher.engines.base import Engine, Observer, StepResult, never_preempted
 from launcher.engines.distributed import TokenCount, choose_device, connect, disconnect, mesh_of, num_labels, submesh
 from launcher.engines.generate import greedy_decode
+from launcher.engines.loss import places_of_all
 from launcher.engines.model_state import torch_state_bytes, whole_parameters
 from launcher.engines.optimizer import OptimizerStep
 from launcher.engines.pipeline.partition import build_chunk, choose_partition
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.engines.pipeline.stage import ModelChunk
+    from launcher.engines.source_losses import SourceLosses
     from launcher.profiling.performance import StepClock
     from launcher.protocol.plan import StateBytes
 
@@ -117,6 +119,12 @@ class PipelineEngine(Engine):
         with self._clock.phase("optimizer"):
             return self._update.apply(own_sum, count.total(), lr=lr, max_loss=max_loss, preempted=preempted())
 
+    def add_losses_to(self, by_source: SourceLosses) -> None:
+        """Add up losses in the last chunk."""
+        super().add_losses_to(by_source)
+        for chunk in self._chunks.values():
+            chunk.by_source = by_source
+
     def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return summed loss and token count on the last stage, without dropout; else nothing."""
         assert observe is None, "the plan refuses metrics under pipelines"
@@ -125,7 +133,18 @@ class PipelineEngine(Engine):
         where = [None if (ids := batch.position_ids) is None else ids.to(self.device) for batch in micro_batches]
 
         def call(chunk: ModelChunk, state: Tensor, index: int) -> Tensor:
-            found: Tensor = chunk(state, labels=labels[index], position_ids=where[index])
+            if not chunk.last:
+                hidden: Tensor = chunk(state, position_ids=where[index])
+                return hidden
+            batch = micro_batches[index]
+            places = places_of_all([batch.labels])
+            found: Tensor = chunk(
+                state,
+                labels=labels[index],
+                position_ids=where[index],
+                places=None if places is None else places.to(self.device),
+                sources=batch.sources,
+            )
             return found
 
         with self._forward_only():

@@ -21,6 +21,8 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from launcher.engines.loss import places_of_all
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -128,15 +130,25 @@ class PipelineSchedule:
         return (torch.cat([micro_batch.input_ids for micro_batch in micro_batches]).to(self._device),)
 
     def _options(self, micro_batches: Sequence[MicroBatch], factor: Tensor) -> dict[str, Tensor]:
-        """Return what chunks take beside their inputs: positions all of them, labels the last one."""
+        """Return what chunks take beside their inputs: positions all of them, the last one labels."""
         options = {}
         positions = [batch.position_ids for batch in micro_batches if batch.position_ids is not None]
         if positions:
             assert len(positions) == len(micro_batches), "all micro-batches of a step are packed, or none"
             options["position_ids"] = torch.cat(positions).to(self._device)
         if self._count - 1 in self._own:
-            options["labels"] = torch.cat([micro_batch.labels for micro_batch in micro_batches]).to(self._device)
+            options |= self._last_options(micro_batches)
             options["target"] = factor.float().expand(len(micro_batches))
+        return options
+
+    def _last_options(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        labels = [micro_batch.labels for micro_batch in micro_batches]
+        options = {"labels": torch.cat(labels).to(self._device)}
+        if (places := places_of_all(labels)) is not None:
+            options["places"] = places.to(self._device)
+        sources = [batch.sources for batch in micro_batches if batch.sources is not None]
+        if sources:
+            options["sources"] = torch.cat(sources).to(self._device)
         return options
 
     def _fit(self, micro_batches: Sequence[MicroBatch]) -> None:

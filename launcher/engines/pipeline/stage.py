@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from launcher.engines.loss import labels_at_head, loss_of
+from launcher.engines.source_losses import sources_of_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from launcher.engines.source_losses import SourceLosses
 
 
 class ModelChunk(nn.Module):  # type: ignore[misc]
@@ -42,6 +45,7 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.model, self.number, self._autocast, self._splits_backward = model, number, autocast, splits_backward
         self.first, self.last = number == 0, number == count - 1
+        self.by_source: SourceLosses | None = None
         self._cache_argument = _cache_argument(model)
 
     def forward(
@@ -50,6 +54,8 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
         *,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        places: Tensor | None = None,
+        sources: Tensor | None = None,
         cache: ChunkCache | None = None,
     ) -> Tensor:
         """Pass one micro-batch through.
@@ -60,6 +66,9 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
             labels: int64 of shape (sequences, tokens); the last chunk returns the loss for them.
             position_ids: int64 of shape (sequences, tokens), restarting at 0 where a document begins; by default rows
                 are one document each.
+            places: of the labels that count, int64 of shape (1, places), a row of :func:`places_of_all`; by default
+                all do.
+            sources: of each row of a mixture, int64 of shape (sequences,).
             cache: keys and values of earlier tokens of the same sequences; the last chunk returns logits.
 
         Returns:
@@ -80,9 +89,14 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
                 logits: Tensor = self.model(**given, logits_to_keep=1).logits
                 return logits[:, -1].float()
             assert labels is not None, "the last chunk needs labels"
-            with labels_at_head(self.model, labels) if not self._splits_backward else nullcontext():
+            of_sources = sources_of_tokens(self.by_source, sources, labels)
+            counted = None if places is None else places[0]
+            at_head = labels_at_head(self.model, labels, counted, of_sources)
+            with nullcontext() if self._splits_backward else at_head:
                 output = self.model(**given).logits
-            return torch.stack([loss_of(output, labels)])  # not a view: FSDP and schedules hook what a stage returns
+            return torch.stack(
+                [loss_of(output, labels, of_sources)]
+            )  # not a view: FSDP and schedules hook what a stage returns
 
 
 def _cache_argument(model: PreTrainedModel) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from launcher.config.data.order import padded_length
 from launcher.data.dataset import Splits
 from launcher.data.rows import IGNORE_INDEX, ExampleRows, PairRows, Sequences, TokenRow
 from launcher.protocol.plan import Batch
@@ -152,15 +153,6 @@ class Loader:
 def _lengths(sequences: Sequences, number: int) -> list[int]:
     """Return the tokens of each row of a sequence."""
     return sequences.lengths(number) if isinstance(sequences, PairRows) else [sequences.num_tokens(number)]
-
-
-_MULTIPLE = 8
-"""Padded lengths are multiples of this, so that kernels see few different ones."""
-
-
-def padded_length(lengths: Sequence[int]) -> int:
-    """Return the length of a micro-batch of rows of these lengths."""
-    return -(-max(lengths) // _MULTIPLE) * _MULTIPLE
 
 
 def _tensors(rows: Sequence[TokenRow], *, fixed: int | None, num_labelled: int | None = None) -> MicroBatch:

@@ -15,12 +15,12 @@ import numpy as np
 
 from launcher.config.data.auto import AutoData
 from launcher.config.data.base import STREAM_LAYOUT, Corpus, Data, Synthetic
+from launcher.config.data.order import SampleOrder, Shuffled
 from launcher.config.model.base import Model
 from launcher.config.run import Run
 from launcher.config.supported_models import packing_error
 from launcher.data.example_encoding import example_folders
 from launcher.data.example_rows import RowSettings, open_rows
-from launcher.data.order import SampleOrder, Shuffled
 from launcher.data.rows import PairRows, Sequences, TokenRow, row_of_window
 from launcher.data.token_cache import token_folder
 from launcher.errors import ConfigError

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from launcher.config.data.mixture import exact_weights
+from launcher.config.data.order import ByLength, Mixture, SampleOrder, Shuffled, sample_index
 from launcher.data.example_store import ExampleStore, held_out_examples
-from launcher.data.order import ByLength, Mixture, SampleOrder, Shuffled, sample_index
 from launcher.data.packing import PackedRows, one_a_row, pack
 from launcher.data.rows import ExampleRows, PairRows, both_of, piece_tokens
 from launcher.errors import ConfigError

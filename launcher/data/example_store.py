@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from launcher.data.order import sample_index
+from launcher.config.data.order import held_out_numbers
 from launcher.utils.files import read_json, write_json
 
 LAYOUT = "examples.json"
@@ -197,8 +197,6 @@ def held_out_examples(sources: Sequence[int], share: float) -> np.ndarray:
     found: np.ndarray = np.zeros(sum(sources), bool)
     start = 0
     for size in sources:
-        count = min(max(1, round(size * share)), size - 1) if size > 1 and share else 0
-        for number in range(count):
-            found[start + sample_index(0, number, size)] = True
+        found[[start + number for number in held_out_numbers(size, share)]] = True
         start += size
     return found

@@ -135,7 +135,7 @@ def replan(
         resumed = resume_warnings(run, folder, world_size=plan.world_size)
         details = {
             **plan.details,
-            **data_details(run, folder),
+            **data_details(run, folder, plan.work),
             **foreign_weights_details(run),
             **resume_details(run, folder, world_size=plan.world_size),
         }

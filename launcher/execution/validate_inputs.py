@@ -10,8 +10,9 @@ from launcher.checkpoint.resume import find_checkpoint
 from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.data.auto import AutoData
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
-from launcher.config.data.bpe import count_folder_tokens, folder_vocabulary, trained_vocabulary
+from launcher.config.data.bpe import count_folder_tokens, folder_tokenizer, folder_vocabulary, trained_vocabulary
 from launcher.config.data.hf import HfData
+from launcher.config.data.padding import estimate_padding
 from launcher.config.data.sources import cached_dataset
 from launcher.config.job.eval_sets import EvaluatingJob
 from launcher.config.job.generating import GeneratingJob
@@ -25,10 +26,12 @@ from launcher.config.model.base import (
 )
 from launcher.config.model.hf import Hf
 from launcher.config.run import BatchedJob, Benchmark, Job, Run
+from launcher.config.supported_models import packing_error
 from launcher.errors import ConfigError
-from launcher.protocol.plan import Host
+from launcher.protocol.plan import Host, Work
 from launcher.protocol.rundir import RunDir
 from launcher.utils.hub import cached_folder, validate_dataset_fetch, validate_hub_fetch, validate_hub_name
+from launcher.utils.text import counted
 
 _COMPARED_CHARS = 1 << 20
 """A BPE of so much text is trained in a second, to compare it with that of a checkpoint."""
@@ -153,15 +156,60 @@ def local_tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | Non
     return cached_folder(source) if isinstance(source, str) else source
 
 
-def data_details(run: Run, folder: Path) -> dict[str, str]:
-    """Return what the data of a run holds, for its plan."""
+def data_details(run: Run, folder: Path, work: Work) -> dict[str, str]:
+    """Return what the data of a run holds, for its plan.
+
+    Args:
+        run: of the plan.
+        folder: its directory.
+        work: of the plan.
+    """
     if not isinstance(run.data, AutoData) or not _reads_data(run) or not run.backend.shares_paths:
         return {}
     own = None if run.data.trains_tokenizer else local_tokenizer_folder(run, RunDir(folder), run.data.tokenizer)
     details = dict(run.data.describe(own))
     if isinstance(run.job, EvaluatingJob):
         details |= dict(run.job.describe_shapes(run, run.data.local_shapes()))
+    details |= _padding_details(run, run.data, own, work)
     return details
+
+
+def _padding_details(run: Run, data: AutoData, own: Path | None, work: Work) -> dict[str, str]:
+    """Return the share of a batch that would be padding, of a run that trains on rows that are not packed.
+
+    Args:
+        run: of the plan.
+        data: of the run.
+        own: folder of the tokenizer; ``None`` if it is trained on the data, or not here yet.
+        work: of the plan.
+    """
+    shapes = data.local_shapes()
+    if not isinstance(run.job, BatchedJob) or not run.job.trains or work.batch is None or not shapes:
+        return {}
+    packs = packing_error(run.model, run.attention) is None if data.packing is None else data.packing
+    if not data.separates_sources(shapes) or (packs and "preference" not in shapes):
+        return {}
+    equal_shapes = run.parallel.needs_equal_shapes
+    rows = f"all rows are padded to {run.job.sequence_length:,} tokens"
+    if not equal_shapes:
+        rows = f"rows are padded to the longest of {work.batch.micro_batch} of about one length"
+    tokenizer = None if own is None else folder_tokenizer(own)
+    if tokenizer is None:
+        return {"padding": f"{rows}; rank 0 prints the share when it has the tokenizer"}
+    found = estimate_padding(
+        data,
+        tokenizer,
+        template=data.plan_template(own),
+        sequence_length=run.job.sequence_length,
+        batch=work.batch,
+        num_steps=work.num_steps,
+        seed=run.job.seed,
+        equal_shapes=equal_shapes,
+    )
+    if found is None:
+        return {"padding": f"{rows}; rank 0 prints the share when it has the data"}
+    about = "" if found.is_whole else f", by the first {counted(found.num_rows, 'row')} of the data"
+    return {"padding": f"{found.share:.1%} of a batch{about}: {rows}"}
 
 
 def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[ConfigError]:

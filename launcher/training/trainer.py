@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from launcher.checkpoint.manifest import TrainingProgress
 from launcher.checkpoint.store import CheckpointStore
+from launcher.config.data.padding import PADDING_STEPS
 from launcher.config.precision import Fp16Precision
 from launcher.data.dataloader import Loader
 from launcher.data.dataset import Splits, open_run_splits
@@ -40,10 +41,6 @@ if TYPE_CHECKING:
     from launcher.checkpoint.manifest import CheckpointManifest
     from launcher.config.job.train import Train
     from launcher.engines.context import Context
-
-
-_PADDING_STEPS = 8
-"""Batches at the start whose padding is printed."""
 
 
 def train(job: Train, context: Context) -> None:
@@ -141,7 +138,7 @@ class Trainer:
 
     def _padding_text(self, first: int) -> str:
         """Return the share of padding in the first batches, where their longest rows decide it."""
-        steps = range(first, min(self.job.steps, first + _PADDING_STEPS))
+        steps = range(first, min(self.job.steps, first + PADDING_STEPS))
         if not self.context.is_main or self.splits.train.row_length is not None or not steps:
             return ""
         return f", {sum(map(self.loader.padding, steps)) / len(steps):.1%} padding"

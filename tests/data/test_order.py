@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from launcher.config.data.order import sample_index
 from launcher.data.dataloader import batch_positions
-from launcher.data.order import sample_index
 from launcher.protocol.plan import Batch
 
 

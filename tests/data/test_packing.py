@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from launcher.config.data.mixture import exact_weights, mixture_pattern, weights_error
+from launcher.config.data.order import ByLength, Mixture, Shuffled
 from launcher.data.dataloader import Loader, MicroBatch
 from launcher.data.dataset import Splits
 from launcher.data.example_rows import OpenedRows, RowSettings, open_rows
 from launcher.data.example_store import EncodedBlock, ExampleStore, held_out_examples, is_intact, write_examples
-from launcher.data.order import ByLength, Mixture, Shuffled
 from launcher.data.packing import pack
 from launcher.data.rows import IGNORE_INDEX
 from launcher.errors import ConfigError

@@ -60,7 +60,7 @@ def test_the_plan_names_the_metrics_of_sources() -> None:
     apart = details(pair, "data.eval_path=a.jsonl")
     assert apart["loss by source"] == "train/a.jsonl/loss, train/b.jsonl/loss"
     assert "loss by source" not in details("data.path=a.jsonl")
-    texts = ("data.path=[a.txt,b.txt]", "job.sequence_length=64")
+    texts = ("data.path=[a.txt,b.txt]", "data.chat_template=auto", "job.sequence_length=64")
     assert "loss by source" not in details(*texts)
     assert "train/b.txt/loss" in details(*texts, "data.weights=[2,1]")["loss by source"]
 
@@ -74,7 +74,10 @@ def test_the_plan_names_the_metrics_of_sources() -> None:
             "job.eval_sets.b.jsonl: a source of the data has this name",
         ),
         (
-            ("data.path=[a.txt,b.txt]", "checkpoint.every=1", "checkpoint.best_metric=min:a.txt/loss"),
+            (
+                *("data.path=[a.txt,b.txt]", "data.chat_template=auto", "checkpoint.every=1"),
+                "checkpoint.best_metric=min:a.txt/loss",
+            ),
             "text without weights is one stream",
         ),
         (

@@ -61,6 +61,28 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
 
 
+def held_out_numbers(size: int, share: float) -> list[int]:
+    """Return which examples of a source of ``size`` are held out, the same in every run.
+
+    A source of two examples or more has at least one of each kind.
+
+    Args:
+        size: how many examples the source has.
+        share: between 0 and 1.
+    """
+    count = min(max(1, round(size * share)), size - 1) if size > 1 and share else 0
+    return [sample_index(0, number, size) for number in range(count)]
+
+
+_MULTIPLE = 8
+"""Padded lengths are multiples of this, so that kernels see few different ones."""
+
+
+def padded_length(lengths: Sequence[int]) -> int:
+    """Return the length of a micro-batch of rows of these lengths."""
+    return -(-max(lengths) // _MULTIPLE) * _MULTIPLE
+
+
 class SampleOrder(Protocol):
     """An order of the sequences of a data set, without end."""
 

@@ -102,7 +102,8 @@ class DataSource:
             if self.files[0].written.kind != "text":
                 what += f" ({', '.join(self.columns.used)})"
             many = "" if len(self.files) == 1 else f"{counted(len(self.files), 'file')}, "
-            parts = [f"{many}{self._rows_text()}{what}"]
+            rows = "" if self.num_rows is None else f"{counted(self.num_rows, 'row')} of "
+            parts = [f"{many}{rows}{what}"]
         if not self.is_documents and self.shape != "preference":
             counts = {"assistant": "assistant turns", "last": "last assistant turn", "all": "all tokens"}
             turns = counts[self.data.train_on] if template or self.data.train_on == "all" else "responses"
@@ -111,16 +112,19 @@ class DataSource:
             parts.append(f"share {self.weight / sum(self.data.weights):.1%}")
         return ", ".join(parts)
 
-    def _rows_text(self) -> str:
+    @functools.cached_property
+    def num_rows(self) -> int | None:
+        """How many rows it has; ``None`` of plain text, of much data, and of damaged files."""
+        if not self.files:
+            return BUILTIN_DATA[self.name].num_rows
         written = [file for file in self.files if file.written.kind != "text"]
         num_bytes = sum(file.path.stat().st_size for file in written if file.written.kind != "parquet")
         if not written or num_bytes > _COUNTED_BYTES:
-            return ""
+            return None
         try:
-            num_rows = sum(count_rows(file.path, file.written, longest_line=LONGEST_LINE_BYTES) for file in written)
+            return sum(count_rows(file.path, file.written, longest_line=LONGEST_LINE_BYTES) for file in written)
         except BadFile:
-            return ""  # the check of its rows names the place
-        return f"{counted(num_rows, 'row')} of "
+            return None  # the check of its rows names the place
 
     def fingerprint(self) -> str:
         """Return a hash of its contents."""

@@ -17,7 +17,7 @@ from launcher.config.data.mixture import mixture_pattern
 
 _ROUNDS = 6
 _MASK_64 = (1 << 64) - 1
-_WINDOW = 2048
+SORTED_ROWS = 2048
 """Positions among which an order by length moves sequences."""
 _GROUP = 32
 """Positions in a row that get sequences of about one length."""
@@ -153,8 +153,8 @@ class ByLength:
     def index(self, seed: int, position: int) -> int:
         """Return the number of the sequence at ``position`` of the run, from 0."""
         within = position % self._epoch if self._epoch else position
-        first = position - within % _WINDOW
-        size = _WINDOW if self._epoch is None else min(_WINDOW, self._epoch - (within - within % _WINDOW))
+        first = position - within % SORTED_ROWS
+        size = SORTED_ROWS if self._epoch is None else min(SORTED_ROWS, self._epoch - (within - within % SORTED_ROWS))
         key = (seed, first)
         if key not in self._cached:
             while len(self._cached) > 1:  # a step may end in the next window, and evaluation reads none

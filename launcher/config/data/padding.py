@@ -11,7 +11,15 @@ from launcher.config.data.base import SMALL_CHARS
 from launcher.config.data.bpe import without_threads
 from launcher.config.data.examples import ExampleEncoder, RenderedExample, TextSegment
 from launcher.config.data.mixture import exact_weights
-from launcher.config.data.order import ByLength, Mixture, SampleOrder, Shuffled, held_out_numbers, padded_length
+from launcher.config.data.order import (
+    SORTED_ROWS,
+    ByLength,
+    Mixture,
+    SampleOrder,
+    Shuffled,
+    held_out_numbers,
+    padded_length,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -76,48 +84,47 @@ def estimate_padding(
         return None
     rows = [row for sample in samples for row in sample.rows]
     is_whole = all(sample.is_whole for sample in samples)
-    weights = data.weights or (None if is_whole else _shares(samples))
     if equal_shapes and is_whole:
         lengths = [length for row in rows for length in row]
         share = 1 - sum(lengths) / (len(lengths) * sequence_length)
         return PaddingEstimate(share=share, num_rows=sampler.num_read, is_whole=True)
-    sizes = [len(sample.rows) for sample in samples]
-    order = _order(sizes, weights, is_whole=is_whole, rows=rows, sorts=not equal_shapes)
-    steps = range(min(PADDING_STEPS, num_steps or PADDING_STEPS))
-    real = whole = 0
-    for first in (step * batch.global_batch for step in steps):
+    order = _order(data, samples, rows=rows, is_whole=is_whole, sorts=not equal_shapes)
+    # some rows say what to expect of steps on average; all rows, what the first steps have
+    most = PADDING_STEPS if is_whole else max(PADDING_STEPS, -(-SORTED_ROWS // batch.global_batch))
+    shares = []
+    for step in range(min(most, num_steps or most)):
+        first = step * batch.global_batch
+        real = whole = 0
         for start in range(first, first + batch.global_batch, batch.micro_batch):
             numbers = (order.index(seed, position) for position in range(start, start + batch.micro_batch))
             lengths = [length for number in numbers for length in rows[number]]
             real += sum(lengths)
             whole += len(lengths) * (sequence_length if equal_shapes else padded_length(lengths))
-    return PaddingEstimate(share=1 - real / whole, num_rows=sampler.num_read, is_whole=is_whole)
+        shares.append(1 - real / whole)
+    return PaddingEstimate(share=sum(shares) / len(shares), num_rows=sampler.num_read, is_whole=is_whole)
 
 
 def _order(
-    sizes: Sequence[int], weights: Sequence[float] | None, *, is_whole: bool, rows: Sequence[Row], sorts: bool
+    data: AutoData, samples: Sequence[_Sample], *, rows: Sequence[Row], is_whole: bool, sorts: bool
 ) -> SampleOrder:
     """Return the order of the run, or one that draws some rows again and again in its way."""
-    order: SampleOrder = Shuffled(len(rows)) if weights is None else Mixture(sizes, exact_weights(weights))
+    sizes = [len(sample.rows) for sample in samples]
+    order: SampleOrder = Shuffled(len(rows))
+    if data.weights or not is_whole:
+        order = Mixture(sizes, exact_weights(data.weights or _shares(samples)))
     if not sorts:
         return order
-    epoch = len(rows) if weights is None and is_whole else None
-    return ByLength(
-        order, lambda number: max(rows[number]), sizes=[len(rows)] if weights is None else sizes, epoch=epoch
-    )
+    epoch = len(rows) if is_whole and not data.weights else None
+    of_sources = sizes if data.weights else [len(rows)]
+    return ByLength(order, lambda number: max(rows[number]), sizes=of_sources, epoch=epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
     rows: Sequence[Row]
     is_whole: bool
-    num_bytes: int
-    num_chars: int
-
-    @property
-    def size(self) -> float:
-        """About how many rows the source has; sources without files are whole."""
-        return len(self.rows) * (1.0 if self.is_whole else self.num_bytes / max(1, self.num_chars))
+    size: float
+    """About how many rows the source has."""
 
 
 def _shares(samples: Sequence[_Sample]) -> list[float]:
@@ -157,13 +164,12 @@ class _Sampler:
         share = 0.0 if self._data.eval_path else self._data.held_out
         held_out = set(held_out_numbers(len(examples), share)) if is_whole else set()
         kept = [example for number, example in enumerate(examples) if number not in held_out]
-        fit = self._pieces if source.is_documents else self._fitting
-        return _Sample(
-            rows=list(fit(self._tokens(kept))),
-            is_whole=is_whole,
-            num_bytes=sum(file.path.stat().st_size for file in source.files),
-            num_chars=num_chars,
-        )
+        rows = list((self._pieces if source.is_documents else self._fitting)(self._tokens(kept)))
+        num_read = source.num_rows
+        if num_read is None:  # as many as there are bytes for, in a large source or in text
+            num_bytes = sum(file.path.stat().st_size for file in source.files)
+            num_read = round(len(examples) * max(1.0, num_bytes / max(1, num_chars)))
+        return _Sample(rows=rows, is_whole=is_whole, size=len(rows) * num_read / max(1, len(examples)))
 
     def _documents(self, source: DataSource) -> Iterator[RenderedExample]:
         """Yield documents; of a long one, its beginning."""

@@ -3,8 +3,9 @@
     {"train/step": 3, "train/loss": 5.61, "time": 1753948800.5}
 
 Names: train/step train/loss train/lr train/grad_norm train/tokens data/padding eval/loss perf/tokens_per_s perf/mfu
-memory/peak_bytes time/<part>_s, and of the sources of a mixture train/<source>/loss eval/<source>/loss. ``time`` is in seconds since 1970 and rises from line to line. A value that is not
-finite is written as ``null``: JSON has no NaN, and a reader that wants numbers turns null into NaN automatically.
+memory/peak_bytes time/<part>_s, and train/<source>/loss eval/<source>/loss of the sources of a mixture. ``time`` is in
+seconds since 1970 and rises from line to line. A value that is not finite is written as ``null``: JSON has no NaN, and
+a reader that wants numbers turns null into NaN automatically.
 """
 
 from __future__ import annotations

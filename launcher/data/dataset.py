@@ -201,7 +201,7 @@ class Splits:
     order: SampleOrder | None = None
     """Of the training sequences; ``None``: each once an epoch, shuffled."""
     train_sources: tuple[str, ...] = ()
-    """Names of the sources of a mixture; empty unless there are several, each with rows of its own."""
+    """Names of the sources of a mixture; empty if there is only one, or one stream of all."""
     held_out_sources: tuple[str, ...] = ()
     """The same of what is held out."""
 

@@ -164,7 +164,7 @@ def labels_at_head(
 
 @contextmanager
 def logits_at_places(module: nn.Module, places: Tensor | None) -> Iterator[None]:
-    """In this context, make ``module`` return logits of shape (1, places, vocabulary), if possible.
+    """In this context, make ``module`` return logits (1, places, vocabulary), if possible.
 
     Args:
         module: as :func:`labels_at_head` takes it.

@@ -175,7 +175,7 @@ def data_details(run: Run, folder: Path, work: Work) -> dict[str, str]:
 
 
 def _padding_details(run: Run, data: AutoData, own: Path | None, work: Work) -> dict[str, str]:
-    """Return the share of a batch that would be padding, of a run that trains on rows that are not packed.
+    """Return the share of a batch that would be padding, if the run's rows are not packed.
 
     Args:
         run: of the plan.

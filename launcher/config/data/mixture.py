@@ -90,7 +90,10 @@ def source_names(entries: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parts(entry: str) -> list[str]:
-    """Return the parts of a path or a URL, without what may be secret; patterns belong to the folder before."""
+    """Return the parts of a path or a URL, without what may be secret.
+
+    A pattern belongs to the part before it.
+    """
     if "://" in entry:
         entry = entry.partition("?")[0]
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""How much of a batch would be padding, estimated from some rows before anything starts."""
+"""The share of a batch that would be padding, from some rows, for plans."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from launcher.protocol.plan import Batch
 
 PADDING_STEPS = 8
-"""First steps of a run whose padding counts, in the plan and in what the run prints when it starts."""
+"""First steps of a run whose padding the plan names, and the run at its start."""
 _MOST_ROWS = 1024
 """Rows of all sources that are tokenised for an estimate, at most."""
 _HUNDREDTHS = 100

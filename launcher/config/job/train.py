@@ -233,7 +233,7 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
         name = run.checkpoint.best_metric.partition(":")[2]
         is_of_source = name in {f"{source}/loss" for source in data.held_out_source_names}
         if is_of_source and name not in self.set_metrics and not data.separates_sources(shapes):
-            why = "text without weights is one stream, and its sources are not told apart"
+            why = "text without weights is one stream, whose sources are not distinguished"
             fix = "set data.weights or data.packing=true, or name its text in job.eval_sets"
             yield ConfigError("checkpoint.best_metric", run.checkpoint.best_metric, why=why, fix=fix)
         if "preference" not in shapes:

@@ -23,7 +23,7 @@ from launcher.config.sampling import SamplingParams
 from launcher.data.dataloader import Loader
 from launcher.data.dataset import open_splits
 from launcher.engines.distributed import DTYPES, choose_device
-from launcher.engines.model import prepare_precision
+from launcher.engines.model import prepare_precision, weights_progress
 from launcher.inference.engine.base import EngineRequest
 from launcher.inference.engine.model_loader import load_eos_token_ids
 from launcher.inference.engine.model_runner import cache_argument
@@ -165,6 +165,7 @@ def _build(context: Context, method: Quantization | None) -> PreTrainedModel:
         quantization=method,
         after=lambda _, part: part.to(device),
         heartbeat=lambda: context.heartbeat.update("build"),
+        on_progress=weights_progress(context),
     )
     return model.eval().requires_grad_(False).to(device)
 

@@ -12,6 +12,7 @@ from launcher.errors import ConfigError
 from launcher.models.build import build_model
 from launcher.models.deferred_init import PartCallback, leave_part
 from launcher.models.transforms import apply_compile, apply_float8
+from launcher.utils.progress import OnProgress, ProgressLines, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +58,14 @@ def build_run_model(
         after=after,
         laid_out=prepare,
         heartbeat=lambda: context.heartbeat.update("load"),
+        on_progress=weights_progress(context),
     )
+
+
+def weights_progress(context: Context) -> OnProgress:
+    """Return what prints how much of its weights rank 0 has loaded, if that takes seconds."""
+    share = " (share of rank 0)" if context.dims.pipeline > 1 else ""
+    return ProgressLines(f"loading the weights{share}").update if context.is_main else no_progress
 
 
 def prepare_model(model: PreTrainedModel, run: Run, *, device: torch.device) -> None:

@@ -63,8 +63,23 @@ def resolve_run_references(composed: Composition, *, locks: CheckpointLocks | No
         ConfigError: a reference leads to no checkpoint, an ambiguous one, or one that is damaged.
     """
     run = _with_folders(composed, locks or CheckpointLocks())
-    run = _with_checkpoint_tokenizer(run, composed)
+    run = _with_base_folder(_with_checkpoint_tokenizer(run, composed))
     return replace(run, plugins=used_plugins(run))  # the model may be a plugin's
+
+
+def _with_base_folder(run: Run) -> Run:
+    """Return a run of an adapter with the whole paths of its model's folders.
+
+    Who loads the adapter later, from another folder, would take ``model`` for a name on the hub.
+    """
+    model = run.model
+    if run.lora is None or not run.backend.shares_paths:
+        return run
+    if isinstance(model, Hf) and model.is_local:
+        model = replace(model, name=str(Path(model.name).expanduser().absolute()))
+    if model.weights not in ("random", "pretrained"):
+        model = replace(model, weights=str(Path(model.weights).expanduser().absolute()))
+    return replace(run, model=model)
 
 
 def _with_folders(composed: Composition, locks: CheckpointLocks) -> Run:

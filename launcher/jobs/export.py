@@ -18,7 +18,7 @@ from launcher.config.adapter_folder import is_adapter_folder
 from launcher.errors import LauncherError
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import die_with_parent
-from launcher.utils.progress import byte_progress
+from launcher.utils.progress import ProgressLines, byte_progress
 from launcher.utils.system import disk_full_message
 from launcher.utils.text import bytes_text, counted
 
@@ -76,6 +76,7 @@ def _merged(source: Path, snapshot: Path) -> ModelTensors:
         activation=NoCheckpointing(),
         adapter=found.lora,
         transforms=getattr(run.job, "transforms", ()),
+        on_progress=ProgressLines("loading the weights").update,
     )
     merged = MergedModel(built.eval(), found.lora)
     if merged.num_dequantized:

@@ -34,6 +34,7 @@ from launcher.plugins.base import TRANSFORM
 from launcher.plugins.loading import origin_of, plugin_kinds
 from launcher.quantization.convert import Converter, Restorer, metadata_of
 from launcher.quantization.layers import matrices
+from launcher.utils.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,6 +63,7 @@ def build_model(
     after: PartCallback = leave_part,
     laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
     heartbeat: Callable[[], None] = lambda: None,
+    on_progress: OnProgress = no_progress,
 ) -> PreTrainedModel:
     """Return the model in training mode, on the CPU or wherever ``after`` puts its parts.
 
@@ -79,6 +81,7 @@ def build_model(
         after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
         laid_out: called with the model when none of it has storage yet.
         heartbeat: called while weights are fetched, converted or drawn.
+        on_progress: called with the bytes of weights that are there, and those of all that this rank loads.
 
     Raises:
         ConfigError: the weights do not fit the model exactly, with the names of the parameters; or the model's family
@@ -94,6 +97,7 @@ def build_model(
         transforms=transforms,
         adapter=adapter,
         heartbeat=heartbeat,
+        on_progress=on_progress,
     )
     apply_activation_checkpointing(built, activation)
     laid_out(built)
@@ -118,6 +122,7 @@ def build_deferred(
     dtype: torch.dtype = torch.float32,
     adapter: Lora | None = None,
     heartbeat: Callable[[], None] = lambda: None,
+    on_progress: OnProgress = no_progress,
 ) -> tuple[PreTrainedModel, ModelBuilder]:
     """Return the model without storage, and what fills it part by part.
 
@@ -131,6 +136,7 @@ def build_deferred(
         quantization=None,
         adapter=adapter,
         heartbeat=heartbeat,
+        on_progress=on_progress,
     )[:2]
 
 
@@ -152,6 +158,7 @@ def _build_deferred(
     dtype: torch.dtype,
     quantization: Quantization | None,
     heartbeat: Callable[[], None],
+    on_progress: OnProgress,
     transforms: Sequence[str] = (),
     adapter: Lora | None = None,
 ) -> tuple[PreTrainedModel, ModelBuilder, Converter | Restorer | None]:
@@ -169,7 +176,7 @@ def _build_deferred(
     source: TensorSource | None = None
     if folder is not None:
         skip = layers.owns if isinstance(layers, Restorer) else lambda name: False
-        source = _source(model, laid_out, folder, skip=skip)
+        source = _reporting(_source(model, laid_out, folder, skip=skip), laid_out, on_progress)
     finish: Callable[[str], None] = lambda part: None  # noqa: E731  (replaced below)
     stored = None
     if model.adapter is not None:
@@ -211,10 +218,35 @@ def _build_deferred(
     return laid_out, ModelBuilder(laid_out, seed=seed, source=source, then=then, added=added), layers
 
 
+def _reporting(source: TensorSource, laid_out: PreTrainedModel, on_progress: OnProgress) -> TensorSource:
+    """Return a source of weights that reports what it has read.
+
+    What there is to read is known at the first read: until then parts of the model may be cut off, and quantized
+    layers, whose matrices are read elsewhere, count as their biases.
+    """
+    done = total = 0
+
+    def read(names: Sequence[str]) -> torch.Tensor | None:
+        nonlocal done, total
+        total = total or sum(each.numel() * each.element_size() for each in laid_out.parameters())
+        found = source(names)
+        if found is not None:
+            done += found.numel() * found.element_size()
+            on_progress(done, max(done, total))
+        return found
+
+    return read
+
+
 def _name_of_base(model: Model, folder: Path | None) -> str:
-    """Return what PEFT's config calls the model of an adapter: a hub name, or a folder."""
+    """Return what PEFT's config calls the model of an adapter: a hub name, or a folder's whole path.
+
+    PEFT takes a bare name of a folder for a name on the hub.
+    """
     source = model.pretrained_source() if model.weights == "pretrained" else None
-    return source if isinstance(source, str) else str(folder or model.name)
+    if isinstance(source, str):
+        return source
+    return model.name if folder is None else str(folder.absolute())
 
 
 def _quantized_layers(

@@ -50,7 +50,9 @@ def run_lm_eval_benchmark(benchmark: LmEvalBenchmark, context: Context) -> Bench
             config_option=option,
             fix="set benchmark.tokenizer to a folder that has one",
         )
-        model = load_model(context.run, device=device, engine="transformers", heartbeat=loading)
+        model = load_model(
+            context.run, device=device, engine="transformers", heartbeat=loading, is_first=context.is_main
+        )
         wrapped = RankModel(model, tokenizer, batch_size=benchmark.batch_size, context=context, device=device)
         found = answer_tasks(benchmark.request, manager, wrapped)
     finally:

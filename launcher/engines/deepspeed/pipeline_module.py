@@ -17,7 +17,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
-from launcher.engines.model import prepare_model
+from launcher.engines.model import prepare_model, weights_progress
 from launcher.models.build import build_deferred
 from launcher.models.layers import PassPositions, PipelineBlock, PipelineLayer, pipeline_layers, units
 from launcher.models.transforms import apply_activation_checkpointing
@@ -95,7 +95,12 @@ def build_pipeline_module(
     assert isinstance(parallel, DeepSpeedPipeline), "the run asks for this pipeline"
     heartbeat = partial(context.heartbeat.update, "load")
     model, builder = build_deferred(
-        run.model, seed=run.job.seed, attention=run.attention, adapter=run.lora, heartbeat=heartbeat
+        run.model,
+        seed=run.job.seed,
+        attention=run.attention,
+        adapter=run.lora,
+        heartbeat=heartbeat,
+        on_progress=weights_progress(context),
     )
     apply_activation_checkpointing(model, run.activation)
     prepare_model(model, run, device=device)

@@ -23,7 +23,7 @@ from launcher.config.model.transformers_support import stage_names
 from launcher.config.parallel.pipeline import Pipeline, partition_layers
 from launcher.config.supported_models import stateful_model_error
 from launcher.engines.distributed import DTYPES
-from launcher.engines.model import prepare_model
+from launcher.engines.model import prepare_model, weights_progress
 from launcher.engines.pipeline.stage import ModelChunk
 from launcher.errors import ConfigError
 from launcher.models.attention import class_attention_support
@@ -86,7 +86,12 @@ def build_chunk(context: Context, where: ModelPartition, number: int, *, device:
     """Return one chunk with its weights, on ``device``, in training mode."""
     run, count = context.run, len(where.blocks)
     model, builder = build_deferred(
-        run.model, seed=run.job.seed, attention=run.attention, adapter=run.lora, heartbeat=_heartbeat(context)
+        run.model,
+        seed=run.job.seed,
+        attention=run.attention,
+        adapter=run.lora,
+        heartbeat=_heartbeat(context),
+        on_progress=weights_progress(context),
     )
     keep_chunk(model, where.blocks[number], first=number == 0, last=number == count - 1)
     apply_activation_checkpointing(model, run.activation)

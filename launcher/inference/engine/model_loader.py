@@ -18,6 +18,7 @@ from launcher.errors import ConfigErrors
 from launcher.inference.engine.model_runner import WHOLE_MODEL, ModelStage
 from launcher.models.build import build_deferred, build_model
 from launcher.models.pretrained import weights_folder
+from launcher.utils.progress import OnProgress, ProgressLines, no_progress
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,12 @@ def load_stage(
     """
     compute = DTYPES[run.precision.compute]
     model, builder = build_deferred(
-        run.model, seed=run.job.seed, attention=run.attention, dtype=compute, heartbeat=heartbeat
+        run.model,
+        seed=run.job.seed,
+        attention=run.attention,
+        dtype=compute,
+        heartbeat=heartbeat,
+        on_progress=_progress(is_first=number == 0, share=count > 1),
     )
     blocks = partition_by_parameters(model, count, stages=count)[number]
     stage = ModelStage(number=number, count=count, first_block=blocks.start)
@@ -73,7 +79,9 @@ def load_model_part(
     """
     stages = run.parallel.dims(world_size).pipeline
     if stages == 1:
-        return load_model(run, world_size=world_size, device=device, heartbeat=heartbeat), WHOLE_MODEL
+        return load_model(
+            run, world_size=world_size, device=device, heartbeat=heartbeat, is_first=rank == 0
+        ), WHOLE_MODEL
     _check(run, world_size=world_size, device=device)
     model, stage = load_stage(
         run, number=rank, count=stages, after=lambda _, part: part.to(device), heartbeat=heartbeat
@@ -88,8 +96,17 @@ def load_model(
     world_size: int = 1,
     engine: str = "paged",
     heartbeat: Callable[[], None] = lambda: None,
+    is_first: bool = True,
 ) -> PreTrainedModel:
     """Return the run's model for inference, in its format: whole, or this rank's slices.
+
+    Args:
+        run: whose model.
+        device: of the model.
+        world_size: ranks that hold slices of it.
+        engine: that computes with it.
+        heartbeat: called meanwhile.
+        is_first: whether this rank prints how much is loaded.
 
     Raises:
         ConfigErrors: the engine computes nothing the way that the run says.
@@ -115,8 +132,14 @@ def load_model(
         after=after,
         laid_out=laid_out,
         heartbeat=heartbeat,
+        on_progress=_progress(is_first=is_first, share=False),
     )
     return model.eval().requires_grad_(False).to(device)
+
+
+def _progress(*, is_first: bool, share: bool) -> OnProgress:
+    lines = ProgressLines("loading the weights" + (" (share of rank 0)" if share else ""))
+    return lines.update if is_first else no_progress
 
 
 def _check(run: Run, *, world_size: int, device: torch.device, engine: str = "paged") -> None:

@@ -370,6 +370,16 @@ def test_a_folder_of_a_model_says_which_model_it_is(tmp_path: Path, write: Write
     assert resolved("job=evaluate", "model=gpt2_tiny", "model.weights=exported").model.kind == "gpt2"
 
 
+@pytest.mark.parametrize(
+    "words", [("model=hf", "model.name=plain", "model.weights=pretrained"), ("model.weights=plain",)]
+)
+def test_the_base_of_an_adapter_is_found_from_any_folder(write: Write, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (write(10).folder / "model").rename("plain")
+    model = resolved("job=train", "adapter=lora", *words).model
+    assert (model.kind, model.name, model.weights) == ("hf", str(tmp_path / "plain"), "pretrained")
+    assert resolved("job=train", *words).model.name == "plain"
+
+
 def test_resume_takes_a_run_id_and_keeps_the_run_so_that_ranks_can_take_the_one_before(write: Write) -> None:
     ten, twenty = write(10, loss=1.0), write(20, loss=2.0)
     run_dir = ten.folder.parent.parent

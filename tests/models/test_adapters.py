@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from launcher.config.activation import NoCheckpointing
 from launcher.config.adapter import Dora, Lora, RsLora
 from launcher.config.adapter_folder import (
+    ADAPTER_ATTRIBUTE,
     ADAPTER_NAME,
     AdapterUse,
     base_name,
@@ -25,6 +26,7 @@ from launcher.config.adapter_folder import (
 from launcher.config.attention import SdpaAttention
 from launcher.config.model.config_json import sizes_from_config
 from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.hf import Hf
 from launcher.config.model.linear_layers import module_sizes, modules_of
 from launcher.config.model.llama import Llama
 from launcher.config.model.shape import LlamaSizes
@@ -220,3 +222,19 @@ def test_names_of_peft_and_of_parameters_are_each_others_reverse() -> None:
     assert [parameter_name(key, ("model.norm",)) for key in keys] == names
     assert "base_model.model.model.norm.weight" in keys
     assert "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector" in keys
+
+
+def test_peft_is_given_the_whole_path_of_a_folder_and_loading_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT takes a bare name for one on the hub; every byte of the weights is counted once."""
+    build_model(LLAMA, seed=0, **PLAIN).save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for model in (replace(LLAMA, weights="base"), Hf(name="base", weights="pretrained")):
+        reports: list[tuple[int, int]] = []
+        built = build_model(model, seed=0, adapter=Lora(), on_progress=lambda *report: reports.append(report), **PLAIN)
+        assert getattr(built, ADAPTER_ATTRIBUTE)["base_model_name_or_path"] == str(tmp_path / "base")
+        num_bytes = sum(each.numel() * 4 for each in build_model(LLAMA, seed=0, **PLAIN).parameters())
+        assert reports[-1] == (num_bytes, num_bytes)
+        assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+        assert {total for _, total in reports} == {num_bytes}

@@ -232,7 +232,11 @@ def test_peft_is_given_the_whole_path_of_a_folder_and_loading_is_reported(
     monkeypatch.chdir(tmp_path)
     for model in (replace(LLAMA, weights="base"), Hf(name="base", weights="pretrained")):
         reports: list[tuple[int, int]] = []
-        built = build_model(model, seed=0, adapter=Lora(), on_progress=lambda *report: reports.append(report), **PLAIN)
+
+        def report(done: int, total: int, reports: list[tuple[int, int]] = reports) -> None:
+            reports.append((done, total))
+
+        built = build_model(model, seed=0, adapter=Lora(), on_progress=report, **PLAIN)
         assert getattr(built, ADAPTER_ATTRIBUTE)["base_model_name_or_path"] == str(tmp_path / "base")
         num_bytes = sum(each.numel() * 4 for each in build_model(LLAMA, seed=0, **PLAIN).parameters())
         assert reports[-1] == (num_bytes, num_bytes)

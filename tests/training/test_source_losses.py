@@ -35,7 +35,6 @@ STRATEGIES = {
     "single": ("parallel=single", "backend.ranks=1", "job.micro_batch=2"),
     "ddp": ("parallel=ddp", "backend.ranks=2", "job.micro_batch=2"),
     "sequence": ("parallel=fsdp", "parallel.sequence_parallel=2", "backend.ranks=2", "job.micro_batch=4"),
-    "zero3": ("parallel=zero3", "backend.ranks=2", "job.micro_batch=4"),
     "1f1b": ("parallel=pipeline", "backend.ranks=2", "job.micro_batch=2"),
     "zbv": ("parallel=pipeline", "parallel.schedule=zbv", "backend.ranks=2", "job.micro_batch=2"),
     "deepspeed": ("parallel=deepspeed_pipeline", "backend.ranks=2", "job.micro_batch=2"),

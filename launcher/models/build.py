@@ -221,14 +221,19 @@ def _build_deferred(
 def _reporting(source: TensorSource, laid_out: PreTrainedModel, on_progress: OnProgress) -> TensorSource:
     """Return a source of weights that reports what it has read.
 
-    What there is to read is known at the first read: until then parts of the model may be cut off, and quantized
-    layers, whose matrices are read elsewhere, count as their biases.
+    What there is to read is known at the first read: until then parts of the model may be cut off. Quantized layers,
+    whose matrices are read elsewhere, count as their biases. The parameters of an adapter are added later.
     """
     done = total = 0
+    own = {id(each): each for each in laid_out.parameters()}
+
+    def is_read(parameter: nn.Parameter) -> bool:
+        """Return whether it is the model's own: those of the part that is filled first are others by now."""
+        return id(parameter) in own or not parameter.is_meta
 
     def read(names: Sequence[str]) -> torch.Tensor | None:
         nonlocal done, total
-        total = total or sum(each.numel() * each.element_size() for each in laid_out.parameters())
+        total = total or sum(each.numel() * each.element_size() for each in filter(is_read, laid_out.parameters()))
         found = source(names)
         if found is not None:
             done += found.numel() * found.element_size()

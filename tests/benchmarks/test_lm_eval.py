@@ -12,14 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launcher.config.benchmark.lm_eval import LmEvalBenchmark
-from launcher.config.compose import compose
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.config.lm_eval_tasks import TaskRequest
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.models.adapters import dequantized
-from launcher.models.build import build_model
-from launcher.quantization.codecs import quantized_layers
-from launcher.quantization.layers import replace_layer
 from launcher.training.task_evaluation import _kept_generators
 from tests.helpers import losses
 from tests.inference.peft_adapters import save_adapter
@@ -168,59 +163,6 @@ def test_figures_of_an_adapter_are_those_of_the_harness_with_peft(
     expected, without = (each["results"]["prose"]["bits_per_byte,none"] for each in (beside, alone))
     assert found == pytest.approx(expected, rel=1e-5)
     assert found != pytest.approx(without, rel=1e-3)
-
-
-QUANTIZE = (
-    *("job=quantize", "model=hf", "precision=fp32", "backend.ranks=1", "backend.threads=1", "tracker=local"),
-    *("data=text", "data.path=text.txt", "data.tokenizer=model", "data.cache=cache", "job.sequence_length=16"),
-)
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("method", ["int8_weight", "nf4", "int4_weight"])
-def test_figures_of_a_quantized_folder_are_those_of_the_harness(
-    launch: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    """The harness loads the folder itself if Transformers can, else it is given the dequantized weights."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    monkeypatch.chdir(tasks)
-    (tasks / "text.txt").write_text("grass has a colour. the sky has another. " * 100)
-    group = ("quantization.group_size=16",) if method == "int4_weight" else ()
-    words = (f"model.name={tasks / 'model'}", f"quantization={method}", *group, "job.output=quantized")
-    launch(*QUANTIZE, *words, "run.dir=quantize").expect(0)
-    files = [f"{name}.yaml" for name in NAMES]
-    launch(
-        *(*BENCHMARK, "model.weights=quantized", f"benchmark.tasks=[{','.join(files)}]", "precision=fp32"),
-        *("backend.ranks=1", "run.dir=answered", "benchmark.bootstrap_iters=0", "benchmark.batch_size=3"),
-    ).expect(0)
-    found = json.loads((tasks / "answered" / "benchmark.json").read_text())["metrics"]
-    if "quantization_config" in json.loads((tasks / "quantized" / "config.json").read_text()):
-        model: Any = HFLM(pretrained=str(tasks / "quantized"), dtype="float32", device="cpu", batch_size=3)
-    else:
-        plain, tokenizer = in_floats(tasks / "quantized"), PreTrainedTokenizerFast.from_pretrained(tasks / "model")
-        model = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=3)
-    expected = simple_evaluate(model, tasks=files, bootstrap_iters=0)["results"]
-    assert found
-    for name, value in found.items():
-        task, metric = name.split("/")
-        assert value == pytest.approx(expected[task][f"{metric},none"], rel=1e-5), name
-    whole = simple_evaluate(HFLM(pretrained=str(tasks / "model")), tasks=["prose.yaml"], bootstrap_iters=0)["results"]
-    bits = "bits_per_byte"
-    assert found[f"prose/{bits}"] != pytest.approx(whole["prose"][f"{bits},none"], rel=1e-4), "nothing was quantized"
-
-
-def in_floats(folder: Path) -> Any:
-    """Return the model of a folder whose quantized layers are dequantized."""
-    run = compose(["model=hf", f"model.name={folder}", "model.weights=pretrained"]).run
-    model: Any = build_model(run.model, seed=0, attention=run.attention, activation=run.activation).eval()
-    for name, layer in list(quantized_layers(model)):
-        values = dequantized(layer)
-        plain = torch.nn.Linear(*values.T.shape, bias=layer.bias is not None)
-        plain.weight, plain.bias = torch.nn.Parameter(values), layer.bias
-        replace_layer(model, name, plain)
-    return model
 
 
 TRAIN = (

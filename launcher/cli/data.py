@@ -71,13 +71,14 @@ def run(arguments: Arguments) -> int:
     if errors:
         raise errors[0]
     folder = _tokenizer_folder(run)
-    template = data.template(folder)
+    template, sources = data.template(folder), data.sources()
+    if (error := data.template_error(template, sources)) is not None:
+        raise error
     tokenizer, end_id = _tokenizer(data, folder)
     length = run.job.sequence_length if isinstance(run.job, BatchedJob) else sys.maxsize - 1
     encoder = ExampleEncoder(tokenizer, end_id=end_id)
     preview = Preview(encoder=encoder, sequence_length=length, data=data)
     write = _writer(sys.stdout)
-    sources = data.sources()
     each = [num_rows // len(sources) + (number < num_rows % len(sources)) for number in range(len(sources))]
     for source, wanted in zip(sources, each, strict=True):
         if wanted:

@@ -105,7 +105,7 @@ def example_folders(
     return ExampleFolders(
         train=train,
         evaluation=evaluation,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer if data.chat_template == "auto" else replace(tokenizer, chat_template=template),
         splits_documents=tuple(source.is_documents for source in data.sources()),
         evaluation_splits=tuple(source.is_documents for source in data.sources("eval_path")),
     )

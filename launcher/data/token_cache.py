@@ -16,13 +16,14 @@ from pathlib import Path
 
 from launcher.config.data.base import STREAM_LAYOUT, Corpus, TextChunk
 from launcher.config.data.bpe import END, train_byte_level_bpe
+from launcher.config.data.chat_template import ChatTemplate, write_default_template
 from launcher.config.model.base import Model
 from launcher.data.corpus import read_corpus
 from launcher.data.progress import TokenisingProgress
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import FastTokenizer, copy_tokenizer, load_tokenizer
 from launcher.utils.build_cache import build_once
-from launcher.utils.files import read_json, sha256_of, write_atomic, write_json
+from launcher.utils.files import read_json, read_object, sha256_of, write_atomic, write_json
 from launcher.utils.hub import fetch_model
 from launcher.utils.text import bytes_text
 
@@ -136,7 +137,7 @@ def given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
 def save_tokenizer(
     data: Corpus, model: Model, tokenizer: FastTokenizer, folder: Path, *, heartbeat: Callable[[], None]
 ) -> None:
-    """Write the tokenizer of ``data`` and its chat template into a model folder.
+    """Write the tokenizer of ``data`` and the chat template of its conversations into a model folder.
 
     Args:
         data: what the model is trained on.
@@ -154,6 +155,20 @@ def save_tokenizer(
         write_atomic(folder / _TOKENIZER, tokenizer.to_json())
     if tokenizer.end_id is not None and not (folder / _GENERATION).exists():
         write_json(folder / _GENERATION, {"eos_token_id": tokenizer.end_id})
+    if tokenizer.chat_template is not None:
+        write_default_template(folder, tokenizer.chat_template.source)
+        _end_generation_with(tokenizer.chat_template, tokenizer, folder)
+
+
+def _end_generation_with(template: ChatTemplate, tokenizer: FastTokenizer, folder: Path) -> None:
+    """Add the token that ends the assistant's turns to those that end generation."""
+    token = tokenizer.inner.token_to_id(template.turn_end)
+    file = folder / _GENERATION
+    settings = read_object(file) if file.exists() else {}
+    given = settings.get("eos_token_id")
+    known = [] if given is None else list(given) if isinstance(given, list) else [given]
+    if token is not None and token not in known:
+        write_json(file, {**settings, "eos_token_id": [*known, token]})
 
 
 def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartbeat: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.data.chat_template import ChatTemplate
 from launcher.config.model.base import TOKENIZER_FILES, VOCABULARY_FILES, has_tokenizer
 from launcher.errors import ConfigError
 from launcher.utils.files import exists
@@ -121,6 +122,8 @@ class FastTokenizer:
     inner: tokenizers.Tokenizer
     end_id: int | None
     """Put after each document; ``None`` where the vocabulary has no such token."""
+    chat_template: ChatTemplate | None = None
+    """With which conversations became text, where it is not the tokenizer's own default."""
 
     @property
     def vocab_size(self) -> int:

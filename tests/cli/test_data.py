@@ -76,6 +76,17 @@ def test_a_cut_answer_is_said(chat: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "truncated to 61 (data.on_long=truncate)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_conversations_without_a_template_are_no_fault_of_a_row(
+    choice: str, chat: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "preview", "data.vocab_size=257", f"data.chat_template={choice}", f"data.path={chat}"]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert "data.chat_template=chatml" in said.err
+    assert "on_bad_row" not in said.err
+
+
 def test_rows_are_taken_from_every_source(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("plain words " * 400)
     words = [*WORDS, f"data.path=[{chat},{tmp_path / 'text.txt'}]", "data.weights=[3,1]", "rows=3"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from launcher.config.compose import compose
+from launcher.config.data.auto import AutoData
+from launcher.config.data.chat_template import builtin_template
 from launcher.config.data.text import Text
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.hf import Hf
 from launcher.data.corpus import read_corpus
 from launcher.data.dataset import open_splits, open_stream
+from launcher.data.example_encoding import example_folders
 from launcher.data.token_cache import given_tokenizer, save_tokenizer, token_folder, train_bpe
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.inference.tokenizer import load_text_tokenizer, open_tokenizer
@@ -223,6 +228,44 @@ def test_a_tokenizer_of_a_folder_is_saved_with_its_chat_templates(text: MakeText
         *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
     }
     assert load_tokenizer(saved, option="x").encode("the cat") == tokenizer.encode("the cat")
+
+
+def test_the_template_that_the_data_names_is_saved_as_the_default(model: Gpt2, tmp_path: Path) -> None:
+    """Whoever loads a model renders conversations as they were rendered in training."""
+    source, saved, chats = tmp_path / "source", tmp_path / "saved", tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello yourself"}]
+    chats.write_text(f"{json.dumps({'messages': chat})}\n" * 40)
+    data = AutoData(path=str(chats), vocab_size=257, cache=str(tmp_path / "cache"), chat_template="chatml")
+    trained = example_folders(data, model, heartbeat=lambda: None).tokenizer
+    trained.inner.add_special_tokens(["<|im_end|>"])
+    save_tokenizer(data, model, replace(trained, chat_template=None), source, heartbeat=lambda: None)
+    own = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tools", "template": "{{ 2 }}"}]
+    settings = read_json(source / "tokenizer_config.json")
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": own}))
+
+    for choice, expected in (("auto", "{{ 1 }}"), ("tools", "{{ 2 }}"), ("chatml", builtin_template("chatml"))):
+        folder = saved / choice
+        if choice == "auto":
+            tokenizer = given_tokenizer(replace(data, tokenizer=str(source)), model, heartbeat=lambda: None)
+        else:
+            named = replace(data, tokenizer=str(source), chat_template=choice)
+            template = named.template(source)
+            tokenizer = replace(given_tokenizer(named, model, heartbeat=lambda: None), chat_template=template)
+        save_tokenizer(replace(data, tokenizer=str(source)), model, tokenizer, folder, heartbeat=lambda: None)
+        templates = AutoTokenizer.from_pretrained(folder).chat_template
+        assert templates == {"default": expected, "tools": "{{ 2 }}"}
+        ends = read_json(folder / "generation_config.json")["eos_token_id"]
+        end_of_turn = trained.inner.token_to_id("<|im_end|>")
+        assert ends == ([trained.end_id, end_of_turn] if choice == "chatml" else trained.end_id)
+
+
+def test_the_tokenizer_of_examples_carries_a_template_that_is_not_its_own(model: Gpt2, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{json.dumps({'prompt': 'Hello', 'response': 'Hi'})}\n" * 40)
+    data = AutoData(path=str(rows), vocab_size=257, cache=str(tmp_path / "cache"))
+    for choice, expected in (("auto", None), ("none", None), ("plain", builtin_template("plain"))):
+        tokenizer = example_folders(replace(data, chat_template=choice), model, heartbeat=lambda: None).tokenizer
+        assert (tokenizer.chat_template and tokenizer.chat_template.source) == expected
 
 
 @pytest.mark.parametrize(

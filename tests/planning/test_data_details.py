@@ -36,7 +36,8 @@ def refused(*words: str) -> list[str]:
 def test_a_plan_shows_shape_columns_rows_and_the_first_example(tmp_path: Path) -> None:
     found = details(f"data.path={written(tmp_path, {'messages': ASKED}, {'messages': ASKED})}")
     assert found["data"] == "2 rows of conversations (messages), loss on assistant turns"
-    assert found["chat template"] == "chatml"
+    unknown = "<|im_end|>, which ends turns, is no token of this tokenizer, so answers do not end there"
+    assert found["chat template"] == f"chatml; {unknown}"
     assert found["first example"] == r"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>\n⟧"
 
 
@@ -54,8 +55,28 @@ def test_plain_text_adds_nothing(tmp_path: Path) -> None:
     assert not details("data.chat_template=auto").keys() & {"data", "chat template", "first example"}
 
 
+def test_a_template_that_ends_turns_with_a_token_adds_nothing(tmp_path: Path) -> None:
+    found = details(f"data.path={written(tmp_path, *[{'messages': ASKED}] * 2)}", "data.chat_template=plain")
+    assert found["chat template"] == "plain"
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("chats.jsonl", "more.jsonl", "training_notes.jsonl"):
+        written(tmp_path, *[{"messages": ASKED}] * 2, name=name)
+    found = details(f"data.path={tmp_path}")
+    assert "2 files of the folder left out (chats.jsonl, more.jsonl)" in found["data"]
+
+
+def test_one_example_cannot_be_trained_on_and_held_out(tmp_path: Path) -> None:
+    file = written(tmp_path, {"messages": ASKED})
+    (said,) = refused(f"data.path={file}")
+    assert said.startswith(f"data.held_out=0.05: {file} has one example, which leaves none to evaluate on")
+    assert "data" in details(f"data.path={file}", f"data.eval_path={file}")
+
+
 def test_a_prompt_without_a_template_is_shown_as_it_stands(tmp_path: Path) -> None:
-    found = details(f"data.path={written(tmp_path, {'prompt': 'q', 'response': 'a'})}", "data.chat_template=auto")
+    file = written(tmp_path, *[{"prompt": "q", "response": "a"}] * 2)
+    found = details(f"data.path={file}", "data.chat_template=auto")
     assert found["chat template"] == "none: prompts and responses as they stand"
     assert found["first example"] == "q⟦a⟧"
 
@@ -110,7 +131,7 @@ def test_a_plan_says_what_is_trained_on_preferences(tmp_path: Path) -> None:
     assert said["first example"].endswith(r"rejected: ⟦b<|im_end|>\n⟧")
     said = details(f"data.path={pairs}", "job.objective=dpo", "adapter=lora")
     assert said["reference"].startswith("the model without its adapter, computed")
-    assert "objective" not in details(f"data.path={written(tmp_path, {'messages': ASKED})}")
+    assert "objective" not in details(f"data.path={written(tmp_path, *[{'messages': ASKED}] * 2)}")
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,17 @@ def test_a_set_of_chats_is_refused_in_the_plan(texts: Path, monkeypatch: pytest.
         ]
 
 
-def test_the_text_of_a_set_is_not_packed() -> None:
-    run = compose(["job=evaluate", "data=auto", "data.path=chats.jsonl", "data.packing=true"]).run
+def test_what_is_said_of_chats_is_not_said_of_the_text_of_a_set(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello yourself"}]
+    (texts / "chats.jsonl").write_text(f"{json.dumps({'talk': chat})}\n" * 4)
+    words = ["data.path=chats.jsonl", "data.shape=messages", "data.messages_column=talk", "data.chat_template=chatml"]
+    run = compose(["job=evaluate", *words, "data.packing=true", "job.eval_sets={fine: prose.txt}"]).run
     assert isinstance(run.data, AutoData)
     assert run.data.packing
-    assert run.data.with_path("prose.txt").packing is None
+    assert run.data.with_path("prose.txt") == AutoData(
+        path="prose.txt", tokenizer="bpe", vocab_size=run.data.vocab_size
+    )
+    host = Host(name="box", slots=1, cores=1, memory_bytes=2**34)
+    errors = [error.option for error in validate_machine(run, texts / "run", hosts=[host])]
+    assert not [option for option in errors if option.startswith("job.eval_sets")]

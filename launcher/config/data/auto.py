@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Self
 
 from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
-from launcher.config.data.bpe import folder_tokenizer, without_threads
+from launcher.config.data.bpe import END, folder_tokenizer, without_threads
 from launcher.config.data.builtin import BUILTIN_DATA, builtin_rows
 from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_template
 from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample
@@ -31,7 +31,7 @@ from launcher.config.data.shapes import (
     detect_columns,
     shapes_with,
 )
-from launcher.config.data.sources import Source, url_problem
+from launcher.config.data.sources import Source, left_out_of_folder, url_problem
 from launcher.config.data.text import PYTHON_DOCS, python_docs, validate_python_docs
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
@@ -108,6 +108,10 @@ class DataSource:
             counts = {"assistant": "assistant turns", "last": "last assistant turn", "all": "all tokens"}
             turns = counts[self.data.train_on] if template or self.data.train_on == "all" else "responses"
             parts.append(f"loss on {turns}")
+        source, used = Source(name=self.name, option="data.path"), [file.path for file in self.files]
+        if left_out := [file.name for file in left_out_of_folder(source, used)]:
+            shown = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
+            parts.append(f"{counted(len(left_out), 'file')} of the folder left out ({shown})")
         if self.data.weights:
             parts.append(f"share {self.weight / sum(self.data.weights):.1%}")
         return ", ".join(parts)
@@ -345,8 +349,14 @@ class AutoData(Corpus):
             yield self.error("chat_template", why, "leave it out, or set data.shape to what the rows are")
 
     def with_path(self, path: str | tuple[str, ...]) -> Self:
-        """Return the same options with other data, in equal shares; text is not packed."""
-        return replace(self, path=path, weights=(), eval_path=(), packing=None)
+        """Return the same options with other data, text in equal shares, which is not packed.
+
+        What is said of examples is left out: it says nothing about text.
+        """
+        of_examples = {f"{part}_column": None for part in ("prompt", "response", "messages", "chosen", "rejected")}
+        shape: Literal["auto", "text"] = "text" if self.shape == "text" else "auto"
+        plain = replace(self, path=path, weights=(), eval_path=(), packing=None, shape=shape, chat_template="auto")
+        return replace(plain, **of_examples)
 
     def entries(self, field: EntryField) -> tuple[str, ...]:
         """Return the entries of ``path`` or ``eval_path``."""
@@ -467,24 +477,33 @@ class AutoData(Corpus):
                     yield from super().validate_length(sequence_length, tokenizer=tokenizer)
                 return
             template = self.plan_template(tokenizer)
+            if (error := self.template_error(template, sources)) is not None:
+                yield error
+                return
             check = _LengthCheck(tokenizer, sequence_length, self.on_long)
             for source in sources:
-                if source.shape == "messages" and template is None:
-                    yield self._template_error(source)
-                elif not source.is_documents:
+                if not source.is_documents:
                     most = self._num_checked(sources) if source.files else _CHECKED_ROWS
                     check.add(itertools.islice(source.placed_examples(template), most))
         except ConfigError as error:
             yield error
             return
         yield from check.errors()
+        if check.num_examples == 1 and len(sources) == 1 and sources[0].files and not self.entries("eval_path"):
+            why = f"{sources[0].name} has one example, which leaves none to evaluate on"
+            fix = "give more examples, or set data.eval_path to examples to evaluate on"
+            yield self.error("held_out", why, fix)
 
     def _num_checked(self, sources: Sequence[DataSource]) -> int | None:
         """Return how many examples of a source are checked before anything starts; ``None``: all."""
         num_bytes = sum(file.path.stat().st_size for source in sources for file in source.files)
         return None if num_bytes <= _CHECKED_BYTES else _CHECKED_ROWS
 
-    def _template_error(self, source: DataSource) -> ConfigError:
+    def template_error(self, template: ChatTemplate | None, sources: Sequence[DataSource]) -> ConfigError | None:
+        """Return the error of conversations without a template, which only it makes text of."""
+        source = next((one for one in sources if one.shape == "messages"), None)
+        if template is not None or source is None:
+            return None
         if self.chat_template == "none":
             why, fix = f"{source.name} holds conversations, which only a template makes text of", "leave it out"
             return self.error("chat_template", why, f"{fix}, or set data.chat_template=chatml")
@@ -522,10 +541,23 @@ class AutoData(Corpus):
         first = next(examples, None)
         if first is None:
             return
-        how = "none: prompts and responses as they stand" if template is None else template.label
+        how = (
+            "none: prompts and responses as they stand"
+            if template is None
+            else self._template_words(template, tokenizer)
+        )
         yield "chat template", "of the tokenizer, which the first rank fetches" if is_unknown else how
         if not is_unknown:
             yield "first example", marked_text(first, limit=_SHOWN_CHARS)
+
+    def _template_words(self, template: ChatTemplate, tokenizer: Path | None) -> str:
+        """Return a template's name, and whether servers can stop where its turns end."""
+        end = template.turn_end
+        known = None if tokenizer is None or not end else folder_tokenizer(tokenizer)
+        is_token = end == END if tokenizer is None else known is None or known.token_to_id(end) is not None
+        if not end or is_token:
+            return template.label
+        return f"{template.label}; {end}, which ends turns, is no token of this tokenizer, so answers do not end there"
 
     @property
     def is_plain(self) -> bool:
@@ -719,11 +751,11 @@ class _LengthCheck:
         loaded = None if tokenizer is None or on_long != "refuse" else folder_tokenizer(tokenizer)
         self._encoder = None if loaded is None else ExampleEncoder(loaded, end_id=None)
         self._most, self._longest, self._place = sequence_length + 1, 0, ""
-        self._num_long = self._num_examples = 0
+        self._num_long = self.num_examples = 0
 
     def add(self, examples: Iterable[tuple[str, Example]]) -> None:
         for batch in _batches(examples):
-            self._num_examples += len(batch)
+            self.num_examples += len(batch)
             if self._encoder is None:
                 continue
             with without_threads():
@@ -739,7 +771,7 @@ class _LengthCheck:
         if not self._num_long:
             return
         verb = "is" if self._num_long == 1 else "are"
-        why = f"{self._num_long:,} of {counted(self._num_examples, 'example')} {verb} longer than a sequence of "
+        why = f"{self._num_long:,} of {counted(self.num_examples, 'example')} {verb} longer than a sequence of "
         why += f"{self._most - 1:,} + 1 tokens; the longest, {self._place}, has {self._longest:,}"
         fix = f"set job.sequence_length={self._longest - 1}, or data.on_long=truncate or drop"
         yield ConfigError("data.on_long", "refuse", why=why, fix=fix)

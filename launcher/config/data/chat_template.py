@@ -18,7 +18,7 @@ from typing import Any, Literal
 from launcher.config.data.bpe import END
 from launcher.config.data.examples import RenderedExample, TextSegment, joined
 from launcher.errors import ConfigError
-from launcher.utils.files import read_object
+from launcher.utils.files import read_object, write_atomic
 from launcher.utils.text import did_you_mean
 
 TrainOn = Literal["assistant", "last", "all"]
@@ -28,6 +28,8 @@ _START, _STOP = "\ue000generation\ue001", "\ue000end\ue001"
 """Marks around generated text while a template runs."""
 DEFAULT_TEMPLATE = "default"
 """The template that is used where none is named, as Transformers has it."""
+_DEFAULT_FILE, _NAMED_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+"""Of a tokenizer's folder: its default template, and a folder of those with other names."""
 _SENTINEL = "launcher-content-of-this-turn"
 
 
@@ -102,6 +104,20 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             return f"line {error.lineno}: {error.message}"
         return None
+
+    @functools.cached_property
+    def turn_end(self) -> str:
+        """What ends an assistant's turn, without white space around it; empty where nothing does."""
+        answer = "answer"
+        try:
+            example = self.render_example(
+                [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}],
+                train_on="assistant",
+            )
+        except TemplateFailed:  # it takes other conversations alone
+            return ""
+        trained = "".join(segment.text for segment in example.segments if segment.is_trained)
+        return trained.rpartition(answer)[2].strip()
 
     @functools.cached_property
     def has_generation_marks(self) -> bool:
@@ -357,9 +373,9 @@ def read_templates(folder: Path) -> dict[str, str]:
 
     A folder that cannot be read has none.
     """
-    more = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
-    if (folder / "chat_template.jinja").is_file():
-        more[DEFAULT_TEMPLATE] = folder / "chat_template.jinja"
+    more = {file.stem: file for file in (folder / _NAMED_TEMPLATES).glob("*.jinja")}
+    if (folder / _DEFAULT_FILE).is_file():
+        more[DEFAULT_TEMPLATE] = folder / _DEFAULT_FILE
     if more:  # with files of templates, Transformers does not look at those in the settings
         try:
             return {name: file.read_text(encoding="utf-8") for name, file in more.items()}
@@ -370,6 +386,16 @@ def read_templates(folder: Path) -> dict[str, str]:
         return {DEFAULT_TEMPLATE: given}
     entries = given if isinstance(given, list) else []
     return {str(one["name"]): str(one["template"]) for one in entries if isinstance(one, dict) and "template" in one}
+
+
+def write_default_template(folder: Path, source: str) -> None:
+    """Make ``source`` the default chat template of a tokenizer's folder; its other templates stay."""
+    others = {name: text for name, text in read_templates(folder).items() if name != DEFAULT_TEMPLATE}
+    if others:
+        (folder / _NAMED_TEMPLATES).mkdir(exist_ok=True)
+    for name, text in others.items():
+        write_atomic(folder / _NAMED_TEMPLATES / f"{name}.jinja", text)
+    write_atomic(folder / _DEFAULT_FILE, source)
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.config.data.chat_template import read_templates
 from launcher.config.model.config_json import attention_windows, non_attention_layers
 from launcher.config.model.transformers_support import attention_support
 from launcher.config.parallel.pipeline import Pipeline
@@ -97,14 +96,6 @@ def api_keys_from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return the API keys of the environment: separated by commas or line ends."""
     keys = re.split(r"[,\n]", environ.get(API_KEYS_VARIABLE, ""))
     return tuple(key.strip() for key in keys if key.strip())
-
-
-def template_names(folder: Path) -> Sequence[str]:
-    """Return the names of a tokenizer folder's chat templates, without loading it.
-
-    A folder that cannot be read has none.
-    """
-    return sorted(read_templates(folder))
 
 
 def validate_engine(run: Run, *, world_size: int, engine: str = "paged") -> Iterator[ConfigError]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, TemplateFailed
+from launcher.config.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, TemplateFailed, find_template
 from launcher.errors import ConfigError
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import (
@@ -20,7 +20,6 @@ from launcher.models.tokenizer import (
     load_transformers_tokenizer,
 )
 from launcher.utils.files import sha256_of
-from launcher.utils.text import did_you_mean
 
 if TYPE_CHECKING:
     import tokenizers
@@ -242,7 +241,7 @@ def open_tokenizer(
         template: ``job.chat_template``: the chat template that is used where none is named.
 
     Raises:
-        ConfigError: there is none, or the group data has none; it has no such template.
+        ConfigError: there is none, or the group data has none; there is no such template.
         EnvironmentProblem: it has to be fetched and cannot be.
     """
     if choice == "bytes":
@@ -268,31 +267,30 @@ def load_text_tokenizer(
 
     Args:
         folder: of the tokenizer.
-        template: name of the chat template that is used where none is named.
+        template: a name or a file: the chat template that is used where none is named.
         config_option: the option that names the folder, for messages about its config.json.
 
     Raises:
-        ConfigError: there is no fast one, or it has no such template.
+        ConfigError: there is no fast one, or no such template.
     """
     fix = "set job.tokenizer=bytes, or give the folder of a fast tokenizer"
     loaded = load_transformers_tokenizer(folder, option="job.tokenizer", config_option=config_option, fix=fix)
     inner = loaded.backend_tokenizer
     templates = templates_by_name(loaded.chat_template)
-    if template is not None and template not in templates:
-        why = f"the tokenizer in {folder} has no such chat template"
-        raise ConfigError("job.chat_template", template, why=why, fix=did_you_mean(template, templates))
-    if not templates:
+    chosen = None if template is None else find_template(template, folder, option="job.chat_template")
+    if not templates and chosen is None:
         return TextTokenizer(inner)
     special = {name: value for name, value in loaded.special_tokens_map.items() if isinstance(value, str)}
 
     def chat(messages: Sequence[Mapping[str, str]], name: str | None) -> str:
-        text = select_template(templates, name or template)  # never what a client writes as a template
+        # A client names one of the tokenizer's; never what it writes is a template.
+        text = chosen.source if chosen is not None and not name else select_template(templates, name)
         try:
             return ChatTemplate(text, special_tokens=special).render(messages, add_generation_prompt=True)
         except TemplateFailed as failed:
             raise ValueError(str(failed.__cause__ or failed)) from failed
 
-    return TextTokenizer(inner, chat=chat, template=json.dumps([template, templates], sort_keys=True))
+    return TextTokenizer(inner, chat=chat, template=json.dumps([chosen and chosen.source, templates], sort_keys=True))
 
 
 def byte_tokenizer() -> TextTokenizer:

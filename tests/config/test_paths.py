@@ -34,6 +34,7 @@ OPTIONS = {
     "run.root": ["run.root="],
     "run.dir": ["run.dir="],
     "parallel.nvme_path": ["parallel=zero_infinity", "parallel.nvme_path="],
+    "job.chat_template": ["job=serve", "job.chat_template="],
     "job.adapters.a": ["job=serve", "job.adapters.a="],
     "job.input": ["job=generate", "job.format=text", "job.input="],
     "job.output": ["job=generate", "job.output="],

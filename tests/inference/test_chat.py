@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.compose import compose
+from launcher.config.data.chat_template import read_templates
 from launcher.config.data.rows import Record
-from launcher.config.inference import EngineLimits, template_names
+from launcher.config.inference import EngineLimits
 from launcher.config.prompt_file import BadLine
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.inference.batch.requests import parse_request
@@ -65,7 +66,7 @@ def test_text_is_what_transformers_makes_of_it(form: str, tmp_path: Path) -> Non
     folder = folder_of(form, tmp_path)
     words, stock = load_text_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     messages = normalize_messages(CHAT)
-    names = template_names(folder)
+    names = sorted(read_templates(folder))
     assert names == sorted(stock.chat_template if isinstance(stock.chat_template, dict) else ["default"])
     for name in (None, *names):
         if name is None and "default" not in names:
@@ -83,6 +84,19 @@ def test_text_is_what_transformers_makes_of_it(form: str, tmp_path: Path) -> Non
         load_text_tokenizer(folder, template="tool_usr")
 
 
+def test_a_tokenizer_without_a_template_takes_a_name_or_a_file(tmp_path: Path) -> None:
+    folder = folder_of("none", tmp_path)
+    assert not load_text_tokenizer(folder).has_chat_template
+    messages = normalize_messages([{"role": "user", "content": "Hello"}])
+    named = load_text_tokenizer(folder, template="chatml")
+    assert named.render(messages) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}!")
+    own = load_text_tokenizer(folder, template=str(tmp_path / "mine.jinja"))
+    assert own.render(messages) == "Hello!"
+    with pytest.raises(ChatTemplateNotFound):  # clients choose among the tokenizer's
+        own.render(messages, "mine.jinja")
+
+
 def test_templates_of_the_plan(tmp_path: Path) -> None:
     folder = folder_of("list", tmp_path / "tokenizer")
 
@@ -94,6 +108,11 @@ def test_templates_of_the_plan(tmp_path: Path) -> None:
     assert "did you mean tool_use?" in problems(f"job.tokenizer={folder}")
     assert "did you mean tool_use?" in problems(f"model.weights={folder}")
     assert problems(f"job.tokenizer={folder}", "job.chat_template=tool_use") == ""
+    assert problems(f"job.tokenizer={folder}", "job.chat_template=chatml") == ""
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}")
+    assert "is no valid Jinja: line 1" in problems(f"job.tokenizer={folder}", f"job.chat_template={tmp_path}/bad.jinja")
+    with pytest.raises(ConfigErrors, match="leave it out for the tokenizer's default"):
+        problems(f"job.tokenizer={folder}", "job.chat_template=auto")
     with pytest.raises(ConfigErrors, match=r"job.tokenizer=bytes has no chat templates"):
         problems("job.tokenizer=bytes")
 

@@ -327,12 +327,13 @@ def builtin_template(name: str) -> str:
     return (resources.files("launcher.config.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def find_template(choice: str, tokenizer: Path | None) -> ChatTemplate | None:
-    """Return the chat template that ``data.chat_template`` names; ``None`` without one.
+def find_template(choice: str, tokenizer: Path | None, *, option: str = "data.chat_template") -> ChatTemplate | None:
+    """Return the chat template that an option names; ``None`` without one.
 
     Args:
         choice: ``auto``, ``none``, the name of a template of the tokenizer or of the package, or a file.
         tokenizer: folder of the tokenizer; ``None`` where it has none.
+        option: the option, for messages.
 
     Raises:
         ConfigError: there is no such template, or it is no valid Jinja.
@@ -350,22 +351,22 @@ def find_template(choice: str, tokenizer: Path | None) -> ChatTemplate | None:
     elif choice in builtin_templates():
         source, name = builtin_template(choice), f"the chat template {choice}"
     elif (file := Path(choice).expanduser()).is_file():
-        source, name = _text_of_file(file, choice), f"the chat template {file}"
+        source, name = _text_of_file(file, choice, option), f"the chat template {file}"
     else:
         names = sorted({*own, *builtin_templates()})
         fix = f"give a Jinja file, or a name: {did_you_mean(choice, names)}"
-        raise ConfigError("data.chat_template", choice, why="is neither a file nor a known template", fix=fix)
+        raise ConfigError(option, choice, why="is neither a file nor a known template", fix=fix)
     template = ChatTemplate(source, name, {"bos_token": "", **special})
     if (problem := template.syntax_problem()) is not None:
-        raise ConfigError("data.chat_template", choice, why=f"is no valid Jinja: {problem}", fix="correct it")
+        raise ConfigError(option, choice, why=f"is no valid Jinja: {problem}", fix="correct it")
     return template
 
 
-def _text_of_file(file: Path, choice: str) -> str:
+def _text_of_file(file: Path, choice: str, option: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("data.chat_template", choice, why=f"cannot be read: {error}", fix="correct it") from error
+        raise ConfigError(option, choice, why=f"cannot be read: {error}", fix="correct it") from error
 
 
 def read_templates(folder: Path) -> dict[str, str]:

@@ -19,7 +19,8 @@ from launcher.config.adapter_folder import (
     read_adapter_folder,
     validate_adapter_fits,
 )
-from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
+from launcher.config.data.chat_template import find_template
+from launcher.config.inference import BatchingMode, EngineLimits, validate_engine
 from launcher.config.model.linear_layers import module_sizes
 from launcher.config.paths import PathText
 from launcher.config.profile import ProfileUnit
@@ -28,7 +29,7 @@ from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import exists
 from launcher.utils.system import child_environment
-from launcher.utils.text import bytes_text, counted, did_you_mean
+from launcher.utils.text import bytes_text, counted
 
 _VLLM_PROBE_TIMEOUT_S = 30.0
 VLLM_REMEDY = "python -m venv ENV && ENV/bin/pip install vllm, then set job.vllm_python=ENV/bin/python"
@@ -70,8 +71,9 @@ class GeneratingJob(Job):
     tokenizer: PathText = "model"
     """``model`` (its own), ``data`` (the data group's), ``bytes`` (a token each), or a folder."""
 
-    chat_template: str | None = None
-    """Name of the chat template for chats that name none; ``null`` takes the default one."""
+    chat_template: PathText | None = None
+    """Chat template for chats that name none: a name or a Jinja file; ``null`` takes the tokenizer's default.
+    Names: one of the tokenizer's templates, ``chatml``, ``gemma``, ``llama3``, ``plain``, ``zephyr``."""
 
     adapters: dict[str, PathText] = field(default_factory=dict)
     """LoRA adapters by name: PEFT folders, runs or checkpoints.
@@ -272,17 +274,17 @@ class GeneratingJob(Job):
                 yield from validate_adapter_fits(option, found, modules.linear, model=run.model.name)
 
     def _validate_template(self, run: Run) -> Iterator[ConfigError]:
-        """Yield an error for a chat template that the tokenizer lacks, if its folder is here."""
+        """Yield an error for a chat template that does not exist, if the tokenizer's folder is here."""
         if self.chat_template is None or self.tokenizer in ("bytes", "data"):
             return
         for name in (run.model.weights, run.model.name) if self.tokenizer == "model" else (self.tokenizer,):
             folder = Path(name).expanduser()
             if not exists(folder / "tokenizer.json"):
                 continue
-            names = template_names(folder)
-            if self.chat_template not in names:
-                why = f"the tokenizer in {folder} has no such chat template"
-                yield self.error("chat_template", why, did_you_mean(self.chat_template, names))
+            try:
+                find_template(self.chat_template, folder, option="job.chat_template")
+            except ConfigError as error:
+                yield error
             return
 
     def describe_adapters(self) -> Iterator[tuple[str, str]]:
@@ -309,6 +311,9 @@ class GeneratingJob(Job):
             )
         if self.chat_template is not None and self.tokenizer in ("bytes", "data"):
             yield self.error("chat_template", f"job.tokenizer={self.tokenizer} has no chat templates", "leave it out")
+        if self.chat_template in ("auto", "none"):
+            fix = "leave it out for the tokenizer's default, or give a name or a Jinja file"
+            yield self.error("chat_template", "is a value of data.chat_template alone", fix)
         if self.chat_template is not None and self.engine == "vllm" and self.kind == "serve":
             why = "vLLM's server uses its own template, so this option would have no effect"
             yield self.error("chat_template", why, "set job.engine=paged, or leave it out")

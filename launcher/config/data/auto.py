@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
@@ -47,6 +47,8 @@ _SHOWN_CHARS = 400
 Every = Callable[[int], bool]
 EntryField = Literal["path", "eval_path"]
 ENTRY_FIELDS: tuple[EntryField, ...] = ("path", "eval_path")
+_EXAMPLE_PARTS = ("prompt", "response", "messages", "chosen", "rejected")
+"""Parts of examples whose columns have an option; text has one besides."""
 
 
 def every_row(number: int) -> bool:
@@ -353,10 +355,9 @@ class AutoData(Corpus):
 
         What is said of examples is left out: it says nothing about text.
         """
-        of_examples = {f"{part}_column": None for part in ("prompt", "response", "messages", "chosen", "rejected")}
-        shape: Literal["auto", "text"] = "text" if self.shape == "text" else "auto"
-        plain = replace(self, path=path, weights=(), eval_path=(), packing=None, shape=shape, chat_template="auto")
-        return replace(plain, **of_examples)
+        unsaid: dict[str, Any] = {f"{part}_column": None for part in _EXAMPLE_PARTS}
+        unsaid |= {"shape": "text" if self.shape == "text" else "auto", "chat_template": "auto"}
+        return replace(self, path=path, weights=(), eval_path=(), packing=None, **unsaid)
 
     def entries(self, field: EntryField) -> tuple[str, ...]:
         """Return the entries of ``path`` or ``eval_path``."""
@@ -387,8 +388,7 @@ class AutoData(Corpus):
     @property
     def named_columns(self) -> Mapping[str, str]:
         """The columns that the user named, by the part of an example that they hold."""
-        parts = ("text", "prompt", "response", "messages", "chosen", "rejected")
-        given = {part: getattr(self, f"{part}_column") for part in parts}
+        given = {part: getattr(self, f"{part}_column") for part in ("text", *_EXAMPLE_PARTS)}
         return {part: name for part, name in given.items() if name is not None}
 
     def sources(self, field: EntryField = "path", *, fetches: bool = True) -> list[DataSource]:

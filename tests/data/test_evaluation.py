@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from launcher.config.data.auto import AutoData
+from launcher.config.data.base import Corpus
 from launcher.config.data.bpe import train_byte_level_bpe
+from launcher.config.data.text import Text
+from launcher.config.model.gpt2 import Gpt2
+from launcher.data import evaluation
 from launcher.data.dataset import TokenStream
-from launcher.data.evaluation import TextWindows, token_bytes
+from launcher.data.evaluation import EvalSet, TextWindows, open_eval_sets, token_bytes
 from launcher.data.rows import IGNORE_INDEX
+from launcher.data.token_cache import token_folder
+from launcher.errors import ConfigError
 from launcher.models.tokenizer import FastTokenizer
 
 
@@ -62,3 +72,39 @@ def test_the_bytes_of_words_with_a_space_and_of_single_bytes_are_those_of_the_te
     sizes = token_bytes(tokenizer)
     for text in ("ab a żab", "abc 🙂 ab", " a"):
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def opened_sets(data: Corpus, model: Gpt2, tokenizer: FastTokenizer, **paths: str) -> list[EvalSet]:
+    return open_eval_sets(data, model, paths, tokenizer=tokenizer, length=8, stride=8, heartbeat=lambda: None)
+
+
+def test_a_set_is_tokenised_as_the_runs_data_and_one_that_is_empty_or_of_chats_is_refused(
+    text: Callable[..., Text], model: Gpt2, tmp_path: Path
+) -> None:
+    data, others = text(), tmp_path / "others"
+    tokenizer = token_folder(data, model, heartbeat=lambda: None)[1]
+    others.mkdir()
+    (others / "a.txt").write_text("Line 3 of another text")
+    (found,) = opened_sets(data, model, tokenizer, code=str(others / "a.txt"))
+    windows = found.windows
+    read = [token for index in range(windows.num_sequences) for token in windows.row(index).labels]
+    assert (found.name, read) == ("code", [*tokenizer.encode("Line 3 of another text"), tokenizer.end_id])
+    (others / "none.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"none\.txt"):
+        opened_sets(data, model, tokenizer, code=str(others / "none.txt"))
+    (others / "chats.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    chats = AutoData(path=str(tmp_path), chat_template="none", cache=data.cache)
+    with pytest.raises(ConfigError, match=r"job\.eval_sets\.code=.*holds examples, and windows are cut from text"):
+        opened_sets(chats, model, tokenizer, code=str(others / "chats.jsonl"))
+
+
+def test_a_text_without_a_token_to_predict_is_refused(
+    text: Callable[..., Text], model: Gpt2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an end token nothing comes before the only one of this text."""
+    data = text()
+    tokenizer = FastTokenizer(inner=token_folder(data, model, heartbeat=lambda: None)[1].inner, end_id=None)
+    monkeypatch.setattr(evaluation, "token_folder", lambda *_, **__: (tmp_path, tokenizer))
+    monkeypatch.setattr(evaluation, "open_stream", lambda folder: TokenStream([np.arange(1)]))
+    with pytest.raises(ConfigError, match=r"job\.eval_sets\.code=a\.txt: has no token to predict; give more text"):
+        opened_sets(data, model, tokenizer, code="a.txt")

@@ -151,7 +151,7 @@ class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
     """Most pods."""
 
     monitoring: bool = False
-    """Whether Prometheus' operator, which the cluster must have, scrapes the pods and gets alerts.
+    """Whether the Prometheus operator of the cluster scrapes the pods and gets alerts.
     Adds a ServiceMonitor, a PrometheusRule and a ConfigMap with Grafana's dashboard."""
 
     target_requests: int = 16

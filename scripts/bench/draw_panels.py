@@ -92,7 +92,7 @@ def _panel(title: str, unit: str, lines: Sequence[Line], begin: float, end: floa
     low, high = min([0.0, *values]), max(values, default=1.0)
     if high <= low:
         high = low + 1
-    yield f'<text x="{_LEFT}" y="16" font-size="11" font-weight="bold">{escape(title[:52])}</text>'
+    yield f'<text x="{_LEFT}" y="16" font-size="11" font-weight="bold">{escape(title[:44])}</text>'
     yield f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="#999" stroke-width="0.7"/>'
     for value, y in ((high, _TOP + 8), (low, bottom)):
         yield f'<text x="{_LEFT - 4}" y="{y}" font-size="9" text-anchor="end">{shown(value, unit)}</text>'

@@ -57,7 +57,8 @@ def test_every_panel_is_drawn(
     root = ElementTree.parse(tmp_path / "panels.svg").getroot()
     panels = json.loads(BOARD.read_text())["panels"]
     texts = [text.text for text in root.iter(f"{SVG}text")]
-    assert [panel["title"] for panel in panels] == [text for text in texts if text in {p["title"] for p in panels}]
+    titles = [panel["title"][:44] for panel in panels]
+    assert titles == [text for text in texts if text in titles]
     assert texts.count("no data") == 1
     assert "a<b train_loss" in texts
     first = next(root.iter(f"{SVG}polyline"))

@@ -25,6 +25,8 @@ from launcher.utils.text import format_table
 
 Say = Callable[[str], object]
 _MANIFESTS, _CHART = "manifests", "chart"
+_AS_LAUNCHER = ("--server-side", "--field-manager=launcher")
+"""The server merges, and refuses to change what others set (``kubectl scale``)."""
 _SLACK_S = 120.0
 """Time to place a pod and pull its image, beyond the start of a server."""
 _CHANGED = 1
@@ -108,9 +110,9 @@ def apply(deployment: Deployment, say: Say) -> None:
         say(f"release {deployment.name} is in {deployment.deploy.namespace}")
         return
     kubectl, files = deployment.kubectl, f"--filename={deployment.folder / _MANIFESTS}"
-    kubectl.run("apply", "--dry-run=server", files)
+    kubectl.run("apply", *_AS_LAUNCHER, "--dry-run=server", files)
     is_new = not _exists(deployment)
-    for line in kubectl.run("apply", files).splitlines():
+    for line in kubectl.run("apply", *_AS_LAUNCHER, files).splitlines():
         say(line)
     _wait_for_rollout(deployment, is_new=is_new)
     say(f"{_workload(deployment)} serves in {deployment.deploy.namespace}")
@@ -136,9 +138,9 @@ def difference(deployment: Deployment) -> str:
     """
     if deployment.is_chart:
         rendered = _helm(deployment, "template", deployment.name, str(deployment.folder / _CHART))
-        return deployment.kubectl.run("diff", "--server-side", "--filename=-", document=rendered, accepts=(0, _CHANGED))
+        return deployment.kubectl.run("diff", *_AS_LAUNCHER, "--filename=-", document=rendered, accepts=(0, _CHANGED))
     files = f"--filename={deployment.folder / _MANIFESTS}"
-    return deployment.kubectl.run("diff", "--server-side", files, accepts=(0, _CHANGED))
+    return deployment.kubectl.run("diff", *_AS_LAUNCHER, files, accepts=(0, _CHANGED))
 
 
 def status(deployment: Deployment) -> list[str]:

@@ -228,7 +228,7 @@ def _reporting(source: TensorSource, laid_out: PreTrainedModel, on_progress: OnP
     own = {id(each): each for each in laid_out.parameters()}
 
     def is_read(parameter: nn.Parameter) -> bool:
-        """Return whether it is the model's own: those of the part that is filled first are others by now."""
+        """Return whether it is the model's own, also in the part that is being filled."""
         return id(parameter) in own or not parameter.is_meta
 
     def read(names: Sequence[str]) -> torch.Tensor | None:
@@ -244,7 +244,7 @@ def _reporting(source: TensorSource, laid_out: PreTrainedModel, on_progress: OnP
 
 
 def _name_of_base(model: Model, folder: Path | None) -> str:
-    """Return what PEFT's config calls the model of an adapter: a hub name, or a folder's whole path.
+    """Return PEFT's name of the model of an adapter: a hub name, or a folder's whole path.
 
     PEFT takes a bare name of a folder for a name on the hub.
     """

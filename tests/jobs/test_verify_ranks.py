@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.config.compose import compose
-from launcher.config.job.verify import STRATEGIES, SINGLE_PROCESS, Placement, ResumePairs, SelectedStrategies
+from launcher.config.job.verify import SINGLE_PROCESS, STRATEGIES, Placement, ResumePairs, SelectedStrategies
 from launcher.engines.context import Context
 from launcher.errors import JobError
 from launcher.protocol.heartbeat import Heartbeat

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -53,3 +55,34 @@ def test_a_killed_holder_lets_go_even_while_its_children_live(tmp_path: Path) ->
 def test_a_folder_that_is_not_there_is_the_callers_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         RunLock(tmp_path / "missing").acquire()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    """Its holder ended, and removed it, between the opening and the locking here."""
+    flock, file, removed = fcntl.flock, tmp_path / ".lock", []
+
+    def removing(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        if not removed:
+            file.unlink()
+            removed.append(file)
+            if is_replaced:
+                file.touch()
+
+    monkeypatch.setattr(fcntl, "flock", removing)
+    with RunLock(tmp_path).acquire():
+        assert file.read_text() == str(os.getpid())
+        with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+            RunLock(tmp_path).acquire()
+
+
+def test_a_file_system_without_locks_is_the_callers_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(OSError, match="Function not implemented"):
+        RunLock(tmp_path).acquire()

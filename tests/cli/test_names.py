@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,43 @@ def test_the_current_folder_is_closed(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     assert main(["runs"]) == 2
     assert "cannot be opened by this user (permission denied); cd to another one" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_another_fault_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(code: int) -> Callable[[object], int]:
+        def run(_: object) -> int:
+            raise OSError(code, os.strerror(code), "out/report.html")
+
+        return run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launcher.__main__.describe_full_disk", lambda folder: f"the disk of {folder} is full")
+    monkeypatch.setattr("launcher.cli.runs.run", failing(errno.ENOSPC))
+    assert main(["runs"]) == 1
+    expected = f"error: the disk of {tmp_path}/out is full: free some space, then run the command again\n"
+    assert capsys.readouterr().err == expected
+    monkeypatch.setattr("launcher.cli.runs.run", failing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        main(["runs"])
+
+
+def test_ctrl_c_before_a_run_began(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.cli.runs.run", interrupted)
+    assert main(["runs"]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing is running\n"
+
+
+def test_output_that_is_no_text_stream_gets_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook puts an object of its own in place of ``sys.stdout``."""
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["list", "precision"]) == 0
+    assert "bf16" in shown.getvalue()
 
 
 def test_a_terminal_without_the_characters_of_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

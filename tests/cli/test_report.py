@@ -171,6 +171,53 @@ def test_a_sweep_with_its_best_trial(capsys, make_run, gone, tmp_path) -> None:
     assert "sweep-2026/001" in Path("one.html").read_text()
 
 
+def part(text: str, title: str, end: str = "</section>") -> str:
+    """Return what stands between a title and the next end."""
+    return text.partition(title)[2].partition(end)[0]
+
+
+def test_profiles_samples_and_files_are_shown(capsys, make_run, gone) -> None:
+    run_dir = make_run(status="completed", session=gone, step=3)
+    (run_dir.checkpoints / "step_00000003").mkdir(parents=True)
+    run_dir.log_of("box", 0).write_text("x" * 12)
+    (run_dir.path / ".lock").touch()
+    (run_dir.path / "elsewhere").symlink_to("/etc")
+    run_dir.samples.write_text(
+        '{"train/step": 1, "prompt": "a", "text": "first"}\n{"prompt": 3, "text": "no prompt"}\n'
+        '{"train/step": 2, "prompt": "a", "text": "second"}\n'
+    )
+    run_dir.profile.mkdir()
+    for name in ("rank0", "rank1"):
+        (run_dir.profile / f"{name}.operators.md").write_text(f"## operators of {name}\n")
+    memory = {"cpu": {"timeline": [[0.0, 0], [1.0, 4096]]}, "cuda:0": {"timeline": [[0.0, 0], [1.0, 2e9]]}}
+    write_json(run_dir.profile / "rank0.memory.json", memory)
+    (run_dir.profile / "rank0.trace.json.gz").touch()
+    text = reported(capsys).read_text()
+    assert text.count("while it was recorded</figcaption>") == 2, "of rank 0; rank 1 recorded no memory"
+    assert "2 G<" in part(text, "memory of cuda:0", "</figure>"), "the largest value beside its axis"
+    assert "operators of rank1" in text
+    assert text.count(str(run_dir.profile / "rank0.trace.json.gz")) == 1
+    samples = part(text, "Samples at evaluations")
+    assert samples.index("first") < samples.index("second")
+    assert "no prompt" not in samples
+    files = part(text, "Files<")
+    assert {"checkpoints/", "logs/box.0.log", "profile/rank0.memory.json", "elsewhere (a symbolic link)"} <= set(
+        files.replace("<", ">").split(">")
+    )
+    assert "step_00000003" not in files
+    assert ".lock" not in files
+
+
+def test_a_loss_has_its_gaps_and_the_losses_to_beat() -> None:
+    points = [(1, 3.0), (2, 2.0), (3, None), (4, None), (5, 1.0), (6, 1.5), (7, None)]
+    assert list(segments(points)) == [[(1, 3.0), (2, 2.0)], [(5, 1.0), (6, 1.5)]]
+    beaten = {"baseline/unigram": [(1, 2.5)], "baseline/unknown": [(1, None)]}
+    (drawing,) = charts_of({"a": {"train/loss": points, **beaten}})
+    assert "unigram 2.50" in drawing
+    assert "unknown" not in drawing
+    assert "unigram" not in "".join(charts_of({"a": {"train/loss": points, **beaten}, "b": {"train/loss": points}}))
+
+
 def test_mistakes(make_run, tmp_path) -> None:
     make_run(status="completed")
     for words, said in (

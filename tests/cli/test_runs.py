@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -236,3 +237,26 @@ def test_an_index_that_is_a_link_is_not_followed(make_run, tmp_path) -> None:
     assert list_runs(ROOT) == [one]
     with pytest.raises(OSError, match="symbolic links"):
         add_run(ROOT, RunDir(tmp_path / "own"), run_id="z", name="tiny")
+
+
+def test_an_index_that_another_launcher_removes_meanwhile_is_written_again(make_run, tmp_path, monkeypatch) -> None:
+    one, own, removed = make_run(), RunDir(tmp_path / "own"), []
+    shutil.copytree(one.path, own.path)
+    flock = fcntl.flock
+
+    def removing(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        if not removed:
+            (tmp_path / "runs" / RUN_INDEX).unlink()
+            removed.append(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", removing)
+    assert add_run(ROOT, own, run_id="z", name="tiny")
+    assert own in list_runs(ROOT)
+
+
+def test_without_an_index_there_is_nothing_to_forget(make_run, tmp_path) -> None:
+    one = make_run()
+    forget_run(ROOT, RunDir(tmp_path / "own"))
+    assert list_runs(ROOT) == [one]
+    assert not (tmp_path / "runs" / RUN_INDEX).exists()

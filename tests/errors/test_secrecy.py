@@ -83,6 +83,7 @@ HARMLESS_VALUES = (
     *("key:value@12:30:05", "mailto:me@example.com/x", "sip:me@example.com:5060", "a:0,1@b:22", "loss:0.5@step:1000"),
     *("image:tag@sha256:1234567890", "Bearer bonds", "me@host:22", "work1:8@work2:8080"),
     *("https://huggingface.co/org/model@main", "job.api_keys_file=/x", "job.max_tokens=5", "s3://bucket/day=1/x"),
+    *("ssh -oPasswordAuthentication=no node1", "ssh -o AddKeysToAgent=yes node1"),
 )
 
 

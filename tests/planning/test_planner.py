@@ -144,10 +144,29 @@ def test_offload_is_counted_where_it_goes(plan_of):
         (("precision=bf16",), replace(BOX, computes_bf16=False), "no bfloat16 instructions"),
         ((), replace(BOX, slots=5), "5 ranks share 4 cores of box"),
         (("+exp=zero3_gpt2xl",), BOX, "pin_memory"),
+        (("adapter=lora",), BOX, "adapter=lora trains beside random weights"),
+        (("activation=offload",), BOX, "activation=offload moves nothing without a GPU"),
     ],
 )
 def test_warnings(plan_of, words, host, warning):
     assert any(warning in line for line in plan_of(*words, hosts=[host]).warnings)
+
+
+def test_memory_that_the_copies_of_checkpoints_exceed(plan_of):
+    words = ("checkpoint.every=10", "checkpoint.async_mode=async")
+    memory = plan_of(*words).memory
+    state = memory.per_host_ram - BOX.slots * memory.checkpoint_copies
+    for memory_bytes, is_said in ((state, False), (state + 1, True), (memory.per_host_ram, False)):
+        warnings = plan_of(*words, hosts=[replace(BOX, memory_bytes=memory_bytes)]).warnings
+        assert any("checkpoint.async_mode=disabled needs no copies" in line for line in warnings) == is_said
+
+
+def test_memory_is_not_checked_before_the_size_of_the_model_is_known(plan_of):
+    plan = plan_of("model=hf", "model.name=org/model", "optimizer.lr=1e-5")
+    assert plan.memory is None
+    assert plan.warnings == (
+        "the model's sizes are known only once its files are downloaded, so memory was not checked",
+    )
 
 
 @pytest.mark.parametrize("words", [(), ("job.steps=100", "schedule.warmup_steps=99", "checkpoint.every=100")])

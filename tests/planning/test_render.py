@@ -102,6 +102,20 @@ def test_every_warning_and_the_reason_of_the_tracker_are_in_the_text(plan_of):
     assert all(warning in render_plan(plan) for warning in (*plan.warnings, plan.tracker.reason))
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("job.epochs=2",), "a step; ranks count the text once it is tokenised"),
+        (("model=hf", "model.name=org/model"), "not known before the model's files are downloaded"),
+        (("checkpoint.every=10", "checkpoint.async_mode=async"), "a rank: copies that are written beside the steps"),
+        (("tracker=tensorboard",), "/tensorboard"),
+    ],
+)
+def test_a_line_that_only_some_plans_have(plan_of, words, line):
+    assert line in render_plan(plan_of(*words))
+    assert line not in render_plan(plan_of("tracker=local"))
+
+
 def test_a_pasted_command_is_the_command():
     script = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['A'], os.environ['B']]))"
     words = ("--flag", "a b", "$HOME", "it's", "*", "", "\\", "--long=" + "x" * 150, "ü")

@@ -24,9 +24,8 @@ class KeptCheckpoints:
 
     @property
     def best_text(self) -> str:
-        """The best one's step and metric (``step 20, loss 2.1034``); empty without one."""
-        if self.best is None:
-            return ""
+        """The best one's step and metric (``step 20, loss 2.1034``), if one was evaluated."""
+        assert self.best is not None, "checked by the caller"
         manifest = self.best.manifest
         name = manifest.best_metric.partition(":")[2]
         value = manifest.metric(name)

@@ -15,8 +15,8 @@ import pytest
 
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.protocol.session_file import AgentLocation, ProcessLocation
-from launcher.utils.files import read_json
-from launcher.utils.processes import identify
+from launcher.utils.files import read_json, write_json
+from launcher.utils.processes import Process, identify
 from tests.cli.conftest import SMALL
 from tests.helpers import launch_verb
 
@@ -132,6 +132,25 @@ def test_what_is_over_stays_over(capsys, make_run, child, status: str) -> None:
     assert run([]) == 0
     assert f"has already ended: {status}" in capsys.readouterr().out
     assert process.poll() is None
+
+
+def test_agents_elsewhere_of_a_lost_run_are_named(capsys, make_run, gone, far) -> None:
+    run_dir = make_run(session=gone, agents=(AgentLocation(host="b", ssh_destination="me@b:22", location=far),))
+    assert run([]) == 0
+    ended, left = capsys.readouterr().out.splitlines()
+    assert ended.endswith("has already ended: lost")
+    assert left == f"  if b still runs it: ssh ssh://me@b:22 'launch cancel {run_dir.path}'"
+
+
+def test_a_process_that_does_not_end_is_named(make_run, alive, monkeypatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(Process, "send", lambda _, number: sent.append(number))
+    monkeypatch.setattr("launcher.cli.cancel._PATIENCE_S", 0.0)
+    run_dir = make_run(session=alive)
+    write_json(run_dir.plan, {**read_json(run_dir.plan), "grace_s": 0.0})
+    with pytest.raises(EnvironmentProblem, match=f"process {alive.pid} is still running: try launch cancel --now"):
+        run([])
+    assert sent == [signal.SIGTERM]
 
 
 def test_a_run_on_another_machine_is_left_alone(make_run, far) -> None:

@@ -163,6 +163,13 @@ def _completed(shell: str, script: Path, line: str) -> list[str]:
     return answer.stdout.splitlines()
 
 
+def test_candidates_are_printed_one_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "--words", "plan", "parallel=zero3"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["parallel=zero3", "parallel=zero3_offload"]
+    with pytest.raises(ConfigError, match="needs the name of a shell; choose from: bash, zsh, fish"):
+        run_command(["completion"])
+
+
 def test_a_shell_that_is_none() -> None:
     with pytest.raises(ConfigError, match="did you mean bash"):
         run_command(["completion", "bsh"])

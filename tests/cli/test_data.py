@@ -10,6 +10,7 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.cli.data import _writer
+from launcher.config.data.bpe import train_byte_level_bpe
 from tests.conftest import REPOSITORY
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4"}]}
@@ -98,9 +99,37 @@ def test_rows_are_taken_from_every_source(chat: Path, tmp_path: Path, capsys: py
     assert shown.count("<|im_start|>user") == 2
 
 
+def test_both_answers_of_a_preference_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "2 + 2?", "chosen": "It is 4", "rejected": "It is 5"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["data", "preview", *WORDS, f"data.path={tmp_path / 'pairs.jsonl'}"]) == 0
+    chosen, rejected = capsys.readouterr().out.partition("· rejected ·")[::2]
+    assert "· chosen ·" in chosen
+    assert "⟦It is 4" in chosen
+    assert "⟦It is 5" in rejected
+    assert "It is 5" not in chosen
+
+
+def test_the_tokenizer_of_a_folder_is_used(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer = train_byte_level_bpe(["It is 4 "] * 9, vocab_size=262)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = ["data", "preview", *WORDS[:2], f"data.path={chat}", f"data.tokenizer={folder}", "rows=1"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    text = shown.partition(" trained\n")[2].rstrip("\n").replace("⟦", "").replace("⟧", "")
+    assert f" · {len(tokenizer.encode(text, add_special_tokens=False).ids)} tokens · " in shown
+    assert "⟦It is 4" in shown
+    (folder / "tokenizer.json").write_text("{}")
+    assert main(words) == 2
+    assert "give the folder of a fast tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["rows=0"], "rows=0: takes a number from 1 to 10,000; write rows=3"),
         (["data=synthetic"], "data=synthetic: only data=auto has examples to look at"),
         (["dry_run=false"], "dry_run=false: launch data starts nothing"),

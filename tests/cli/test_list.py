@@ -73,7 +73,10 @@ def test_options_of_the_user(capsys, tmp_path):
     (tmp_path / "model").mkdir()
     sizes = "num_hidden_layers: 1\nnum_attention_heads: 1\nhidden_size: 8\n"
     (tmp_path / "model" / "mine.yaml").write_text(f"# My own.\nkind: gpt2\nname: mine\n{sizes}")
-    assert "mine" in listed(capsys, "model", "--config-dir", str(tmp_path))
+    (tmp_path / "model" / "bare.yaml").write_text(f"# @package _global_\nkind: gpt2\nname: bare\n{sizes}")
+    of_group = [line.split() for line in listed(capsys, "model", "--config-dir", str(tmp_path)).splitlines()]
+    assert ["mine", "My", "own."] in of_group
+    assert ["bare"] in of_group, "a directive of Hydra's is no comment"
     shown = [line.split()[:3] for line in listed(capsys, "model/mine", "--config-dir", str(tmp_path)).splitlines()]
     assert ["model.num_hidden_layers", "1", "*"] in shown
 

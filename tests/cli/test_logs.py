@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import subprocess
 import sys
@@ -54,6 +55,13 @@ def test_some_of_it(capsys, written) -> None:
     assert printed(capsys, "--host=box.lan", "-n", "2") == ["box.lan:0 | b", "box.lan:0 | c"]
     assert printed(capsys, "-n", "0") == []
     assert printed(capsys, "--agents") == ["box.lan:agent | torchrun says"]
+
+
+def test_output_that_is_no_text_stream_gets_the_same_lines(written, monkeypatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert run(["--rank", "0", "-n", "1"]) == 0
+    assert shown.getvalue() == "box.lan:0 | c\n"
 
 
 def test_a_log_that_begins_later_is_shown_whole(written) -> None:

@@ -209,6 +209,17 @@ def test_resume_never_begins_anew_in_silence(
         assert ("has completed" if status == "completed" else f"resume={began_from}") in printed.err
 
 
+def test_resume_names_the_folder_of_an_adapters_weights_that_is_gone(
+    stored: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run.name=tiny", "tracker=local", "backend.ranks=1", "adapter=lora", f"model.weights={tmp_path}/gone"]
+    save_run(compose(words).run, stored.snapshot)
+    assert main(["resume", str(stored.path), "dry_run=true"]) == 2
+    said = capsys.readouterr().err
+    assert f"whose recorded folder {tmp_path}/gone is not there" in said
+    assert f"if it has moved: launch resume {stored.path} model.weights=FOLDER" in said
+
+
 @pytest.mark.parametrize("verb", ["status", "cancel", "logs", "show"])
 @pytest.mark.parametrize("word", ["tin", ""])
 def test_the_beginning_of_a_name_and_an_empty_word_name_no_run(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launcher.cli.rerun import _restarted
 from launcher.config.compose import compose
+from launcher.config.data.base import CHECKPOINT_TOKENIZER
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision
 from launcher.config.snapshot import load_run, save_run
@@ -73,6 +76,7 @@ def test_a_directory_may_be_given(capsys, stored, tmp_path) -> None:
         ([RUN, "model=gpt2"], "would change the kind of run"),
         ([RUN, "parallel=zero9"], "did you mean zero"),
         ([RUN, "job.stps=4"], "did you mean steps"),
+        ([RUN, "job.steps.x=4"], "steps is a single value; set job.steps"),
         ([RUN, "-m"], "is composed already"),
         ([RUN, "--json"], "applies to plans only"),
     ],
@@ -102,6 +106,14 @@ def test_the_word_that_a_message_shows_works(stored, text: str, capsys) -> None:
 def test_several_numbers_are_one_message(stored) -> None:
     with pytest.raises(ConfigError, match="give one value: only launch sweep runs grids, as new runs"):
         run([RUN, "job.steps=1,2"])
+
+
+@pytest.mark.parametrize(("words", "tokenizer"), [((), "bpe"), (("data.tokenizer=bytes",), "bytes")])
+def test_a_tokenizer_of_a_checkpoint_is_trained_anew(stored, words: tuple[str, ...], tokenizer: str) -> None:
+    """A new directory has no checkpoint; ``launch resume`` had set both options."""
+    saved = load_run(stored / "run.yaml")
+    save_run(replace(saved, data=replace(saved.data, tokenizer=CHECKPOINT_TOKENIZER)), stored / "run.yaml")
+    assert _restarted(stored, words).data.tokenizer == tokenizer
 
 
 def test_a_real_run_again(launch_forked, completed, tmp_path) -> None:

@@ -148,3 +148,9 @@ def test_a_run_without_steps_shows_none(capsys, make_run) -> None:
     run_dir.plan.write_text(run_dir.plan.read_text().replace('"num_steps": 10', '"num_steps": 0'))
     text = status_text(capsys)
     assert value(text, "progress").startswith("loss 2.5000")
+
+
+def test_an_evaluation_shows_the_step_that_it_measures(capsys, make_run) -> None:
+    run_dir = make_run(step=40)
+    run_dir.plan.write_text(run_dir.plan.read_text().replace('"work"', '"job": "evaluate", "work"'))
+    assert value(status_text(capsys), "progress").startswith("evaluation of step 40, loss 2.5000")

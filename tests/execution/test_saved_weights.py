@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -316,6 +317,32 @@ def test_one_of_another_version_is_named_with_what_to_do(
     assert said in launch_in_process("plan", *words).expect(2).stderr
     assert not (tmp_path / "new").exists()
     assert file.exists()
+
+
+def test_what_cannot_be_merged_is_refused(write: Write, launch_in_process: Launch, tmp_path: Path) -> None:
+    write(10)
+    saved = write(10, "adapter=lora", run_id="adapted")
+
+    def refused_merge(word: str) -> str:
+        return launch_in_process("export", word, "new", "merge=true").expect(2).stderr
+
+    assert "holds all weights of a model, and no adapter to merge; leave it out" in refused_merge(ID)
+    save_run(trained_run(("adapter=lora", "job.seed=5")), saved.folder.parent.parent / "run.yaml")
+    assert "put back the weights that it was trained on" in refused_merge("adapted")
+    kept = tmp_path / "kept" / "checkpoints" / saved.folder.name
+    shutil.copytree(saved.folder, kept)
+    assert f"{kept} is not in its run, whose run.yaml names the weights to merge into" in refused_merge(str(kept))
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_export_says_what_it_wrote_once_it_is_written(
+    write: Write, launch_in_process: Launch, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    write(10)
+    monkeypatch.setattr("launcher.cli.export.run_in_foreground", lambda _: code)
+    said = launch_in_process("export", ID, "new").expect(code).stdout
+    assert said.startswith(f"exported step 10 of runs/gpt2_tiny/{ID} to new\n" if code == 0 else "")
+    assert bool(said) == (code == 0)
 
 
 def test_what_a_plan_or_a_sweep_has_chosen_is_kept(write: Write) -> None:

@@ -30,7 +30,7 @@ from launcher.utils.files import sha256_of
 if TYPE_CHECKING:
     from launcher.config.data.auto import DataSource
 
-_FORMAT = 1
+_FORMAT = 2
 _TOKENIZER = "tokenizer.json"
 _BYTES_A_PROCESS = 8 << 20
 """Data for which another process is worth its start."""

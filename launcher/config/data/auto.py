@@ -15,7 +15,8 @@ from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
 from launcher.config.data.bpe import END, folder_tokenizer, without_threads
 from launcher.config.data.builtin import BUILTIN_DATA, builtin_rows
-from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_template
+from launcher.config.data.chat_template import ChatTemplate, TrainOn, find_template, stand_in_template
+from launcher.config.data.conversations import BadRow
 from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample
 from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, inspect_file, look_bytes_of_each
 from launcher.config.data.hf import LONGEST_LINE_BYTES
@@ -23,7 +24,6 @@ from launcher.config.data.mixture import source_names, weights_error
 from launcher.config.data.rows import FirstRows, Record, count_rows, first_rows, read_rows
 from launcher.config.data.shapes import (
     SHAPES,
-    BadRow,
     Columns,
     Renderer,
     Shape,
@@ -44,6 +44,7 @@ _CHECKED_ROWS = 256
 _COUNTED_BYTES = 64 << 20
 """Files of this size altogether have their rows counted for the plan."""
 _SHOWN_CHARS = 400
+_SHOWN_COLUMNS = 12
 Every = Callable[[int], bool]
 EntryField = Literal["path", "eval_path"]
 ENTRY_FIELDS: tuple[EntryField, ...] = ("path", "eval_path")
@@ -116,6 +117,9 @@ class DataSource:
             parts.append(f"{counted(len(left_out), 'file')} of the folder left out ({shown})")
         if self.data.weights:
             parts.append(f"share {self.weight / sum(self.data.weights):.1%}")
+        if unused := list(dict.fromkeys(name for file in self.files for name in file.columns.unused)):
+            more = f" and {len(unused) - _SHOWN_COLUMNS} more" if len(unused) > _SHOWN_COLUMNS else ""
+            parts.append(f"columns not used: {', '.join(unused[:_SHOWN_COLUMNS])}{more}")
         return ", ".join(parts)
 
     @functools.cached_property
@@ -513,11 +517,11 @@ class AutoData(Corpus):
     def plan_template(self, tokenizer: Path | None) -> ChatTemplate | None:
         """Return the template with which rows are checked before anything starts.
 
-        Of a tokenizer that a rank fetches, ``chatml`` stands in for its own, which refuses no conversation.
+        Of a tokenizer that a rank fetches, one that writes every conversation stands in for its own.
         """
         is_unknown = tokenizer is None and not self.trains_tokenizer
         if is_unknown and self.chat_template == "auto":
-            return find_template("chatml", None)
+            return stand_in_template()
         return self.template(tokenizer)
 
     def describe(self, tokenizer: Path | None) -> Iterator[tuple[str, str]]:
@@ -660,7 +664,7 @@ class AutoData(Corpus):
             except BadRow as bad:
                 where = place(record)
                 if self.on_bad_row == "refuse":
-                    fix = f"{_SKIP}, or {record.fix}" if record.fix else f"correct it, or {_SKIP}"
+                    fix = f"{_SKIP}, or {record.fix}" if record.fix else f"{bad.fix or 'correct it'}, or {_SKIP}"
                     raise ConfigError("data.path", None, why=f"{where} {bad}", fix=fix) from bad
                 first_bad = first_bad or f"{where} {bad}"
                 num_bad += 1
@@ -679,7 +683,7 @@ class AutoData(Corpus):
                 yield Record(0, 1, {"text": text})
             return
         yield from read_rows(
-            file.path, file.written, wanted, longest_line=LONGEST_LINE_BYTES, columns=file.columns.used
+            file.path, file.written, wanted, longest_line=LONGEST_LINE_BYTES, columns=file.columns.readable
         )
 
     @property

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,17 @@ DEFAULT_TEMPLATE = "default"
 _DEFAULT_FILE, _NAMED_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 """Of a tokenizer's folder: its default template, and a folder of those with other names."""
 _SENTINEL = "launcher-content-of-this-turn"
+_WRITES_TOOLS = re.compile(r"\btools\b")
+_WRITES_TOOL_CALLS = re.compile(r"\btool_calls\b|\b(message|messages|msg|m)\s*\|\s*tojson")
+_STAND_IN = """\
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\n' }}
+    {%- generation %}{{ message['content'] or '' }}{{ message['tool_calls'] | tojson if message['tool_calls'] }}
+    {%- endgeneration %}{{ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+"""
 
 
 class TemplateFailed(Exception):
@@ -66,7 +78,9 @@ class ChatTemplate:
         """
         return self._render(messages, tools, add_generation_prompt)
 
-    def render_example(self, messages: Messages, *, tools: Any = None, train_on: TrainOn) -> RenderedExample:
+    def render_example(
+        self, messages: Messages, *, tools: Any = None, train_on: TrainOn, untrained: Collection[int] = ()
+    ) -> RenderedExample:
         """Return a conversation in segments; the loss counts the turns that ``train_on`` names.
 
         The trained text is what stands between the template's ``{% generation %}`` marks. A template without marks is
@@ -74,13 +88,20 @@ class ChatTemplate:
         (a template that removes earlier reasoning, say), the turn's content is replaced by a mark, and the text around
         the mark must be the beginning and the end of the whole.
 
+        Args:
+            messages: each with a role, and what the template reads of it.
+            tools: JSON schemas of functions that the model may call.
+            train_on: which turns count.
+            untrained: numbers of assistant turns that do not count all the same.
+
         Raises:
             TemplateFailed: the template refuses these messages, or the text of a turn cannot be found exactly.
         """
-        if train_on == "all":
-            text = self._render(messages, tools, False)
-            return RenderedExample((TextSegment(text, True),), has_special_tokens=True)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if train_on == "all":
+            text, spans = self._spans_of_turns(messages, [turn for turn in turns if turn in untrained], tools)
+            segments = (TextSegment(one.text, not one.is_trained) for one in _segments(text, spans, self.name))
+            return RenderedExample(tuple(segments), has_special_tokens=True)
         if not turns:
             raise TemplateFailed("has no assistant turn to train on")
         wanted = turns[-1:] if train_on == "last" else turns
@@ -90,9 +111,12 @@ class ChatTemplate:
                 before = self._prefix(messages[: wanted[0]], tools, text, generation=False)
                 after = [] if before is None else [span for span in spans if span[0] >= len(before)]
                 spans = after or spans[-1:]
+            left_out = [
+                self._marked_of(messages, number, tools, text, spans) for number in wanted if number in untrained
+            ]
+            spans = [span for span in spans if not any(span in turn for turn in left_out)]
         else:
-            text = self._render(messages, tools, False)
-            spans = [self._span_of(messages, number, tools, text) for number in wanted]
+            text, spans = self._spans_of_turns(messages, [turn for turn in wanted if turn not in untrained], tools)
         return RenderedExample(_segments(text, spans, self.name), has_special_tokens=True)
 
     def syntax_problem(self) -> str | None:
@@ -135,6 +159,9 @@ class ChatTemplate:
         """Return a conversation as text, and how many times generated text stands in it."""
         import jinja2
 
+        if (unwritten := self._unwritten(messages, tools)) is not None:
+            fix = "take the template of a model that calls tools"
+            raise TemplateFailed(f"has {unwritten}, and {self.name} writes none: {fix}")
         values = {**self.special_tokens, "tools": tools, "documents": None, "messages": _plain(messages)}
         try:
             return self._compiled.render({**values, "add_generation_prompt": add_generation_prompt}, marks=marks)
@@ -144,6 +171,13 @@ class ChatTemplate:
             raise TemplateFailed(f"{self.name} fails: {type(error).__name__}: {error}") from error
         except jinja2.TemplateError as error:
             raise TemplateFailed(f"is refused by {self.name}: {error}") from error
+
+    def _unwritten(self, messages: Messages, tools: Any) -> str | None:
+        """Return what of a conversation the template never writes, as far as its source shows; ``None`` if nothing."""
+        if tools and not _WRITES_TOOLS.search(self.source):
+            return "tools"
+        calls = any(message.get("tool_calls") for message in messages)
+        return "tool calls" if calls and not _WRITES_TOOL_CALLS.search(self.source) else None
 
     def _marked_spans(self, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return a conversation as text, and where generated text stands in it."""
@@ -160,6 +194,32 @@ class ChatTemplate:
         if not spans or (not is_proved and text != self._render(messages, tools, False)):
             raise TemplateFailed(f"has no text that {self.name} marks as generated")
         return text, spans
+
+    def _spans_of_turns(
+        self, messages: Messages, turns: Sequence[int], tools: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return a conversation as text, and where some assistant turns stand in it."""
+        if turns and self.has_generation_marks:
+            text, spans = self._marked_spans(messages, tools)
+            return text, [span for turn in turns for span in self._marked_of(messages, turn, tools, text, spans)]
+        text = self._render(messages, tools, False)
+        return text, [self._span_of(messages, number, tools, text) for number in turns]
+
+    def _marked_of(
+        self, messages: Messages, number: int, tools: Any, text: str, spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Return the marked text of one turn."""
+        before = self._prefix(messages[:number], tools, text, generation=False) if number else ""
+        is_last = number + 1 == len(messages)
+        until = text if is_last else self._prefix(messages[: number + 1], tools, text, generation=False)
+        if before is not None and until is not None:
+            inside = [span for span in spans if len(before) <= span[0] and span[1] <= len(until)]
+            if inside:
+                return inside
+        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) != len(turns):
+            raise TemplateFailed(f"turn {number + 1} cannot be found in what {self.name} writes")
+        return [spans[turns.index(number)]]
 
     def _prefix(self, messages: Messages, tools: Any, text: str, *, generation: bool) -> str | None:
         """Return the rendering of the first messages where it is a beginning of ``text``."""
@@ -325,6 +385,11 @@ def builtin_templates() -> tuple[str, ...]:
 def builtin_template(name: str) -> str:
     """Return the text of a template that the package carries."""
     return (resources.files("launcher.config.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def stand_in_template() -> ChatTemplate:
+    """Return a template that writes every conversation, for checks where the real one is not here."""
+    return ChatTemplate(_STAND_IN, "the chat template")
 
 
 def find_template(choice: str, tokenizer: Path | None, *, option: str = "data.chat_template") -> ChatTemplate | None:

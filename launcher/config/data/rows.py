@@ -78,7 +78,7 @@ def read_rows(
         wanted: takes the number of a row; others are passed over without being parsed.
         longest_line: bytes; a longer line is a bad row, so that a file without line ends does not fill the memory.
         text_field: name of the field for text: of lines of text, and of texts in a JSON list.
-        columns: those to read, where the format stores columns apart; ``None`` reads all.
+        columns: those to read as far as the file has them, where the format stores columns apart; ``None`` reads all.
         takes_nan: take NaN and Infinity for numbers, as Python writes them, though JSON has none.
 
     Raises:
@@ -467,7 +467,10 @@ def _columnar_rows(
         else:
             batches = _ipc_batches(_open_ipc(source))
         for batch in batches:
-            for row, problem in _rows_of(batch if columns is None else batch.select(list(columns))):
+            chosen = (
+                batch if columns is None else batch.select([name for name in columns if name in batch.schema.names])
+            )
+            for row, problem in _rows_of(chosen):
                 if wanted(number):
                     yield Record(number, number + 1, row, problem)
                 number += 1

@@ -173,7 +173,7 @@ class ChatTemplate:
             raise TemplateFailed(f"is refused by {self.name}: {error}") from error
 
     def _unwritten(self, messages: Messages, tools: Any) -> str | None:
-        """Return what of a conversation the template never writes, as far as its source shows; ``None`` if nothing."""
+        """Return what the template never writes, as far as its source shows."""
         if tools and not _WRITES_TOOLS.search(self.source):
             return "tools"
         calls = any(message.get("tool_calls") for message in messages)
@@ -388,7 +388,7 @@ def builtin_template(name: str) -> str:
 
 
 def stand_in_template() -> ChatTemplate:
-    """Return a template that writes every conversation, for checks where the real one is not here."""
+    """Return a template that writes every conversation, for checks before the real one is here."""
     return ChatTemplate(_STAND_IN, "the chat template")
 
 

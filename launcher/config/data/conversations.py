@@ -28,7 +28,7 @@ _MESSAGE_FIELDS = frozenset(
     ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 )
 _MARKS = ("weight", "train", "training", "loss")
-"""Fields that say whether a turn is trained: OpenAI's ``weight``, axolotl's ``train``, ms-swift's ``loss``."""
+"""Fields that say whether a turn is trained, of OpenAI, axolotl (two) and ms-swift."""
 _PARTIAL_MARKS = ("train_detail", "training_detail")
 _MARK = "train"
 _LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")

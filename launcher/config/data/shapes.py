@@ -60,7 +60,10 @@ _OPTIONAL: dict[Shape, dict[Part, tuple[str, ...]]] = {
         "messages": _CONVERSATIONS,
     },
 }
-"""Columns that a row may have or not. They are looked for in each row: a file may first have one after many rows."""
+"""Columns that a row may have or not.
+
+They are looked for in each row: a file may first have one after many rows.
+"""
 
 
 class ShapeUnknown(Exception):
@@ -98,7 +101,7 @@ class Columns:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """Names of the columns that are read, as far as the first rows have them, in the order of a row's parts."""
+        """Names of the columns that are read and that the first rows have, in a row's order."""
         seen = {part: [name for name in self.optional(part) if name in self.seen] for part in _OPTIONAL[self.shape]}
         before = [name for part in ("system", "tools", "history", "messages", "prompt") for name in seen.get(part, ())]
         prompt = (self.prompt,) if self.prompt else ()
@@ -198,7 +201,7 @@ def _without_repetition(columns: Columns) -> Columns:
 
 
 def _likely_names(columns: Sequence[str]) -> str | None:
-    """Return the options that name columns whose names are nearly known; ``None`` where none are."""
+    """Return the options that name columns whose names are nearly known."""
     plain = {name.strip().lower(): name for name in reversed(columns)}
     for parts in (
         {"messages": _CONVERSATIONS},
@@ -468,7 +471,7 @@ class Renderer:
 
 
 def _check_labels(row: Mapping[str, Any], columns: Columns) -> None:
-    """Raise where a row says whether its response is good: trained as it stands, a bad one would be learnt.
+    """Raise where a row says whether its response is good: a bad one would be learnt.
 
     Raises:
         BadRow: it does.
@@ -481,7 +484,7 @@ def _check_labels(row: Mapping[str, Any], columns: Columns) -> None:
 
 
 def _prompt_of(row: Mapping[str, Any], columns: Columns) -> tuple[str, Any]:
-    """Return the column with the prompt of a preference, and what is in it; nothing and ``None`` without one."""
+    """Return the column with the prompt of a preference, and what is in it."""
     names = (columns.prompt,) if columns.prompt else columns.optional("prompt")
     name = next((one for one in names if row.get(one) is not None), "")
     return name, decoded(row[name], name) if name else None

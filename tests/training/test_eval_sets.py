@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +14,15 @@ import torch
 
 from launcher.config.compose import compose
 from launcher.config.data.auto import AutoData
+from launcher.config.job.train import Evaluate
 from launcher.config.validate import validate_overrides_used
 from launcher.data.dataset import open_splits
-from launcher.errors import ConfigErrors
+from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.validate import validate_machine
 from launcher.models.build import build_model
 from launcher.protocol.plan import Host
 from launcher.protocol.results import read_metrics
+from launcher.training.evaluate import _sequences_of_data
 from launcher.utils.files import read_json
 
 SMALLEST = (
@@ -169,3 +173,12 @@ def test_what_is_said_of_chats_is_not_said_of_the_text_of_a_set(texts: Path, mon
     host = Host(name="box", slots=1, cores=1, memory_bytes=2**34)
     errors = [error.option for error in validate_machine(run, texts / "run", hosts=[host])]
     assert not [option for option in errors if option.startswith("job.eval_sets")]
+
+
+def test_examples_are_no_text_to_evaluate_whole() -> None:
+    job = compose(("job=evaluate", "job.split=all")).run.job
+    assert isinstance(job, Evaluate)
+    splits: Any = SimpleNamespace(whole=None, held_out=[1])
+    with pytest.raises(ConfigError, match=r"job\.split=all: .*a part is held out; set job\.split=held_out"):
+        _sequences_of_data(job, splits)
+    assert _sequences_of_data(replace(job, split="held_out"), splits) == [1]

@@ -73,3 +73,9 @@ def test_an_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         written(tmp_path / "file", bytes_of(9))
     assert caught.value.filename == str(tmp_path / "file")
     assert caught.value.errno == code
+
+
+def test_a_file_that_cannot_be_made_is_not_tried_in_another_way(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        FileWriter(tmp_path / "gone" / "file")
+    assert caught.value.filename == str(tmp_path / "gone" / "file")

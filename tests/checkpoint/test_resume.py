@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 
 import pytest
 
+from launcher.checkpoint.adapter_base import BaseWeights, is_same_base
+from launcher.checkpoint.locks import CheckpointLocks, RemovalLock
 from launcher.checkpoint.resume import (
     CheckpointReference,
     data_warnings,
     describe_resume,
     find_checkpoint,
+    find_checkpoints,
     lr_jump_warning,
     parse_reference,
     validate_resume,
@@ -224,3 +227,54 @@ def test_a_folder_written_in_another_way_is_the_same_model_and_one_that_is_gone_
     assert list(validate_resume(saved, model=Hf(name=str(tmp_path / "made")))) == []
     assert list(validate_resume(saved, model=Hf(name="other")))
     assert list(validate_resume(save(20), model=Hf(name="nowhere"))) == []
+
+
+def test_one_of_another_version_may_be_passed_over_where_an_older_one_will_do(tmp_path: Path, save: Save) -> None:
+    """Serving and exporting need some weights; nothing is repeated or replaced."""
+    ten = save(10)
+    file = save(20).folder / "manifest.json"
+    write_json(file, {**read_json(file), "version": 4})
+    said: list[str] = []
+    assert list(find_checkpoints(tmp_path, say=said.append, skips_unsupported=True)) == [ten]
+    (ten.folder / "model.bin").unlink()
+    with pytest.raises(ConfigError, match="has version 4"):
+        list(find_checkpoints(tmp_path, say=said.append, skips_unsupported=True))
+
+
+def test_the_fix_names_the_run_that_can_print_its_model(tmp_path: Path, save: Save) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16}
+    saved, other = save(10), Llama(name="tiny", intermediate_size=32, **sizes)  # type: ignore[arg-type]
+    (error,) = validate_resume(saved, model=other)
+    assert error.fix.endswith(f"as {saved.folder}/model/config.json describes it")
+    RunDir(tmp_path).snapshot.write_text("")
+    (error,) = validate_resume(saved, model=other)
+    assert error.fix.endswith(f"launch show {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"weights": "random", "seed": 1}, {"weights": "random", "seed": 1}, True),
+        ({"weights": "random", "seed": 1}, {"weights": "random", "seed": 2}, False),
+        ({"weights": "random", "seed": 1}, {"weights": "pretrained"}, False),
+        ({"weights": "a", "fingerprint": "1"}, {"weights": "b", "fingerprint": "1"}, True),
+        ({"weights": "a", "fingerprint": "1"}, {"weights": "a", "fingerprint": "2"}, False),
+        ({"weights": "a", "fingerprint": "1"}, {"weights": "a"}, True),
+    ],
+)
+def test_weights_are_the_same_by_seed_or_content(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    assert is_same_base(BaseWeights(name="a", **one), BaseWeights(name="b", **other)) is same
+
+
+def test_a_checkpoint_that_is_not_wanted_after_all_can_be_removed(save: Save) -> None:
+    def is_free() -> bool:
+        with RemovalLock(ten.folder) as lock:
+            return lock.acquire()
+
+    ten = save(10)
+    with CheckpointLocks() as locks:
+        locks.keep(ten.folder)
+        assert not is_free()
+        locks.release(ten.folder)
+        locks.release(ten.folder)  # one that is not kept
+        assert is_free()

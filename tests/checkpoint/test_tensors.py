@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from launcher.checkpoint.regions import Box, FlatRange, Region, boxes_of, flat_start, slices, whole
-from launcher.checkpoint.tensors import Shard, StoredState, write_shards
+from launcher.checkpoint.tensors import Shard, StoredState, safetensors_dtype, write_shards
 
 
 def cut_rows(shape: tuple[int, ...], num: int, dim: int) -> list[Region]:
@@ -202,3 +202,23 @@ def test_a_large_part_is_copied_in_pieces(
         stored.read_into(target, "w", region)
         assert torch.equal(target.float(), values_of(tensor, region))
     assert 0 < max(copied) <= 16
+
+
+@pytest.mark.parametrize("region", [Box((0,), (4,)), Box((3, 0), (2, 3)), Box((0, -1), (1, 1)), FlatRange(11, 13)])
+def test_a_part_that_a_tensor_cannot_have_is_refused(region: Region) -> None:
+    with pytest.raises(ValueError, match=r"w of shape \(4, 3\) has no part"):
+        StoredState().add("w", (4, 3), region, torch.ones(4), dtype=torch.float32, file=Path("a"))
+
+
+def test_elements_that_no_file_has_are_not_made_up() -> None:
+    stored = StoredState()
+    stored.add("w", (4, 3), Box((0, 0), (3, 3)), torch.ones(3, 3), dtype=torch.float32, file=Path("a"))
+    assert torch.equal(stored.read("w", FlatRange(2, 9)), torch.ones(7))
+    with pytest.raises(ValueError, match="w: the files have 9 of 12 elements"):
+        stored.read("w")
+
+
+def test_a_format_that_no_checkpoint_has_is_named() -> None:
+    assert safetensors_dtype("BF16") == torch.bfloat16
+    with pytest.raises(ValueError, match="values of format F4 are not read from checkpoints"):
+        safetensors_dtype("F4")

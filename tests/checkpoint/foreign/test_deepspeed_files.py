@@ -179,3 +179,9 @@ def test_parts_that_do_not_fit_together_are_refused(
 def test_parts_of_a_model_need_those_of_the_optimizer(tmp_path: Path) -> None:
     message = refusal(save(tmp_path, [{"param_shapes": GROUPS}] * 2))
     assert "the parts of its parameters (zero_pp_rank_…_optim_states.pt) are missing" in message
+
+
+def test_a_model_without_an_optimizer_is_weights_alone(tmp_path: Path) -> None:
+    found = read(save(tmp_path, [{"module": {"module.a": A}, "optimizer": None}]))
+    assert torch.equal(found.weights.read("a"), A)
+    assert not found.moments.shapes

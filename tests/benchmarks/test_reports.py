@@ -390,3 +390,124 @@ def test_a_body_ends_where_its_headers_or_the_connection_say() -> None:
     for sent, headers in ((b"ab", {"content-length": "3"}), (b"3\r\nabc\r\n", {"transfer-encoding": "chunked"})):
         with pytest.raises(RequestError, match=r"cut|ended"):
             body_of(sent, headers)
+
+
+def test_scores_of_tasks_are_metrics_rows_and_files_of_samples(tmp_path: Path) -> None:
+    from launcher.benchmarks.lm_eval.tasks import _results
+
+    found = {
+        "results": {"a/b": {"acc,none": 0.5, "acc_stderr,none": 0.25, "f1,strict": 0.75, "alias": "a/b"}},
+        "samples": {"a/b": [{"doc": "é"}]},
+        "n-samples": {"a/b": {"effective": 4}},
+        "n-shot": {"a/b": 2},
+        "versions": {"a/b": 1.0},
+    }
+    for word, written in (("true", ["samples_a_b.jsonl"]), ("false", [])):
+        folder = tmp_path / word
+        folder.mkdir()
+        words = ["job=benchmark", "benchmark=lm_eval", "benchmark.tasks=[a/b]", f"benchmark.log_samples={word}"]
+        run = compose(words).run
+        results = _results(run.benchmark, found, context_of(run, folder))  # type: ignore[arg-type]
+        assert [path.name for path in folder.iterdir()] == written
+    assert (tmp_path / "true" / "samples_a_b.jsonl").read_text() == '{"doc": "é"}\n'
+    assert results.facts["a/b"] == {"version": 1.0, "num_fewshot": 2, "documents": 4}
+    assert 0.5 in results.metrics.values()
+    assert "| a/b | 2 | acc | 0.5000 | 0.2500 |" in results.tables
+    assert "| a/b | 2 | f1 (strict) | 0.7500 |  |" in results.tables
+
+
+def test_a_corpus_is_tokenised_and_loaded_and_equal_digests_are_noticed(tmp_path: Path) -> None:
+    from launcher.benchmarks.data import _findings, load_batches, tokenise
+    from launcher.benchmarks.results import BenchmarkCase
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {i} says that {i} times {i} is {i * i}." for i in range(300)))
+    words = ["job=benchmark", "benchmark=data", f"data.path={text}", "data.vocab_size=300", f"data.cache={tmp_path}"]
+    run = compose([*words, "benchmark.threads=[1,2]"]).run
+    first, again = (
+        tokenise(run.data, run.model, tmp_path / "tokens", warmup=warmup, progress=lambda: None) for warmup in (0, 1)
+    )
+    assert first["digest"] == again["digest"]
+    asked = {"sequence_length": 16, "micro_batch": 2, "duration_s": 0.01, "seed": 7}
+    loads = [load_batches(run.data, run.model, **asked, warmup=warmup, progress=lambda: None) for warmup in (0, 2)]
+    assert loads[0]["digest"] == loads[1]["digest"]
+    samples = {"tokenise/1": [first], "tokenise/2": [again], "load": [loads[0], {**loads[1], "digest": "other"}]}
+    cases = [
+        BenchmarkCase(name=name, samples={key: tuple(one[key] for one in taken) for key in taken[0] if "_per_" in key})
+        for name, taken in samples.items()
+    ]
+    prepared = {"text_bytes": 2_000_000, "tokens": 1000, "vocab_size": 300, "cold_s": 1.5}
+    lines = list(_findings(run.benchmark, prepared, samples, cases))  # type: ignore[arg-type]
+    assert "corpus: 2.00 MB of text are 1,000 tokens of a vocabulary of 300" in lines
+    assert "tokens: the same every time" in lines
+    assert "first batches: NOT the same: 2 different ones" in lines
+    assert sum(" times " in line for line in lines) == 1
+
+
+def test_ways_to_decode_that_are_slow_or_differ_are_named() -> None:
+    from launcher.benchmarks.quantization import _findings
+    from launcher.benchmarks.results import BenchmarkCase
+
+    benchmark: Any = compose(["job=benchmark", "benchmark=quantization"]).run.benchmark
+    seconds = {"fp32/eager": 1.0, "fp32/compiled": 0.5, "int4_weight/eager": 2.0}
+    cases = [
+        BenchmarkCase(name=name, samples={"token_s": (value,), "read_bytes": (1e9,), "first_s": (9.0,)})
+        for name, value in seconds.items()
+    ]
+    samples = {name: [{"digest": "a"}, {"digest": "b" if "int4" in name else "a"}] for name in seconds}
+    lines = list(_findings(benchmark, cases, samples, 4e9))
+    assert "fp32/compiled: compiled in 9.0 s, from the cache in 9.0 s" in lines
+    assert "best: fp32/compiled, 2.00 times fp32/eager" in lines
+    assert [line for line in lines if "slower" in line] == [
+        "int4_weight/eager is slower than fp32/eager on this machine"
+    ]
+    assert [line for line in lines if "NOT" in line] == ["int4_weight/eager: NOT the same tokens in every process"]
+
+
+def test_policies_that_recompute_are_compared_with_none() -> None:
+    from launcher.benchmarks.activation import _findings, _metrics
+    from launcher.benchmarks.results import BenchmarkCase
+
+    benchmark: Any = compose(["job=benchmark", "benchmark=activation"]).run.benchmark
+    cases = [
+        BenchmarkCase(name=name, samples={"peak_bytes": (peak,), "step_s": (step_s,)})
+        for name, peak, step_s in (("none", 4e9, 1.0), ("every", 1e9, 1.5))
+    ]
+    compared = {"every": {"largest_difference": 0.0, "equal_tensors": 3, "tensors": 3}}
+    assert _metrics(cases, compared) == {
+        "every/memory_saved": 0.75,
+        "every/time_added": 0.5,
+        "every/largest_difference": 0.0,
+    }
+    samples = {name: [{"weights": "w", "inputs": name}] for name in ("none", "every")}
+    lines = list(_findings(benchmark, cases, compared, samples))
+    assert "memory saved (every): 75.0%" in lines
+    assert "weights and inputs: NOT the same: 2 different ones" in lines
+
+
+QUANTIZE = (
+    *("job=quantize", "quantization=int4_weight", "model=gpt2_tiny", "parallel=single", "job.tokenizer=bytes"),
+    *("job.eval_sequences=2", "job.sequence_length=16", "job.rate_batches=[1]", "job.rate_prompt=4"),
+    *("job.rate_tokens=2", "job.repeats=2", "job.sample_tokens=2"),
+)
+
+
+@pytest.mark.parametrize("slow_s", [1000.0, 0.0])
+def test_a_model_is_quantized_kept_and_measured_once_more_where_that_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], slow_s: float
+) -> None:
+    from launcher.benchmarks import quantize
+
+    monkeypatch.setattr(quantize, "_SLOW_S", slow_s)
+    run = compose([*QUANTIZE, f"data.cache={tmp_path / 'cache'}"]).run
+    quantize.quantize_model(run.job, context_of(run, tmp_path))  # type: ignore[arg-type]
+    report = json.loads((tmp_path / "quantize.json").read_text())
+    rounds = report["rates"]["engine"]["1"]["after"]
+    assert len(rounds) == (2 if slow_s else 1), "a slow round is its own warm-up"
+    assert all(min(taken.values()) > 0 for taken in rounds)
+    printed = capsys.readouterr().out
+    assert ("measured once" in printed) == (not slow_s)
+    assert "weights are random, so no tokenizer is put beside them" in printed
+    assert list(report["disk_bytes"]) == ["after"]
+    assert (tmp_path / "model" / "quantization.json").exists()
+    assert set(report["samples"]) == {"before", "after"}

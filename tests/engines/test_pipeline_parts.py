@@ -144,3 +144,40 @@ def test_a_family_that_keeps_states_is_refused() -> None:
         ConfigError, match=r"parallel=pipeline: qwen3_next has layers \(linear_attention\) that carry .*; set"
     ):
         keep_chunk(model, range(1), first=True, last=False)
+
+
+def test_more_chunks_than_layers_are_refused() -> None:
+    from launcher.engines.pipeline.partition import partition_by_parameters
+    from launcher.models.build import build_deferred
+
+    whole, _ = build_deferred(GPT2, seed=0, attention=SdpaAttention())
+    assert len(partition_by_parameters(whole, 4, stages=4)) == 4
+    with pytest.raises(ConfigError, match=r"5 chunks, and the model has 4 layers; set parallel\.stages=4"):
+        partition_by_parameters(whole, 5, stages=5)
+
+
+def test_blocks_that_share_a_parameter_are_refused_and_a_tied_head_is_not() -> None:
+    from launcher.engines.pipeline.partition import tied_names
+    from launcher.models.build import build_deferred
+
+    whole, _ = build_deferred(GPT2, seed=0, attention=SdpaAttention())
+    assert tied_names(whole) == {"lm_head.weight": "transformer.wte.weight"}
+    whole.transformer.h[2].ln_1 = whole.transformer.h[0].ln_1
+    with pytest.raises(
+        ConfigError, match=r"transformer\.h\.2\.ln_1\.weight and transformer\.h\.0\.ln_1\.weight are one"
+    ):
+        tied_names(whole)
+
+
+def test_kinds_of_layers_are_those_of_the_chunk() -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from launcher.engines.pipeline.partition import set_chunk_config
+
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3}
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=32, layer_types=kinds))
+    set_chunk_config(model, range(1, 3))
+    assert model.config.num_hidden_layers == 2
+    assert model.model.config.layer_types == kinds[1:]

@@ -206,3 +206,22 @@ def test_a_parameter_named_twice_is_read_once_from_nvme_however_often_that_is_se
     Swapper.swap_in(None, [one, other, one], async_op=True)
     (params,) = read
     assert [id(each) for each in params] == [id(one), id(other)]
+
+
+def test_log_probabilities_of_rows_and_their_gradient_are_torchs() -> None:
+    from launcher.engines.loss import row_log_probs
+
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, -100, 3], [0, 2, -100]])
+    ours, expected = (torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    ours.requires_grad_()
+    expected.requires_grad_()
+    found = row_log_probs(ours, labels)
+    chosen = torch.log_softmax(expected, dim=-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    wanted = (chosen * (labels != -100)).sum(dim=-1)
+    weights = torch.tensor([2.0, -1.0])
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    assert torch.allclose(found, wanted, atol=1e-6)  # fp32: sums of a few numbers below 10
+    assert torch.allclose(ours.grad, expected.grad, atol=1e-6)
+    assert ours.grad[0, 1].abs().max() == 0, "what does not count has no gradient"

@@ -188,3 +188,25 @@ def test_a_rank_that_succeeds_gives_no_reason_to_leave(tmp_path: Path, monkeypat
     write_json(rendezvous.answer_of("case", 2), FAILED)
     watch()
     assert watch() == "ended because rank 2 had failed"
+
+
+def test_a_job_whose_cases_all_pass_says_so(
+    contexts: list[Context], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, job = Placement("single", 1), contexts[0].run.job
+    answers = {"save_single@1": {0: SOLVED}, "resume_single@1": {0: {"resumed": {"single@1": SOLVED["losses"]}}}}
+    answer_instead(monkeypatch, {"reference": {0: SOLVED}, "ddp": {0: SOLVED, 1: SOLVED}, **answers})
+    monkeypatch.setattr(resuming, "_exported_logits", lambda folder: "the same")
+    Verification(job, contexts[0], SelectedStrategies(sequences=8, cases={"ddp": STRATEGIES["ddp"]})).run()
+    page = (tmp_path / "verify.md").read_text()
+    assert "| ddp | 0.0e+00 | 0.0e+00 | 1.0e-06 | equal |" in page
+    assert "Left out" not in page
+    assert "on purpose" not in page
+    chosen = ResumePairs(sequences=8, cases={"single": SINGLE_PROCESS}, pairs=((one, one),))
+    ResumeVerification(job, contexts[0], chosen).run()
+    page = (tmp_path / "verify.md").read_text()
+    assert "| single@1 | single@1 | 0.0e+00 | 0.0e+00 | equal | ok |" in page
+    assert "Left out" not in page
+    printed = capsys.readouterr().out
+    assert "all 1 strategies take the steps of one process" in printed
+    assert "all 1 checkpoints go on as they did" in printed

@@ -8,6 +8,7 @@ import json
 import socket
 import ssl
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pytest
 from launcher.utils.system import free_port
 from tests.conftest import Launch
 from tests.deploy.proxies import FILES, KINDS, LoadBalancer, check_command, program, rendered
-from tests.deploy.upstreams import Held, Poured, Upstream, answer, cut, drain, drop
+from tests.deploy.upstreams import Held, Poured, Stepped, Upstream, answer, cut, drain, drop
 from tests.helpers import wait_for
 
 PATH = "/v1/completions"
@@ -132,11 +133,13 @@ def test_the_program_itself_accepts_every_option(kind: str, tmp_path: Path) -> N
 
 
 def test_each_token_is_sent_at_once(begin: Begin, listen: Listen) -> None:
-    held = Held()
-    with send(begin(listen(held))) as response:
-        assert response.read(9) == b"data: 1\n\n"  # the server sends the second token only after this
-        held.goes_on.set()
-        assert response.read() == b"data: 2\n\n"
+    stepped = Stepped()
+    proxy = begin(listen(stepped))
+    with send(proxy) as response:
+        for number in (1, 2, 3):  # the server sends the next token only after this one has arrived
+            stepped.may_send.release()
+            assert response.read(9) == b"data: %d\n\n" % number
+        assert response.read() == b""
 
 
 def test_a_client_that_leaves_ends_its_request_at_the_server(begin: Begin, listen: Listen) -> None:
@@ -168,6 +171,21 @@ def test_a_request_without_an_answer_goes_to_another_server(begin: Begin, listen
         assert {each.body for each in (*bad.requests, *good.requests)} == {BODY}
         assert bad.requests
         assert len(good.requests) == 4
+
+
+def test_a_request_that_arrives_in_parts_goes_to_another_server(begin: Begin, listen: Listen) -> None:
+    bad, good = listen(drop), listen(answer)
+    proxy = begin(bad, good)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
+    for _ in range(2):
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as connection:
+            connection.sendall(head + BODY[:1000])
+            time.sleep(0.2)  # a load balancer that passed on the first part could not repeat it
+            connection.sendall(BODY[1000:])
+            with connection.makefile("rb") as received:
+                assert b" 200 " in received.readline()
+    assert bad.requests
+    assert {each.body for each in good.requests} == {BODY}
 
 
 def test_a_server_that_is_not_there_costs_no_request(begin: Begin, listen: Listen) -> None:

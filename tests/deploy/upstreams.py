@@ -121,6 +121,22 @@ class Held:
         connection.sendall(chunk(b"data: 2\n\n") + chunk(b""))
 
 
+class Stepped:
+    """A stream of three tokens, each of which is sent when the test says so."""
+
+    def __init__(self) -> None:
+        self.may_send = threading.Semaphore(0)
+
+    def __call__(self, connection: socket.socket) -> None:
+        """Send the head, then a token for each time that ``may_send`` is released."""
+        connection.sendall(_HEAD % b"200 OK")
+        for number in (1, 2, 3):
+            if not self.may_send.acquire(timeout=60):
+                return
+            connection.sendall(chunk(b"data: %d\n\n" % number))
+        connection.sendall(chunk(b""))
+
+
 class Poured:
     """A stream without end, which stops when nothing reads it."""
 

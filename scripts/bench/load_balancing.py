@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import statistics
 import sys
 import tempfile
@@ -190,6 +191,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, action="append", help="load balancer (default: both, side by side)")
     parser.add_argument("overrides", nargs="*", help="of the servers")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers end too
     kinds = arguments.kind or list(KINDS)
     words = arguments.overrides or [*SERVER[1:-1], "job.echo_step_s=0.02"]
     print_machine("uvicorn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,62 @@ def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:
         path=str(written(tmp_path, [row | {f"c{number}": 1 for number in range(30)}], "jsonl"))
     ).sources()
     assert source.describe(None).endswith(", c9 and 20 more")
+
+
+def test_a_preference_of_which_one_answer_begins_the_other_is_read(tmp_path: Path) -> None:
+    row = {"chosen": "Human: hi Assistant: yes", "rejected": "Human: hi Assistant: yes sir"}
+    (pair,) = examples(tmp_path, [row])
+    assert (pair.prompt.text, trained(pair.chosen), trained(pair.rejected)) == (
+        "Human: hi Assistant: ",
+        ["yes"],
+        ["yes sir"],
+    )
+    error = refusal(tmp_path, {"chosen": "Human: hi Assistant:", "rejected": "Human: hi Assistant: yes"})
+    assert "chosen has no text beyond the prompt" in error.why
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "fix"),
+    [
+        ({"Prompt": "q", "Response": "a"}, {}, "set data.prompt_column=Prompt data.response_column=Response"),
+        ({"input": "q", "output": "a"}, {}, "set data.prompt_column=input data.response_column=output"),
+        ({"instruction": "q", "response": "a"}, {}, "set data.prompt_column=instruction data.response_column=response"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt_column": "chosen"}, "name another column"),
+    ],
+)
+def test_columns_that_are_nearly_known_or_named_twice(
+    row: dict[str, Any], options: dict[str, Any], fix: str, tmp_path: Path
+) -> None:
+    assert fix in refusal(tmp_path, row, **options).fix
+
+
+def test_a_column_of_text_that_holds_conversations_is_refused(tmp_path: Path) -> None:
+    assert "messages takes text, and is a list" in refusal(tmp_path, {"messages": ASKED}, text_column="messages").why
+
+
+def test_a_table_without_a_header_says_what_it_takes_for_one(tmp_path: Path) -> None:
+    for text, fix in (("q 0,a 0\nq 1,a 1\n", "set data.text_column"), ("prompt, response\nq,a\n", "remove the spaces")):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(ConfigError, match="its first line is taken as the header") as refused:
+            AutoData(path=str(tmp_path / "x.csv")).sources()
+        assert fix in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "held", [{"prompt": ["p", "q"], "response": ["a", "b"]}, {"0": {"prompt": "p", "response": "a"}}]
+)
+def test_the_suggested_command_writes_the_rows_of_an_object(held: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(held, indent=1))
+    with pytest.raises(ConfigError) as refused:
+        list(AutoData(path=str(file)).examples())
+    code = shlex.split(refused.value.fix)[4]
+    assert "zip(" in code if "prompt" in held else "row in found.values()" in code
+    compile(code, "suggested", "exec")
+
+
+def test_a_file_twice_in_a_mixture_has_two_lines(tmp_path: Path) -> None:
+    file = str(written(tmp_path, [{"messages": ASKED}], "jsonl"))
+    described = dict(AutoData(path=(file, file), weights=(3.0, 1.0), chat_template="chatml").describe(None))
+    assert "share 75.0%" in described[f"data {file} (1)"]
+    assert "share 25.0%" in described[f"data {file} (2)"]

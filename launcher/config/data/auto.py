@@ -536,11 +536,13 @@ class AutoData(Corpus):
         is_unknown = tokenizer is None and not self.trains_tokenizer and self.chat_template == "auto"
         template = self.plan_template(tokenizer)
         for field in ENTRY_FIELDS:
-            opened = {source.name: source for source in self.sources(field, fetches=False)}
-            for entry in self.entries(field):
+            entries = self.entries(field)
+            for number, (entry, weight) in enumerate(zip(entries, self._weights(field), strict=True)):
+                opened = self._open(Source(name=entry, option=f"data.{field}"), weight, fetches=False)
                 label = "data" if field == "path" else "evaluated on"
-                label += f" {entry}" if len(self.entries(field)) > 1 else ""
-                yield label, opened[entry].describe(template) if entry in opened else "downloaded by the first rank"
+                label += f" {entry}" if len(entries) > 1 else ""
+                label += f" ({entries[: number + 1].count(entry)})" if entries.count(entry) > 1 else ""
+                yield label, "downloaded by the first rank" if opened is None else opened.describe(template)
         examples = (one for source in sources if not source.is_documents for one in source.examples(template))
         first = next(examples, None)
         if first is None:
@@ -606,7 +608,11 @@ class AutoData(Corpus):
             bad = next((record for record in first.records if record.problem), None)
             if bad is not None and not first.columns:
                 raise BadFile(f"line {bad.line:,} {bad.problem}", bad.fix or "correct it") from unknown
-            raise BadFile(unknown.why, unknown.fix) from unknown
+            if written.kind != "csv":
+                raise BadFile(unknown.why, unknown.fix) from unknown
+            spaced = [name for name in first.columns if name != name.strip()]
+            fix = "remove the spaces around the names in its first line" if spaced else unknown.fix
+            raise BadFile(f"{unknown.why} (its first line is taken as the header)", fix) from unknown
 
     def _first_rows(self, path: Path, written: FileFormat) -> FirstRows:
         return first_rows(path, written, longest_line=LONGEST_LINE_BYTES)

@@ -378,7 +378,7 @@ def _list_items(
             raise BadFile("holds several JSON documents, none of them in one line", fix) from error
         raise BadFile(f"is damaged JSON: {error}", "correct it") from error
     if not isinstance(found, list):
-        raise BadFile("holds one JSON object and no list of rows", f"write rows: {_rows_of_object(file, found)}")
+        raise BadFile("holds one JSON object and no list of rows", _rows_of_object(file, found))
     for number, item in enumerate(found):
         if wanted(number):
             yield _item(number, item, text_field)
@@ -391,18 +391,37 @@ def _item(number: int, item: object, text_field: str) -> Record:
 
 
 def _rows_of_object(file: Path, found: object) -> str:
-    """Return the command that writes the rows that an object holds as JSON lines."""
-    values = found if isinstance(found, dict) and not {"prompt", "messages"} & found.keys() else {}
+    """Return how to write the rows that an object holds as JSON lines: the command where one can do it."""
+    values = found if isinstance(found, dict) and not _is_row(found) else {}
     tables = [key for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     name, target = shell_word(str(file)), _as_lines(file)
     if tables:
         code = f"import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))[{tables[0]!r}]]"
-        return f"python -c {shell_word(code)} {name} > {target}"
-    if values and all(isinstance(value, list) for value in values.values()):
-        code = "import pandas, sys; pandas.read_json(sys.argv[1]).to_json(sys.stdout, orient='records', lines=True)"
-        return f"python -c {shell_word(code)} {name} > {target}"
-    code = "import json, sys; print(json.dumps(json.load(open(sys.argv[1]))))"
-    return f"python -c {shell_word(code)} {name} > {target}"
+        return f"write rows: python -c {shell_word(code)} {name} > {target}"
+    held = list(found.values()) if isinstance(found, dict) else []
+    rows = ""
+    if held and all(isinstance(value, list) and len(value) == len(held[0]) and _is_plain(value) for value in held):
+        rows = "dict(zip(found, row)) for row in zip(*found.values())"
+    elif held and all(isinstance(value, dict) for value in held):
+        rows = "row for row in found.values()"
+    elif held and all(isinstance(value, str | int | float | list | dict) for value in held) and _is_row(found):
+        rows = "found for _ in range(1)"
+    if not rows:
+        return "write its rows as JSON lines, an object each"
+    code = f"import json, sys; found = json.load(open(sys.argv[1])); [print(json.dumps(row)) for row in ({rows})]"
+    return f"write rows: python -c {shell_word(code)} {name} > {target}"
+
+
+def _is_plain(values: list[object]) -> bool:
+    """Return whether a list holds no messages, but the values of a column."""
+    return not any(isinstance(value, dict) for value in values)
+
+
+def _is_row(found: object) -> bool:
+    """Return whether an object is one row of a known shape."""
+    return isinstance(found, dict) and bool(
+        {"text", "prompt", "messages", "conversations", "instruction"} & found.keys()
+    )
 
 
 def _as_lines(file: Path) -> str:

@@ -347,7 +347,8 @@ def test_levels_of_load_are_measured_in_turn_with_seeds_of_their_own(
     assert len({seed for _, seed in taken}) == 4
     assert results.metrics["max_concurrency=2/tokens_per_s"] == 2.0
     text = "\n".join(results.findings)
-    assert "max_concurrency=1: errors 400 6" in text, "of both rounds, without those cancelled at the end"
+    line = "max_concurrency=1: errors 400 6"
+    assert line in results.findings, "of both rounds, without those cancelled at the end"
     assert "at most 25.0% of a core" in text
     assert "goodput: TTFT at most 0.5 s" in text
     assert len(RunDir(tmp_path).metrics.read_text().splitlines()) == 4
@@ -414,6 +415,7 @@ def test_scores_of_tasks_are_metrics_rows_and_files_of_samples(tmp_path: Path) -
     assert 0.5 in results.metrics.values()
     assert "| a/b | 2 | acc | 0.5000 | 0.2500 |" in results.tables
     assert "| a/b | 2 | f1 (strict) | 0.7500 |  |" in results.tables
+    assert len(results.tables) == 4, "errors are in the rows of their metrics"
 
 
 def test_a_corpus_is_tokenised_and_loaded_and_equal_digests_are_noticed(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
 def save_tokenizer(
     data: Corpus, model: Model, tokenizer: FastTokenizer, folder: Path, *, heartbeat: Callable[[], None]
 ) -> None:
-    """Write the tokenizer of ``data`` and the chat template of its conversations into a model folder.
+    """Write the tokenizer of ``data`` and its chat template into a model folder.
 
     Args:
         data: what the model is trained on.

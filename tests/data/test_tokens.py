@@ -231,7 +231,7 @@ def test_a_tokenizer_of_a_folder_is_saved_with_its_chat_templates(text: MakeText
 
 
 def test_the_template_that_the_data_names_is_saved_as_the_default(model: Gpt2, tmp_path: Path) -> None:
-    """Whoever loads a model renders conversations as they were rendered in training."""
+    """A loaded model renders conversations as they were rendered in training."""
     source, saved, chats = tmp_path / "source", tmp_path / "saved", tmp_path / "chats.jsonl"
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello yourself"}]
     chats.write_text(f"{json.dumps({'messages': chat})}\n" * 40)

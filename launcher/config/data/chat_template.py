@@ -455,7 +455,7 @@ def read_templates(folder: Path) -> dict[str, str]:
 
 
 def write_default_template(folder: Path, source: str) -> None:
-    """Make ``source`` the default chat template of a tokenizer's folder; its other templates stay."""
+    """Make ``source`` the default chat template of a tokenizer's folder; keep its others."""
     others = {name: text for name, text in read_templates(folder).items() if name != DEFAULT_TEMPLATE}
     if others:
         (folder / _NAMED_TEMPLATES).mkdir(exist_ok=True)

@@ -391,7 +391,7 @@ def _item(number: int, item: object, text_field: str) -> Record:
 
 
 def _rows_of_object(file: Path, found: object) -> str:
-    """Return how to write the rows that an object holds as JSON lines, by a command if one can."""
+    """Return how to write an object's rows as JSON lines, as a command where one can do it."""
     values = found if isinstance(found, dict) and not _is_row(found) else {}
     tables = [key for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     name, target = shell_word(str(file)), _as_lines(file)

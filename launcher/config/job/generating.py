@@ -72,7 +72,8 @@ class GeneratingJob(Job):
     """``model`` (its own), ``data`` (the data group's), ``bytes`` (a token each), or a folder."""
 
     chat_template: PathText | None = None
-    """Chat template for chats that name none: a name or a Jinja file; ``null`` takes the tokenizer's default.
+    """Chat template for chats that name none: a name or a Jinja file.
+    ``null`` takes the tokenizer's default.
     Names: one of the tokenizer's templates, ``chatml``, ``gemma``, ``llama3``, ``plain``, ``zephyr``."""
 
     adapters: dict[str, PathText] = field(default_factory=dict)

@@ -99,6 +99,7 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
         "benchmark": {"kind": "none"},
         "quantization": {"kind": "none"},
         "adapter": {"kind": "none"},
+        "deploy": {"kind": "none"},
         "profile": {"kind": "false"},
         "checkpoint": {"kind": "policy"},
         "tracker": {"kind": "local"},

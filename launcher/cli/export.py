@@ -73,7 +73,7 @@ def _snapshot_to_merge(saved: SavedCheckpoint) -> list[str]:
         raise ConfigError("merge", "true", why=why, fix=fix)
     run = load_run(snapshot)
     if (gone := missing_base(run.model)) is not None:
-        why = f"{saved.folder} holds an adapter of {run.model.name}, whose recorded folder {gone} is not there"
+        why = f"{saved.folder} holds an adapter of the weights in {gone}, which is not there"
         fix = "put it back; or leave merge out, and merge with PEFT: PeftModel.from_pretrained(…).merge_and_unload()"
         raise ConfigError("merge", "true", why=why, fix=fix)
     errors = list(run.model.validate_machine())

@@ -42,7 +42,7 @@ def _continued(folder: Path, words: Sequence[str]) -> Run:
     """
     run, state = load_saved_run(folder, words), read_run_state(RunDir(folder))
     if run.lora is not None and run.backend.shares_paths and (gone := missing_base(run.model)) is not None:
-        why = f"trains an adapter of {run.model.name}, whose recorded folder {gone} is not there"
+        why = f"trains an adapter of the weights in {gone}, which is not there"
         is_name = run.model.weights == "pretrained" or gone != (run.model.local_weights or gone).absolute()
         option = "model.name" if is_name else "model.weights"
         fix = f"if it has moved: launch resume {shell_word(str(folder))} {option}=FOLDER"

@@ -135,7 +135,7 @@ def _mounted(run: Run) -> list[str]:
 
 
 def _nginx(deploy: ComposeDeploy, names: list[str]) -> dict[str, Any]:
-    tls = [(deploy.tls_certificate, TLS_CERTIFICATE), (deploy.tls_key, TLS_KEY)]
+    tls = [(deploy.tls_certificate_file, TLS_CERTIFICATE), (deploy.tls_key_file, TLS_KEY)]
     return {
         "image": deploy.nginx_image,
         **_HARDENED,

@@ -54,7 +54,7 @@ def _global(deploy: HaproxyDeploy, limits: UpstreamLimits, num_servers: int) -> 
         f"    maxconn {limits.connections * num_servers + _SPARE_CONNECTIONS}",
         f"    tune.bufsize {deploy.retried_bytes + _REWRITE_BYTES}  # a request that fits can go to another server",
         f"    tune.maxrewrite {_REWRITE_BYTES}",
-        *(_tls() if deploy.tls_certificate else []),
+        *(_tls() if deploy.tls_certificate_file else []),
     ]
 
 
@@ -112,7 +112,7 @@ def _return(error: ProxyError, condition: str) -> str:
 
 def _frontend(deploy: HaproxyDeploy, limits: UpstreamLimits, rate_per_minute: int | None) -> list[str]:
     errors = {each.status: each for each in proxy_errors(body_bytes=limits.body_bytes)}
-    certificate = f" ssl crt '{deploy.tls_certificate}'" if deploy.tls_certificate else ""
+    certificate = f" ssl crt '{deploy.tls_certificate_file}'" if deploy.tls_certificate_file else ""
     lines = [
         "frontend clients",
         f"    bind {bracketed(deploy.host, deploy.port)}{certificate}",

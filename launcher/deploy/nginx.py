@@ -139,7 +139,7 @@ def _clients(rate_per_minute: int | None) -> list[str]:
 
 
 def _server(deploy: NginxDeploy, limits: UpstreamLimits, *, num_servers: int, rate_per_minute: int | None) -> list[str]:
-    is_secure = deploy.tls_certificate is not None
+    is_secure = deploy.tls_certificate_file is not None
     burst = f" burst={rate_per_minute - 1} nodelay" if rate_per_minute is not None and rate_per_minute > 1 else ""
     return [
         f"listen {bracketed(deploy.host, deploy.port)}{' ssl' if is_secure else ''} so_keepalive=30s:10s:3;",
@@ -162,8 +162,8 @@ def _server(deploy: NginxDeploy, limits: UpstreamLimits, *, num_servers: int, ra
 
 def _tls(deploy: NginxDeploy) -> list[str]:
     return [
-        f'ssl_certificate "{deploy.tls_certificate}";',
-        f'ssl_certificate_key "{deploy.tls_key}";',
+        f'ssl_certificate "{deploy.tls_certificate_file}";',
+        f'ssl_certificate_key "{deploy.tls_key_file}";',
         "ssl_protocols TLSv1.2 TLSv1.3;",
         f"ssl_ciphers {TLS_CIPHERS};",
         "ssl_prefer_server_ciphers off;",

@@ -363,7 +363,7 @@ def _base_of(folder: Path, composed: Composition) -> Model:
         fix = f"set model to the one that it was trained on, and model.adapter={folder}"
         raise ConfigError(WEIGHTS, given.weights, why=why, fix=fix)
     if (gone := missing_base(saved)) is not None:
-        why = f"holds an adapter of {saved.name}, whose recorded folder {gone} is not there"
+        why = f"holds an adapter of the weights in {gone}, which is not there"
         base = "model=hf model.name=FOLDER" if isinstance(saved, Hf) else "model.weights=FOLDER"
         fix = f"if it has moved, set {base} {quoted_word(ADAPTER, given.weights)}"
         raise ConfigError(WEIGHTS, given.weights, why=why, fix=fix)

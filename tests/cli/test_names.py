@@ -216,7 +216,7 @@ def test_resume_names_the_folder_of_an_adapters_weights_that_is_gone(
     save_run(compose(words).run, stored.snapshot)
     assert main(["resume", str(stored.path), "dry_run=true"]) == 2
     said = capsys.readouterr().err
-    assert f"whose recorded folder {tmp_path}/gone is not there" in said
+    assert f"the weights in {tmp_path}/gone, which is not there" in said
     assert f"if it has moved: launch resume {stored.path} model.weights=FOLDER" in said
 
 

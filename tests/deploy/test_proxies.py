@@ -28,7 +28,7 @@ Begin = Callable[..., LoadBalancer]
 Listen = Callable[..., Upstream]
 BODY = json.dumps({"prompt": "x" * 30_000}).encode()
 TOKENS = b"data: 1\n\ndata: 2\n\n"
-TLS = ("deploy.tls_certificate={folder}/site.crt", "deploy.tls_key={folder}/site.key")
+TLS = ("deploy.tls_certificate_file={folder}/site.crt", "deploy.tls_key_file={folder}/site.key")
 
 
 @pytest.fixture(params=KINDS)
@@ -191,8 +191,11 @@ def test_a_request_that_arrives_in_parts_goes_to_another_server(begin: Begin, li
 def test_a_server_that_is_not_there_costs_no_request(begin: Begin, listen: Listen) -> None:
     gone, good = listen(answer), listen(answer)
     gone.close()
-    proxy = begin(gone, good)
-    assert [ask(proxy).body for _ in range(4)] == [TOKENS] * 4
+    with socket.socket() as reserved:  # no other test's server gets the port
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", int(gone.address.rpartition(":")[2])))
+        proxy = begin(gone, good)
+        assert [ask(proxy).body for _ in range(4)] == [TOKENS] * 4
 
 
 def test_an_answer_that_has_begun_is_never_repeated(begin: Begin, listen: Listen) -> None:

@@ -105,7 +105,7 @@ def test_a_run_is_resumed_used_exported_and_merged(
     )
     assert run == step == folder != plain
 
-    refuse_what_is_of_something_else(launch_in_process)
+    refuse_what_is_of_something_else(launch_in_process, tmp_path / base)
     (tmp_path / base).rename(tmp_path / "moved")
     refuse_what_has_no_base(launch_in_process, tmp_path / base)
     moved = ("model=hf", "model.name=./moved", "data.tokenizer=model")
@@ -115,7 +115,7 @@ def test_a_run_is_resumed_used_exported_and_merged(
 
 def refuse_what_has_no_base(launch_in_process: Any, gone: Path) -> None:
     """The folder of the weights has moved: each error names it, the adapter and what to type."""
-    why = f"an adapter of ./weights, whose recorded folder {gone} is not there"
+    why = f"an adapter of the weights in {gone}, which is not there"
     for words, said in {
         ("plan", *WORDS, "job=evaluate", "model.weights=whole"): (
             f"model.weights=whole: holds {why}; if it has moved, set model=hf model.name=FOLDER model.adapter=whole"
@@ -126,13 +126,13 @@ def refuse_what_has_no_base(launch_in_process: Any, gone: Path) -> None:
         assert said in launch_in_process(*words).expect(2).stderr
 
 
-def refuse_what_is_of_something_else(launch_in_process: Any) -> None:
+def refuse_what_is_of_something_else(launch_in_process: Any, weights: Path) -> None:
     """Plan runs with other weights and other adapters than those of ``whole``: each error names both."""
     own = ("model=hf", "model.name=./weights", "data.tokenizer=model")
     other = ("model=llama_tiny", "model.vocab_size=300", "model.max_position_embeddings=64", "model.weights=random")
     plan = ("plan", *TRAIN, "job.steps=5")
     for words, said in {
-        (*other, "checkpoint.resume=whole"): "holds an adapter of ./weights",
+        (*other, "checkpoint.resume=whole"): f"holds an adapter of {weights}",
         (*own, "checkpoint.resume=whole", "adapter=none"): "this run trains all weights",
         (
             *own,
@@ -152,7 +152,7 @@ def refuse_what_is_of_something_else(launch_in_process: Any) -> None:
         (*own[:2], "job.adapters.a=base/checkpoints/step_00000002"): "is of a run that trained all weights",
         (*own[:2], "job.adapters.a=whole@step_00000007"): "has no complete checkpoint of step 7; it has @step_00000004",
         (*own[:2], "job.adapters.a=nowhere"): "job.adapters.a=nowhere: is not a folder",
-        (*other, "job.adapters.a=whole"): "is an adapter of ./weights",
+        (*other, "job.adapters.a=whole"): f"is an adapter of {weights}",
         ("model.weights=whole", "job.adapters.a=whole"): "model.adapter adds one to it; set job.adapters.NAME=",
     }.items():
         assert said in launch_in_process(*serve, *words).expect(2).stderr

@@ -44,11 +44,11 @@ class ComposeDeploy(ContainerDeploy, MonitoredDeploy):
     port: int = 8080
     """Port of this machine on which nginx is reached."""
 
-    tls_certificate: str | None = None
+    tls_certificate_file: str | None = None
     """File on this machine with the certificate and its chain; ``null``: no TLS.
     The user of nginx's image must be able to read it."""
 
-    tls_key: str | None = None
+    tls_key_file: str | None = None
     """File on this machine with the private key."""
 
     rate_per_minute: int | None = None
@@ -79,9 +79,9 @@ class ComposeDeploy(ContainerDeploy, MonitoredDeploy):
         if not is_host(self.host) or self.host == "localhost":
             yield self.error("host", "is no IP address", "set deploy.host=0.0.0.0")
         yield from self._validate_ports()
-        for name in ("tls_certificate", "tls_key"):
+        for name in ("tls_certificate_file", "tls_key_file"):
             yield from validate_safe_path(f"deploy.{name}", getattr(self, name))
-        for name, other in (("tls_certificate", "tls_key"), ("tls_key", "tls_certificate")):
+        for name, other in (("tls_certificate_file", "tls_key_file"), ("tls_key_file", "tls_certificate_file")):
             if getattr(self, name) is not None and getattr(self, other) is None:
                 yield self.error(name, f"is there without deploy.{other}", f"set deploy.{other}=FILE")
         for name in ("nginx_image", "prometheus_image", "grafana_image"):
@@ -137,8 +137,8 @@ class ComposeDeploy(ContainerDeploy, MonitoredDeploy):
     def nginx(self) -> NginxDeploy:
         """Return the options of the nginx in its container."""
         secure: dict[str, Any] = {}
-        if self.tls_certificate is not None:
-            secure = {"tls_certificate": TLS_CERTIFICATE, "tls_key": TLS_KEY}
+        if self.tls_certificate_file is not None:
+            secure = {"tls_certificate_file": TLS_CERTIFICATE, "tls_key_file": TLS_KEY}
         own = NginxDeploy(out=self.out, host="0.0.0.0", port=INNER_PORT, log_folder=None, temporary_folder="/tmp")  # noqa: S104, S108 (in a container)
         return replace(own, **secure)
 

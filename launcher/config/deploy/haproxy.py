@@ -49,10 +49,10 @@ class HaproxyDeploy(ProxyDeploy):
     def validate_tls(self) -> Iterator[ConfigError]:
         """Require a key where HAProxy looks for one."""
         yield from super().validate_tls()
-        certificate = self.tls_certificate
-        if certificate is None or self.tls_key is None:
+        certificate = self.tls_certificate_file
+        if certificate is None or self.tls_key_file is None:
             return
         expected = f"{certificate.removesuffix('.crt')}.key"
-        if self.tls_key not in (expected, certificate):
+        if self.tls_key_file not in (expected, certificate):
             why = f"HAProxy finds the key of {certificate} in {expected}, or in the certificate's file"
-            yield self.error("tls_key", why, f"move it there, and set deploy.tls_key={expected}")
+            yield self.error("tls_key_file", why, f"move it there, and set deploy.tls_key_file={expected}")

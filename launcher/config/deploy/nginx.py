@@ -37,5 +37,5 @@ class NginxDeploy(ProxyDeploy):
     def validate_tls(self) -> Iterator[ConfigError]:
         """Require the key beside the certificate."""
         yield from super().validate_tls()
-        if self.tls_certificate is not None and self.tls_key is None:
-            yield self.error("tls_certificate", "has no key", "set deploy.tls_key=FILE")
+        if self.tls_certificate_file is not None and self.tls_key_file is None:
+            yield self.error("tls_certificate_file", "has no key", "set deploy.tls_key_file=FILE")

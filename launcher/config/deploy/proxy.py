@@ -86,10 +86,10 @@ class ProxyDeploy(RenderedDeploy):
     upstreams: tuple[str, ...] = ()
     """Servers behind it, as ``HOST:PORT``; empty takes job.host and job.port."""
 
-    tls_certificate: str | None = None
+    tls_certificate_file: str | None = None
     """File with the certificate and its chain, on the proxy's machine; ``null``: no TLS."""
 
-    tls_key: str | None = None
+    tls_key_file: str | None = None
     """File with the private key."""
 
     rate_per_minute: int | None = None
@@ -119,7 +119,7 @@ class ProxyDeploy(RenderedDeploy):
                 yield ConfigError(option, each, why=why, fix="write it like deploy.upstreams=[10.0.0.1:8000]")
             elif found in map(parse_upstream, self.upstreams[:at]):
                 yield ConfigError(option, each, why="is there twice", fix="name every server once")
-        for name in ("tls_certificate", "tls_key"):
+        for name in ("tls_certificate_file", "tls_key_file"):
             yield from self.validate_path(name)
         for name, what in (("user", "an account"), ("user_group", "a group")):
             if getattr(self, name) is not None and not _ACCOUNT.fullmatch(getattr(self, name)):
@@ -130,8 +130,8 @@ class ProxyDeploy(RenderedDeploy):
 
     def validate_tls(self) -> Iterator[ConfigError]:
         """Reject a key without a certificate."""
-        if self.tls_key is not None and self.tls_certificate is None:
-            yield self.error("tls_key", "has no certificate", "set deploy.tls_certificate=FILE")
+        if self.tls_key_file is not None and self.tls_certificate_file is None:
+            yield self.error("tls_key_file", "has no certificate", "set deploy.tls_certificate_file=FILE")
 
     def validate_port(self, name: str) -> Iterator[ConfigError]:
         """Reject a port that does not exist, or that a user other than root cannot listen on."""

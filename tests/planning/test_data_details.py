@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.config.compose import compose
+from launcher.config.data.auto import AutoData
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.errors import ConfigErrors
 from launcher.execution.prepare import prepare
@@ -58,6 +59,14 @@ def test_plain_text_adds_nothing(tmp_path: Path) -> None:
 def test_a_template_that_ends_turns_with_a_token_adds_nothing(tmp_path: Path) -> None:
     found = details(f"data.path={written(tmp_path, *[{'messages': ASKED}] * 2)}", "data.chat_template=plain")
     assert found["chat template"] == "plain"
+
+
+def test_nothing_is_said_of_the_tokens_of_a_tokenizer_that_is_not_here(tmp_path: Path) -> None:
+    data = compose(
+        [*WORDS, f"data.path={written(tmp_path, *[{'messages': ASKED}] * 2)}", "data.tokenizer=model"]
+    ).run.data
+    assert isinstance(data, AutoData)
+    assert dict(data.describe(None))["chat template"] == "chatml"
 
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:

@@ -559,6 +559,8 @@ class AutoData(Corpus):
     def _template_words(self, template: ChatTemplate, tokenizer: Path | None) -> str:
         """Return a template's name, and whether servers can stop where its turns end."""
         end = template.turn_end
+        if tokenizer is None and not self.trains_tokenizer:
+            return template.label  # the first rank fetches the tokenizer, so its tokens are unknown
         known = None if tokenizer is None or not end else folder_tokenizer(tokenizer)
         is_token = end == END if tokenizer is None else known is None or known.token_to_id(end) is not None
         if not end or is_token:

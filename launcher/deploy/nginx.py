@@ -111,11 +111,18 @@ def _http(deploy: NginxDeploy, limits: UpstreamLimits) -> list[str]:
 
 def _upstream(deploy: NginxDeploy, addresses: Sequence[str], limits: UpstreamLimits) -> list[str]:
     health = f"max_fails=1 fail_timeout={duration(round(deploy.fail_timeout_s))} max_conns={limits.connections}"
+    again = f"max_fails=0 max_conns={limits.connections} backup"
     return [
         "upstream servers {",
         "    zone servers 256k;  # all workers count the same connections",
         "    least_conn;",
         *(f"    server {address} {health};" for address in addresses),
+        *(
+            ["    # Where all have failed lately, any may be back: each is asked once more."]
+            if len(addresses) > 1
+            else []
+        ),
+        *(f"    server {address} {again};" for address in addresses if len(addresses) > 1),
         "}",
     ]
 
@@ -191,7 +198,7 @@ def _proxying(limits: UpstreamLimits, *, num_servers: int) -> list[str]:
         "",
         "# Another server gets a request only if the client got nothing yet. A draining server answers 503.",
         "proxy_next_upstream error timeout invalid_header http_503 non_idempotent;",
-        f"proxy_next_upstream_tries {num_servers};",
+        f"proxy_next_upstream_tries {2 * num_servers};",
         f"proxy_next_upstream_timeout {duration(limits.queue_s)};",
     ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from launcher.protocol.native_ops import (
     path_with_ninja,
     write_build_outcome,
 )
+from launcher.utils.processes import end_descendants
 
 Say = Callable[[str], None]
 _POLL_S = 0.5
@@ -195,17 +197,11 @@ def _compile(name: str, log: Path, *, say: Say, limit_s: float) -> int | None:
 
 
 def _stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and the compilers below it."""
-    import psutil
-
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
+    """Kill the process and the compilers below it, even those that ninja starts meanwhile."""
+    process.send_signal(signal.SIGSTOP)
+    end_descendants(process.pid)
+    process.kill()
     process.wait()
-    psutil.wait_procs(family, timeout=10)
 
 
 def _environment() -> dict[str, str]:

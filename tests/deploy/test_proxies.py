@@ -228,6 +228,22 @@ def test_a_draining_server_gets_no_new_requests(kind: str, begin: Begin, listen:
     assert len(draining.requests) == seen
 
 
+def test_a_server_that_has_just_come_back_gets_what_a_draining_one_refuses(
+    kind: str, begin: Begin, listen: Listen
+) -> None:
+    back, other = listen(drain, is_ready=False), listen(answer)
+    words = ("deploy.fail_timeout_s=3600",) if kind == "nginx" else ("deploy.check_every_s=0.1",)
+    proxy = begin(back, other, words=words)
+    while not (back.requests or back.num_checks > 2):  # it is known to refuse
+        assert ask(proxy).body == TOKENS
+    back.respond, back.is_ready = answer, True
+    if kind == "haproxy":
+        seen = back.num_checks
+        wait_for(lambda: back.num_checks > seen + 2, seconds=60, shown=lambda: proxy.output)
+    other.respond, other.is_ready = drain, False
+    assert [ask(proxy).body for _ in range(4)] == [TOKENS] * 4
+
+
 def test_a_server_that_drains_finishes_its_streams(kind: str, begin: Begin, listen: Listen) -> None:
     if kind == "nginx":
         return  # it never asks a server whether it is ready

@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from launcher.errors import EnvironmentProblem
-from launcher.ops.build import build_ops
+from launcher.ops.build import _stop_tree, build_ops
 from launcher.protocol.native_ops import is_built, op_library, op_lock, read_build_outcome
 from tests.helpers import wait_for
+from tests.processes import kill_marked, marked, marked_environment, new_mark
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def endless_compiler(tmp_path: Path) -> Path:
     """Return a compiler that never ends, and leaves its process id."""
     compiler = tmp_path / "endless"
-    compiler.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    compiler.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new\nmv {tmp_path}/pid.new {tmp_path}/pid\nexec sleep 600\n"
+    )
     compiler.chmod(0o755)
     return compiler
 
@@ -119,6 +122,18 @@ def test_being_asked_to_end_leaves_no_compiler_and_no_lock(
     # killed, an orphan is there until the process that adopted it reaps it
     wait_for(lambda: not psutil.pid_exists(compiler), seconds=30)
     assert not op_lock("pin_memory").exists()
+
+
+def test_compilers_that_start_meanwhile_are_stopped_too() -> None:
+    mark = new_mark()
+    ninja = "for number in $(seq 300); do sleep 600 & done; wait"
+    program = subprocess.Popen(["sh", "-c", ninja], env=marked_environment(mark))
+    try:
+        wait_for(lambda: len(list(marked(mark))) > 10, process=program)
+        _stop_tree(program)
+        assert not list(marked(mark))
+    finally:
+        kill_marked(mark)
 
 
 def test_an_outcome_is_plain_json(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ _BY_PLACE = (
     ("benchmarks/test_activation.py::test_files_of_gradients_are_compared_by_tensor_and_bit", "bench"),
     ("benchmarks/test_activation.py::test_recomputing_takes_less_memory_and_changes_no_bit_of_a_gradient", "bench"),
     ("benchmarks/*::test_blocks_share_one_compilation_*", "bench"),
+    ("benchmarks/test_reports.py::test_a_model_is_quantized_kept_and_measured_*", "bench"),
     *((f"scripts/test_{name}.py*", "cluster") for name in ("faults", "lab")),
     # Models, engines and servers: in this process or in others, seconds of torch each.
     ("engines/*", "process"),
@@ -97,6 +98,7 @@ _BY_PLACE = (
     ("checkpoint/test_store.py::test_killed_thirty_times_the_latest_is_always_complete", "process"),
     ("profiling/test_profiling.py::test_a_case_in_a_process_of_its_own_is_taken_once_more", "process"),
     ("profiling/test_profiling.py::test_the_engine_of_a_server", "process"),
+    ("profiling/test_profiling.py::test_cases_in_the_process_of_a_rank_are_taken_once_more*", "process"),
     ("supervision/test_heartbeat.py::test_it_crosses_processes", "process"),
     ("supervision/test_scratch_folders.py::test_folder_of_a_killed_agent_is_removed_at_the_next_start", "process"),
     ("supervision/test_processes.py::test_spared_processes_and_their_descendants_live", "process"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.config.build import build_run, with_defaults
-from launcher.config.folders import conf_folder, groups, option_folders
-from launcher.config.option_text import quoted_text, quoted_word
+from launcher.config.folders import groups
+from launcher.config.hydra_tree import compose_tree, has_variables, source_files
+from launcher.config.option_text import INTERPOLATION, quoted_word
 from launcher.config.overrides import (
     COMMAND_LINE,
     Override,
@@ -29,13 +31,6 @@ from launcher.utils.schema import ReportError
 
 if TYPE_CHECKING:
     from launcher.config.data.base import Corpus
-
-
-_UNUSED_DEFAULTS = ("~hydra/help", "~hydra/hydra_help", "~hydra/hydra_logging", "~hydra/job_logging")
-"""Hydra's own files of help and logs.
-
-Nothing here reads them, and they take a seventh of a composition's time.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +69,7 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
     misled = {error.option for error in mistakes}  # a group whose option is unknown says nothing about its keys
     unusable = list(validate_user_files(fixed, config_dir, known))
     mistakes += unusable
-    tree = None if unusable else _compose_tree(fixed, config_dir, mistakes.append)
+    tree = None if unusable else compose_tree(fixed, config_dir, mistakes.append)
     run = None
     if tree is not None:
         sweep = tree.pop("sweep", None)
@@ -86,7 +81,7 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
         found: list[ConfigError] = []
         typed = {override.key: override.typed for override in fixed}
         resolved = _resolve(with_defaults(tree), found.append)
-        _restore_text(resolved, lambda: _source_files(fixed, config_dir))
+        _restore_text(resolved, lambda: source_files(fixed, config_dir))
         run = build_run(resolved, found.append, typed=typed)
         found = [_without_model_option(error, typed) for error in found]
         if any(error.option.partition(".")[0] == "model" for error in found):  # which gives the run its name
@@ -95,7 +90,7 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
             run = _with_tokenizer(run, typed, found.append)
         mistakes += [error for error in found if error.option.partition(".")[0] not in misled]
     if mistakes:
-        sources = functools.cache(lambda: _source_files(fixed, config_dir) if tree is not None else [])
+        sources = functools.cache(lambda: source_files(fixed, config_dir) if tree is not None else [])
         raise ConfigErrors([_with_origin(error, overrides, sources) for error in mistakes])
     assert run is not None, "no run and no reason"
     run = replace(run, plugins=used_plugins(run))
@@ -132,57 +127,8 @@ def unused_vocab_size(data: Corpus) -> ConfigError:
     return ConfigError("data.vocab_size", data.vocab_size, why=why, fix="leave it out, or set data.tokenizer=bpe")
 
 
-def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
-    words = [*(override.word for override in overrides), *_UNUSED_DEFAULTS]
-    folders = [quoted_text(f"file://{folder.resolve()}") for folder in option_folders(config_dir)[1:]]
-    if folders:
-        words.append(f"hydra.searchpath=[{','.join(folders)}]")
-    return words
-
-
-def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report: ReportError) -> dict[str, Any] | None:
-    """Run Hydra and return the unresolved tree; report errors and return ``None``."""
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="launcher"):
-        try:
-            tree = OmegaConf.to_container(hydra.compose("config", _hydra_words(overrides, config_dir)))
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            fix = "correct it there (`launch list` shows what exists)"
-            report(ConfigError("the configuration", why="; ".join(lines[:4]), fix=fix))
-            return None
-        except RecursionError:
-            why, fix = (
-                "an experiment includes itself in its defaults, directly or through another one",
-                "remove it there",
-            )
-            report(ConfigError("the configuration", why=why, fix=fix))
-            return None
-        except ValueError as error:  # Hydra's, of an experiment that says `override /compile: true`
-            fix = 'put an option that YAML reads as a boolean in quotes (override /compile: "true")'
-            report(ConfigError("the configuration", why=str(error), fix=fix))
-            return None
-    assert isinstance(tree, dict)
-    return tree
-
-
-def _source_files(overrides: Sequence[Override], config_dir: Path | None) -> list[tuple[str, Path]]:
-    """Return the (package, file) of every YAML that a composition used, later ones winning."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.types import RunMode
-
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="launcher"):
-        words = _hydra_words(overrides, config_dir)
-        listed = GlobalHydra.instance().config_loader().compute_defaults_list("config", words, RunMode.RUN).defaults
-    folders = option_folders(config_dir)
-    candidates = [(entry.package or "", folder / f"{entry.config_path}.yaml") for entry in listed for folder in folders]
-    return [(package, file) for package, file in candidates if file.is_file()]
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\}", re.ASCII)
+"""A text that is the name of one option."""
 
 
 def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
@@ -207,8 +153,27 @@ def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
             result[key] = resolved(value, option) if isinstance(value, DictConfig | ListConfig) else value
         return list(result.values()) if isinstance(node, ListConfig) else result
 
+    # OmegaConf takes as long as the rest of a composition, and most trees hold ${model.name}, the run's name, alone.
+    replaced = {group: _without_plain_variables(values, tree) for group, values in tree.items()}
+    if not any(map(has_variables, replaced.values())):
+        return replaced
     answer: dict[str, Any] = resolved(OmegaConf.create(tree), "")
     return answer
+
+
+def _without_plain_variables(values: Any, tree: Mapping[str, Any]) -> Any:
+    """Return the options of a group, those that name an option with a value of its own replaced by this value."""
+    if not isinstance(values, dict):
+        return values
+    result = dict(values)
+    for key, value in values.items():
+        if isinstance(value, str) and (found := _VARIABLE.fullmatch(value)):
+            target: Any = tree
+            for name in found[1].split("."):
+                target = target.get(name) if isinstance(target, dict) else None
+            is_text = isinstance(target, str) and target != "???" and INTERPOLATION not in target
+            result[key] = target if is_text or isinstance(target, int | float) else value
+    return result
 
 
 def _restore_text(tree: dict[str, Any], sources: Callable[[], Sequence[tuple[str, Path]]]) -> None:

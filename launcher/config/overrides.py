@@ -18,6 +18,8 @@ from launcher.utils.text import did_you_mean, shell_word
 
 COMMAND_LINE = "command line"
 """Source of a value, in errors."""
+SEARCH_PATH = "hydra.searchpath"
+"""Hydra's own option for more folders of options: the only one of Hydra's that is accepted."""
 
 ADDED_GROUPS = ("exp", "sweep")
 """Groups not in the defaults list: Hydra requires ``+`` before them, the launcher does not."""
@@ -331,7 +333,7 @@ def _classify(
             )
         )
         return None
-    if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+    if key.startswith(("hydra.", "hydra/")) and key != SEARCH_PATH:
         report(ConfigError(key, why="has no effect here", fix="use run.root, run.name and run.dir, or -m for sweeps"))
         return None
     typed, types_of = word.partition("=")[2], types_of_option(key)
@@ -356,7 +358,7 @@ def _classify(
         report(ConfigError(key, typed, why=why, fix=fix, source=COMMAND_LINE))
         return None
     bare = read.lstrip("+")
-    given = bare if key == "hydra.searchpath" else f"++{bare}"
+    given = bare if key == SEARCH_PATH else f"++{bare}"
     return Override(key=key, word=given, typed=typed, value=value, is_group=False, choices=choices)
 
 

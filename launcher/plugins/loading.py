@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -165,9 +166,8 @@ def _module_of(entry: str) -> str:
 
 def _names_plugins(folder: Path) -> bool:
     """Return whether the entry points of a package in a folder may name plugins."""
-    group = ENTRY_POINTS.encode()
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(folder.absolute()) as entries:
             packages = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
     except NotADirectoryError:  # a zip file
         return True
@@ -175,9 +175,17 @@ def _names_plugins(folder: Path) -> bool:
         return False
     for package in packages:
         with suppress(OSError):  # most have no entry points; an .egg-info may be a file
-            if group in Path(package, "entry_points.txt").read_bytes():
+            file = os.path.join(package, "entry_points.txt")  # noqa: PTH118 - of every package, at each composition
+            status = os.stat(file)  # noqa: PTH116
+            if _holds_group(file, status.st_mtime_ns, status.st_size):
                 return True
     return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _holds_group(file: str, _modified_ns: int, _size: int) -> bool:
+    """Return whether a file of entry points may have those of plugins; read again only once it has changed."""
+    return ENTRY_POINTS.encode() in Path(file).read_bytes()
 
 
 def executor(group: str, kind: str, registry: Mapping[str, str]) -> Any:

@@ -1,10 +1,14 @@
 import re
 import subprocess
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from launcher.config.compose import compose
 from launcher.config.folders import conf_folder, groups
+from launcher.config.hydra_tree import compose_tree
+from launcher.config.overrides import parse_overrides
 from launcher.config.registry import KINDS
 from launcher.config.snapshot import dump_run, load_run
 from launcher.errors import ConfigErrors
@@ -55,6 +59,42 @@ def test_an_experiment_can_be_named_with_or_without_plus():
 
 def test_the_command_line_wins_over_the_experiment():
     assert compose(["job.steps=7", "+exp=ddp_gpt2"]).run.job.steps == 7
+
+
+VALUES = (
+    *("job.steps=7", "job.seed=null", "run.name=a${model.name}", "model.name='\\\\${HOME}'"),
+    *("backend.env={A: 'b c', D: 1}", "backend.env.A=x", "parallel.deepspeed={zero_optimization: {stage: 3}}"),
+    *("parallel.deepspeed.gradient_clipping=0.5", "tracker.tags=[a, 'b,c']", "optimizer.betas=[0.9, 0.95]"),
+    *("optimizer.betas.1=0.99", "unknown.a.b=[{c: d}]"),
+)
+
+
+@pytest.mark.parametrize("choices", [(), ("parallel=zero3", "+exp=zero3_gpt2xl", "model=gpt2_tiny")])
+def test_options_get_the_values_that_hydra_gives_them(choices):
+    mistakes = []
+    overrides = parse_overrides([*choices, *VALUES], groups(), sweeping=False, report=mistakes.append)
+    assert not mistakes
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        expected = OmegaConf.to_container(hydra.compose("config", [override.word for override in overrides]))
+    assert compose_tree(overrides, None, mistakes.append) == expected
+    assert not mistakes
+
+
+def test_a_composition_changes_nothing_for_the_next():
+    words = ("model=gpt2_tiny", "backend.env={A: b}")
+    first = compose(words)
+    compose([*words, "backend.env.A=c", "backend.env.B=d", "job.steps=7"])
+    first.tree["backend"]["env"]["A"] = "changed"
+    again = compose(words[::-1])
+    assert again.run == first.run
+    assert again.tree["backend"]["env"] == {"A": "b"}
+
+
+def test_a_file_of_the_users_is_read_at_each_composition(own):
+    file = own / "exp" / "mine.yaml"
+    for steps in (3, 4):
+        file.write_text(f"# @package _global_\njob:\n  steps: {steps}\n")
+        assert compose(["+exp=mine"], config_dir=own).run.job.steps == steps
 
 
 def test_article_settings_of_zero3_gpt2xl():

@@ -30,7 +30,8 @@ from launcher.protocol.native_ops import ops_folder
 from launcher.protocol.plan import Host, Plan, RunIdentity
 
 from .helpers import wait_for
-from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
+from .hosts_lab import fork_on as fork_on  # for the tests of every folder
+from .hosts_lab import lab_hosts as lab_hosts
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
 from .markers import MARKERS, holds_only_others, mark, refusing_processes
 from .preloading import PreloadingProcess, preloading_modules
@@ -185,7 +186,8 @@ def launch(tmp_path: Path) -> Launch:
 def launch_forked(tmp_path: Path, preloading: Start) -> Launch:
     """Do as ``launch`` does, all processes forked from one that has imported torch: for tests of what jobs compute.
 
-    A module takes this with a fixture ``launch`` of its own that returns it.
+    It takes ``kind`` as well (``Preloading``). A module takes this with a fixture ``launch`` of its own that returns
+    it.
     """
     return _launcher(tmp_path, preloading)
 
@@ -197,6 +199,7 @@ def _launcher(tmp_path: Path, start_process: Start) -> Launch:
         env: Mapping[str, str] | None = None,
         timeout: float = 300,
         command: tuple[str, ...] = (sys.executable, "-m", "launcher"),
+        **options: Any,
     ) -> Launched:
         mark = new_mark()
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
@@ -207,7 +210,7 @@ def _launcher(tmp_path: Path, start_process: Start) -> Launch:
                 return stdout.read(), stderr.read()
 
             whole = marked_environment(mark, env)
-            process = start_process([*command, *arguments], cwd=cwd, env=whole, stdout=stdout, stderr=stderr)
+            process = start_process([*command, *arguments], cwd=cwd, env=whole, stdout=stdout, stderr=stderr, **options)
             try:
                 process.wait(timeout)
             except BaseException as problem:
@@ -386,33 +389,47 @@ def start_interpreter(
     return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **streams)
 
 
-@pytest.fixture(scope="session")
-def preloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+class Preloading:
     """Start programs as ``start_interpreter`` does, forked from one that has imported torch (preloading.py).
 
     ``kind`` is one of ``preloading_modules``; without it the words of the command decide.
     """
-    folder = tmp_path_factory.mktemp("preloading")
-    servers: dict[str, PreloadingProcess] = {}
-    lock = threading.Lock()
 
-    def start(command: Sequence[str], *, kind: str | None = None, **options: Any) -> Started:
-        with lock:
-            return start_alone(command, kind=kind, **options)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._servers: dict[str, PreloadingProcess] = {}
+        self._lock = threading.Lock()
 
-    def start_alone(command: Sequence[str], *, kind: str | None, **options: Any) -> Started:
+    def __call__(self, command: Sequence[str], *, kind: str | None = None, **options: Any) -> Started:
+        """Fork ``command``; the options are those of ``start_interpreter``."""
         assert command[0] == sys.executable
         kind = kind or ("deepspeed" if any("zero" in str(word) for word in command) else "torch")
-        if kind not in servers:
-            modules = preloading_modules(kind)
-            servers[kind] = PreloadingProcess(
-                modules, folder / kind, env={"DS_ACCELERATOR": "cpu"} if kind == "deepspeed" else {}
-            )
-        return servers[kind].start(command[1:], **options)
+        with self._lock:
+            return self._server(kind).start(command[1:], **options)
 
-    yield start
-    for server in servers.values():
-        server.close()
+    def listen(self, address: Path, *, kind: str) -> None:
+        """Fork also for the hosts whose interpreters ask at ``address``."""
+        with self._lock:
+            self._server(kind).listen(address)
+
+    def close(self) -> None:
+        """End the processes forked from; what they have forked must have ended."""
+        for server in self._servers.values():
+            server.close()
+
+    def _server(self, kind: str) -> PreloadingProcess:
+        if kind not in self._servers:
+            env = {"DS_ACCELERATOR": "cpu"} if kind == "deepspeed" else {}
+            self._servers[kind] = PreloadingProcess(preloading_modules(kind), self._folder / kind, env=env)
+        return self._servers[kind]
+
+
+@pytest.fixture(scope="session")
+def preloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloading]:
+    """Start programs forked from one that has imported torch."""
+    made = Preloading(tmp_path_factory.mktemp("preloading"))
+    yield made
+    made.close()
 
 
 RunProgram = Callable[..., str]

@@ -2,6 +2,9 @@
 
 ``lab_hosts(3, slots=2)`` starts node1, node2 and node3 and returns the :class:`hostlab.lab.Lab`. They go after the
 test, whatever happens to it, also when pytest is killed. ``lab_hosts_of_module`` keeps them for all tests of a file.
+
+``fork_on(lab)`` has what the launcher starts on the hosts forked, for the rest of the test, from a process that has
+imported torch (``preloading.py``). A backend keeps one test of a run without it.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hostlab.lab import Lab, up
 from hostlab.needs import missing
 
+from . import forking_hosts
+
 LabHosts = Callable[..., Lab]
+ForkOn = Callable[..., None]
 
 _SHARED = ("HF_HUB_OFFLINE", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")
 """What takes minutes to build is this machine's, as on a cluster with a shared disk."""
@@ -36,6 +43,25 @@ def lab_hosts_of_module() -> Iterator[LabHosts]:
     """Start hosts for the tests of one file, which must leave them as they find them."""
     with _labs() as make:
         yield make
+
+
+@pytest.fixture
+def fork_on(preloading: Any) -> Iterator[ForkOn]:
+    """Fork interpreters on the hosts of a lab until the test ends; ``kind`` is one of ``preloading_modules``.
+
+    What counts as a lab: ``forking_hosts.replace_on``.
+    """
+    with contextlib.ExitStack() as at_end:
+
+        def fork(lab: Any, *, kind: str = "torch") -> None:
+            address = lab.folder / "preloading.socket"
+            if not address.exists():
+                forking_hosts.replace_on(lab)
+                preloading.listen(address, kind=kind)
+            forking_hosts.ask(lab, address)
+            at_end.callback(forking_hosts.ask, lab, None)
+
+        yield fork
 
 
 @contextlib.contextmanager

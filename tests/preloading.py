@@ -7,6 +7,9 @@ A forked process becomes what ``python -m MODULE …`` would be: arguments, envi
 streams, session and signals are those given, its parent and its children are the real ones. It forks the agent, the
 launcher of the ranks and the ranks in the same way, wherever it would start ``python -m`` of ``FORKED_MODULES``; all
 else is started as always. What starts with an import of torch takes five seconds of a core, a fork some milliseconds.
+
+It also forks for hosts that are namespaces: there ``host_interpreter.py`` asks at an address of ``listen``, and stands
+for the forked process.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import itertools
 import json
 import os
 import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -35,11 +40,16 @@ from typing import IO, Any, NoReturn
 
 FORKED_MODULES = (
     "launcher",
+    "launcher.doctor.probe",
     "launcher.supervision.agent_entry",
+    "launcher.supervision.agent_supervisor",
     "launcher.jobs.torchrun",
     "launcher.jobs.rank",
     "torch.distributed.run",
     "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "launcher.jobs.external_rank",
+    "launcher.supervision.external_launcher",
     "launcher.backends.kubernetes.entrypoint",
 )
 """Modules whose processes are forked."""
@@ -49,6 +59,9 @@ FORKED_BY_RANKS = "launcher.benchmarks.isolated"
 
 FORKED_PROGRAMS = "programs"
 """Name of the folder of programs that are forked too."""
+
+FORKED_SCRIPTS = ("faults_rank.py",)
+"""Of scripts/bench, forked as well."""
 
 MODULES = (
     "hydra",
@@ -74,6 +87,7 @@ MODULES = (
 )
 DEEPSPEED_MODULES = (
     "launcher.utils.deepspeed_library",
+    "deepspeed.launcher.runner",
     "deepspeed.runtime.zero.stage3",
     "launcher.engines.deepspeed.zero",
 )
@@ -82,13 +96,30 @@ DEEPSPEED_MODULES = (
 _M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
 
+SUPERVISION_MODULES = (
+    "launcher.backends.local",
+    "launcher.supervision.agent_entry",
+    "launcher.supervision.finalize",
+    "launcher.supervision.rank_monitor",
+    "launcher.supervision.session",
+)
+"""For runs whose ranks import no torch."""
+
+_PR_SET_MM, _PR_SET_MM_MAP, _MM_MAP = 35, 14, "=12QIi"
+"""Of linux/prctl.h: what tells the kernel where the command line of this process is, as a struct."""
+
 _PADDING = 1 << 16
-"""Bytes of an argument that makes room for the environments of forked processes in ``/proc/<pid>/environ``."""
+"""Bytes of an argument that makes room for the environments of forked processes in ``/proc/<pid>/environ``, and of a
+buffer for their command lines."""
+
+_OPTIONS = ("-u", "-I", "-P")
+"""Options of an interpreter that change nothing for a fork."""
 
 
 def preloading_modules(kind: str) -> tuple[str, ...]:
-    """Return what to import for runs of a kind: ``torch`` or ``deepspeed``."""
-    return (*MODULES, *(DEEPSPEED_MODULES if kind == "deepspeed" else ()))
+    """Return what to import for runs of a kind: ``torch``, ``deepspeed`` or ``supervision``."""
+    kinds = {"torch": MODULES, "deepspeed": (*MODULES, *DEEPSPEED_MODULES), "supervision": SUPERVISION_MODULES}
+    return kinds[kind]
 
 
 class PreloadingProcess:
@@ -131,9 +162,21 @@ class PreloadingProcess:
             self._socket.sendall(len(request).to_bytes(4, "big"))
             socket.send_fds(self._socket, [b"."], descriptors)
             self._socket.sendall(request)
-        line = self._replies.readline()
+        return ForkedProcess(int(self._reply()), ours)
+
+    def listen(self, address: Path) -> None:
+        """Fork also for the hosts whose interpreters ask at ``address``, the path of a socket to be made."""
+        request = json.dumps({"listen": str(address)}).encode()
+        self._socket.sendall(len(request).to_bytes(4, "big"))
+        with Path(os.devnull).open() as unused:
+            socket.send_fds(self._socket, [b"."], [unused.fileno()])
+        self._socket.sendall(request)
+        self._reply()
+
+    def _reply(self) -> bytes:
+        line: bytes = self._replies.readline()
         assert line, f"the preloading process has ended:\n{self._log.read_text()}"
-        return ForkedProcess(int(line), ours)
+        return line
 
     def close(self) -> None:
         """End the server; what it has forked must have ended."""
@@ -191,13 +234,15 @@ def serve(connection: socket.socket, modules: Sequence[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     atexit.register = register
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    if "transformers" in sys.modules:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    get_checkpoint_conversion_mapping("gpt2")  # compiles a thousand patterns, and keeps them, for all who load weights
+        get_checkpoint_conversion_mapping("gpt2")  # compiles a thousand patterns, kept for all who load weights
     gc.collect()
     gc.freeze()  # else every collection in a child touches, and so copies, all that was imported
     kept = _open_descriptors() - {connection.fileno()}
-    become = partial(_become, kept=kept, registered=registered, sys_path=list(sys.path))
+    shown = ctypes.create_string_buffer(_PADDING)
+    become = partial(_become, kept=kept, registered=registered, sys_path=list(sys.path), shown=shown)
     _fork_python_modules(become)
 
     read_fd, write_fd = os.pipe()
@@ -205,33 +250,95 @@ def serve(connection: socket.socket, modules: Sequence[str]) -> None:
     signal.set_wakeup_fd(write_fd)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     children: dict[int, socket.socket] = {}
+    listeners: list[socket.socket] = []
     while True:
-        ready = select.select([connection, read_fd], [], [])[0]
+        ready = select.select([connection, read_fd, *listeners], [], [])[0]
         if read_fd in ready:
             os.read(read_fd, 4096)
         for pid in list(children):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                with contextlib.suppress(BrokenPipeError), children.pop(pid) as listener:
+                with contextlib.suppress(OSError), children.pop(pid) as listener:
                     listener.send(str(status).encode())
+        for listener in set(listeners) & set(ready):
+            peer, _ = listener.accept()
+            if (child := os.fork()) == 0:
+                with _InterpreterExit():
+                    _fork_on_host(peer, become)
+            children[child] = peer
         if connection not in ready:
             continue
-        if not (size := connection.recv(4)):
+        if not (received := _receive_request(connection)):
             return
-        _, descriptors, _, _ = socket.recv_fds(connection, 1, 4)
-        request = json.loads(_receive(connection, int.from_bytes(size, "big")))
-        *streams, listener = descriptors
-        if (child := os.fork()) == 0:
-            with _InterpreterExit():
-                os.setsid()
-                os.chdir(request["cwd"])
-                for target, source in enumerate(streams):
-                    os.dup2(source, target)
-                become(request["command"], env=request["env"], pass_fds=())
-        children[child] = socket.socket(fileno=listener)
-        for descriptor in streams:
+        request, descriptors = received
+        if "listen" in request:
+            listeners.append(socket.socket(socket.AF_UNIX))
+            listeners[-1].bind(request["listen"])
+            listeners[-1].listen(64)
+            child = 0
+        else:
+            *streams, listener_fd = descriptors
+            if (child := os.fork()) == 0:
+                with _InterpreterExit():
+                    os.setsid()
+                    os.chdir(request["cwd"])
+                    for target, source in enumerate(streams):
+                        os.dup2(source, target)
+                    become(request["command"], env=request["env"], pass_fds=())
+            children[child] = socket.socket(fileno=listener_fd)
+            descriptors = streams
+        for descriptor in descriptors:
             os.close(descriptor)
         connection.sendall(b"%d\n" % child)
+
+
+def _receive_request(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Return what is asked for and the descriptors with it; None once the other side is closed."""
+    if not (size := connection.recv(4, socket.MSG_WAITALL)):
+        return None
+    _, descriptors, _, _ = socket.recv_fds(connection, 1, 16)
+    return json.loads(_receive(connection, int.from_bytes(size, "big"))), descriptors
+
+
+def _fork_on_host(peer: socket.socket, become: Callable[..., NoReturn]) -> NoReturn:
+    """Fork what ``peer`` stands for into the namespaces of its host; end as it does.
+
+    It gets the signals that ``peer`` gets, and dies with it, as if it were that process.
+    """
+    received = _receive_request(peer)
+    assert received is not None
+    request, descriptors = received
+    streams, (processes, *namespaces) = descriptors[:3], descriptors[3:]
+    for descriptor in _open_descriptors() - {0, 1, 2, peer.fileno(), *descriptors}:
+        with contextlib.suppress(OSError):  # the one that the list was read with
+            os.close(descriptor)
+    signal.set_wakeup_fd(-1)
+    enter = ctypes.CDLL(None, use_errno=True).setns
+    assert enter(processes, 0) == 0, os.strerror(ctypes.get_errno())  # for children only
+    if (child := os.fork()) == 0:
+        with _InterpreterExit():
+            os.setsid()
+            for namespace in namespaces:
+                assert enter(namespace, 0) == 0, os.strerror(ctypes.get_errno())
+            os.chdir(request["cwd"])
+            for target, source in enumerate(streams):
+                os.dup2(source, target)
+            become(request["command"], env=request["env"], pass_fds=())
+    for descriptor in descriptors:
+        os.close(descriptor)
+    ended = os.pidfd_open(child)
+    watched: list[Any] = [peer, ended]
+    while ended not in select.select(watched, [], [])[0]:
+        number = peer.recv(1)
+        os.kill(child, number[0] if number else signal.SIGKILL)
+        if not number:
+            watched.remove(peer)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0 and -code in signal.valid_signals():
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def _open_descriptors() -> set[int]:
@@ -252,13 +359,13 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
     def forking(self: Any, args: Any, *rest: Any, **options: Any) -> None:
         words = list(map(os.fspath, args)) if isinstance(args, (list, tuple)) else []
         if not rest and words[:1] == [sys.executable] and options.get("preexec_fn") is None:
-            command = words[2:] if words[1] == "-u" else words[1:]
+            command = _without_options(words[1:])
             env, pass_fds = options.get("env"), options.get("pass_fds", ())
             if _is_forked(command):
 
                 def run() -> NoReturn:
                     with _InterpreterExit():
-                        become(command, env=dict(os.environ if env is None else env), pass_fds=pass_fds)
+                        become(words[1:], env=dict(os.environ if env is None else env), pass_fds=pass_fds)
                     raise AssertionError("it has ended")
 
                 options["preexec_fn"] = run  # called last before the new program would start, and does not return
@@ -267,7 +374,7 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
     execute = os.execve
 
     def becoming(path: str, words: Sequence[str], env: Mapping[str, str]) -> NoReturn:
-        if words[0] == sys.executable and _is_forked(words[1:]):
+        if words[0] == sys.executable and _is_forked(_without_options(words[1:])):
             with _InterpreterExit():
                 become(words[1:], env=env, pass_fds=())
         execute(path, words, env)
@@ -276,9 +383,14 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
     os.execve = becoming
 
 
+def _without_options(command: Sequence[str]) -> list[str]:
+    return list(itertools.dropwhile(lambda word: word in _OPTIONS, command))
+
+
 def _is_forked(command: Sequence[str]) -> bool:
     if command[:1] != ["-m"]:
-        return Path(command[0]).parent.name == FORKED_PROGRAMS
+        program = Path(*command[:1])
+        return program.parent.name == FORKED_PROGRAMS or program.name in FORKED_SCRIPTS
     if command[1] == FORKED_BY_RANKS:
         return len(list(Path("/proc/self/task").iterdir())) == 1
     return command[1] in FORKED_MODULES
@@ -323,8 +435,9 @@ def _become(
     kept: Collection[int],
     registered: Sequence[tuple[Callable[..., object], Any, Any]],
     sys_path: Sequence[str],
+    shown: ctypes.Array[ctypes.c_char],
 ) -> None:
-    """Run a module or a program in this fork as in a new interpreter; standard streams and folder are right."""
+    """Run a module, code or a program in this fork as in a new interpreter; standard streams and folder are right."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):  # what is ignored stays so
@@ -342,6 +455,8 @@ def _become(
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     _set_environment(env)
+    _set_command_line([sys.executable, *command], shown)
+    command = _without_options(command)
     for descriptor, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         errors = "backslashreplace" if name == "stderr" else "strict"
         stream = open(descriptor, mode, closefd=False, encoding="utf-8", errors=errors)  # noqa: SIM115
@@ -350,16 +465,19 @@ def _become(
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     is_module = command[0] == "-m"
-    sys.argv = list(command[1:] if is_module else command)
+    sys.argv = ["-c"] if command[0] == "-c" else list(command[1:] if is_module else command)
     first = str(Path.cwd() if is_module else Path(sys.argv[0]).parent)
-    added = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:] = list(dict.fromkeys([first, *added, *sys_path[1:]]))
+    added = [first] if not is_module or "PYTHONSAFEPATH" not in env else []
+    added += filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = list(dict.fromkeys([*added, *sys_path[1:]]))
     if "MALLOC_MMAP_THRESHOLD_" in env:  # read when glibc is loaded
         assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, int(env["MALLOC_MMAP_THRESHOLD_"]))
     if "OMP_NUM_THREADS" in env and "torch" in sys.modules:  # read when its library is loaded
         sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     if is_module:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        exec(command[1], {"__name__": "__main__"})
     else:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -374,6 +492,23 @@ def _set_environment(env: Mapping[str, str]) -> None:
     text = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in env.items())
     ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, text, min(len(text), end - start - 1))
+
+
+def _set_command_line(words: Sequence[str], shown: ctypes.Array[ctypes.c_char]) -> None:
+    """Make ``words`` the command line in ``/proc``, where tests and the program read it; all else stays as it is."""
+    text = b"".join(os.fsencode(word) + b"\0" for word in words)[: len(shown)]
+    ctypes.memmove(shown, text, len(text))
+    fields = dict(enumerate(Path("/proc/self/stat").read_text().rpartition(")")[2].split(), start=3))  # as in proc(5)
+    start_code, end_code, stack, start_data, end_data, heap, _, _, *environment = (
+        int(fields[number]) for number in (26, 27, 28, 45, 46, 47, 48, 49, 50, 51)
+    )
+    library = ctypes.CDLL(None)
+    library.sbrk.restype = ctypes.c_ulong
+    start = ctypes.addressof(shown)
+    parts = (start_code, end_code, start_data, end_data, heap, library.sbrk(0), stack, start, start + len(text))
+    layout = struct.pack(_MM_MAP, *parts, *environment, 0, 0, -1)
+    word = ctypes.c_ulong
+    library.prctl(_PR_SET_MM, word(_PR_SET_MM_MAP), layout, word(len(layout)), word(0))
 
 
 if __name__ == "__main__":

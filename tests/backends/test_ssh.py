@@ -30,8 +30,15 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def lab(lab_hosts_of_module):
+def plain_lab(lab_hosts_of_module):
     return lab_hosts_of_module(3)
+
+
+@pytest.fixture
+def lab(plain_lab, fork_on):
+    """Those hosts, where interpreters are forked: the first test of the contract starts them without forks."""
+    fork_on(plain_lab)
+    return plain_lab
 
 
 def on(lab):
@@ -73,7 +80,14 @@ class TestContract(ForkedBackendContract):
         return ("backend=ssh", f"backend.hostfile={tmp_path}/hosts")
 
     @pytest.fixture
-    def run(self, lab, launch):
+    def run(self, plain_lab, launch):
+        return self.starting(launch, plain_lab)
+
+    @pytest.fixture
+    def failing_run(self, lab, launch_forked):
+        return self.starting(launch_forked, lab)
+
+    def starting(self, launch, lab):
         chosen = (f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}", "backend.exclude=node3")
 
         def start(*more):
@@ -83,18 +97,18 @@ class TestContract(ForkedBackendContract):
         return start
 
     @pytest.fixture
-    def left(self, lab):
-        return lambda: left_on(lab)
+    def left(self, plain_lab):
+        return lambda: left_on(plain_lab)
 
 
-def test_three_hosts_take_the_steps_of_one(lab, launch, launch_forked, tmp_path):
-    launch(*over_ssh(lab, "job.steps=6", "run.dir=many")).expect(0)
+def test_three_hosts_take_the_steps_of_one(lab, launch_forked, tmp_path):
+    launch_forked(*over_ssh(lab, "job.steps=6", "run.dir=many")).expect(0)
     launch_forked(*SMALL, "backend.ranks=3", "job.steps=6", "run.dir=one").expect(0)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
-def test_no_rank_of_three_hosts_starts_before_all_are_prepared(lab, launch, tmp_path):
-    ended = launch(*on(lab), *ECHO, "run.dir=many").expect(0)
+def test_no_rank_of_three_hosts_starts_before_all_are_prepared(lab, launch_forked, tmp_path):
+    ended = launch_forked(*on(lab), *ECHO, "run.dir=many").expect(0)
     assert "rank 0 on " in ended.stdout or "ranks 0-2 on " in ended.stdout
     session = read_json(tmp_path / "many" / "session.json")
     assert [agent["host"] for agent in session["agents"]] == list(lab.names)
@@ -107,14 +121,16 @@ def test_no_rank_of_three_hosts_starts_before_all_are_prepared(lab, launch, tmp_
     wait_until_nothing_is_left(lab)
 
 
-def test_500_strings_arrive_and_secrets_stand_nowhere(lab, launch_in_background, tmp_path, monkeypatch, nasty_strings):
+def test_500_strings_arrive_and_secrets_stand_nowhere(
+    lab, launch_forked_in_background, tmp_path, monkeypatch, nasty_strings
+):
     forwarded = {f"HF_NASTY_{number}": value for number, value in enumerate(nasty_strings)}
     for name, value in forwarded.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_API_KEY", "hunter2" * 6)
     monkeypatch.setenv("PET_NNODES", "7")
     stop = "job.stop=['{}']".format('it\\\'s $HOME `id` "x" {a,b} ü')
-    running = launch_in_background(*on(lab), *endless(tmp_path), "run.dir=nasty", stop)
+    running = launch_forked_in_background(*on(lab), *endless(tmp_path), "run.dir=nasty", stop)
     wait_for_answers(tmp_path / "nasty", ranks=3)
     found = ranks_of(tmp_path / "nasty")
     assert {environ["RANK"] for environ in found.values()} == {"0", "1", "2"}
@@ -136,9 +152,9 @@ def test_500_strings_arrive_and_secrets_stand_nowhere(lab, launch_in_background,
     wait_until_nothing_is_left(lab)
 
 
-def test_a_stopped_launcher_is_no_dead_one(lab, launch_in_background, tmp_path):
+def test_a_stopped_launcher_is_no_dead_one(lab, launch_forked_in_background, tmp_path):
     words = (*on(lab), *endless(tmp_path), "backend.heartbeat_timeout_s=2", "run.dir=held")
-    running = launch_in_background(*words)
+    running = launch_forked_in_background(*words)
     wait_for_answers(tmp_path / "held", ranks=3)
     running.send_signal(signal.SIGTSTP)
     time.sleep(6)
@@ -151,10 +167,10 @@ def test_a_stopped_launcher_is_no_dead_one(lab, launch_in_background, tmp_path):
     wait_until_nothing_is_left(lab)
 
 
-def test_nothing_starts_where_one_host_is_missing(lab, launch, tmp_path):
+def test_nothing_starts_where_one_host_is_missing(lab, launch_forked, tmp_path):
     hostfile = tmp_path / "hosts"
     hostfile.write_text(lab.hostfile.read_text() + "root@127.0.0.1:9 slots=1\n")
-    ended = launch(*over_ssh(lab, f"backend.hostfile={hostfile}", "run.dir=none")).expect(69)
+    ended = launch_forked(*over_ssh(lab, f"backend.hostfile={hostfile}", "run.dir=none")).expect(69)
     assert "127.0.0.1" in ended.stderr
     assert "nothing listens on its ssh port" in ended.stderr
     assert "error: error" not in ended.stderr
@@ -162,11 +178,14 @@ def test_nothing_starts_where_one_host_is_missing(lab, launch, tmp_path):
     assert left_on(lab) == {}
 
 
-def test_a_run_goes_on_without_a_host_that_died(lab_hosts, launch_forked, launch_in_background, tmp_path):
+def test_a_run_goes_on_without_a_host_that_died(
+    lab_hosts, fork_on, launch_forked, launch_forked_in_background, tmp_path
+):
     lab = lab_hosts(3)
+    fork_on(lab)
     words = ("job.steps=24", "job.global_batch=12", "checkpoint.every=8", "checkpoint.keep=0", "job.micro_batch=1")
     restarting = ("backend.restarts=1", "backend.min_hosts=2")
-    running = launch_in_background(*over_ssh(lab, *words, *restarting, "run.dir=cut"))
+    running = launch_forked_in_background(*over_ssh(lab, *words, *restarting, "run.dir=cut"))
     running.wait_for_output("checkpoint ")
     running.wait_for_output("step ")
     lab.power_off(lab.names[1])
@@ -185,9 +204,12 @@ def test_a_run_goes_on_without_a_host_that_died(lab_hosts, launch_forked, launch
 
 
 @pytest.mark.parametrize("fault", ["cut", "sshd"])
-def test_a_host_that_is_cut_off_ends_its_part_and_is_named(lab_hosts, launch_in_background, tmp_path, fault):
+def test_a_host_that_is_cut_off_ends_its_part_and_is_named(
+    lab_hosts, fork_on, launch_forked_in_background, tmp_path, fault
+):
     lab = lab_hosts(2)
-    running = launch_in_background(*on(lab), *endless(tmp_path), "run.dir=cut")
+    fork_on(lab)
+    running = launch_forked_in_background(*on(lab), *endless(tmp_path), "run.dir=cut")
     wait_for_answers(tmp_path / "cut")
     broken = time.monotonic()
     if fault == "cut":
@@ -201,7 +223,7 @@ def test_a_host_that_is_cut_off_ends_its_part_and_is_named(lab_hosts, launch_in_
     assert failure["rank"] is None
 
 
-def test_the_wrong_key_is_named_with_its_remedy(lab, launch, tmp_path):
+def test_the_wrong_key_is_named_with_its_remedy(lab, launch_forked, tmp_path):
     key = tmp_path / "id_other"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     config = tmp_path / "config"
@@ -209,7 +231,7 @@ def test_the_wrong_key_is_named_with_its_remedy(lab, launch, tmp_path):
     config.write_text(
         "\n".join(line for line in text.splitlines() if "IdentityFile" not in line) + f"\n  IdentityFile {key}\n"
     )
-    ended = launch(*over_ssh(lab, f"backend.ssh_config={config}", "run.dir=none")).expect(69)
+    ended = launch_forked(*over_ssh(lab, f"backend.ssh_config={config}", "run.dir=none")).expect(69)
     assert all(name in ended.stderr for name in lab.names)
     assert "ssh-copy-id" in ended.stderr
     assert not (tmp_path / "none").exists()

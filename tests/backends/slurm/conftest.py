@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from launcher.utils.files import read_json
 from launcher.utils.processes import descendants
 from tests.conftest import REPOSITORY
 from tests.helpers import wait_for
+from tests.hosts_lab import ForkOn
 
 LAB = REPOSITORY / "scripts" / "lab" / "slurm.py"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+NODE = b"LAB_SLURM_NODE="
+"""How the environment of a node's processes begins the line with its name."""
 SBIN = f"{os.environ['PATH']}:/usr/sbin"
 
 SMALL = (
@@ -64,14 +68,50 @@ class Cluster:
         """Cut the power of one node."""
         subprocess.run([sys.executable, LAB, "fail", self.state, node], check=True, timeout=60)
 
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.state
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its nodes."""
+        return self.ask("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N").split()
+
+    def run(self, name: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """Run a command where a node has its files."""
+        enter = ("nsenter", f"--target={self._first_processes()[name]}", "--mount")
+        return subprocess.run([*enter, *command], capture_output=True, text=True, check=False, timeout=60)
+
     def working(self) -> list[int]:
         """Return the processes of this program that live on the nodes."""
+        nodes = {_process_namespace(str(pid)) for pid in self._first_processes().values()}
         found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and _process_namespace(entry.name) in nodes:
+                with contextlib.suppress(OSError):
+                    if b"launcher." in (entry / "cmdline").read_bytes():
+                        found.append(int(entry.name))
+        return found
+
+    def _first_processes(self) -> dict[str, int]:
+        """Return the number of the first process of each node that is up, by its name."""
+        found = {}
         for process in descendants(read_json(self.state / "keeper.json")["pid"]):
             with contextlib.suppress(OSError):
-                if b"launcher." in Path(f"/proc/{process.pid}/cmdline").read_bytes():
-                    found.append(process.pid)
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
+                    environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+                    (name,) = [word[len(NODE) :] for word in environ if word.startswith(NODE)]
+                    found[name.decode()] = process.pid
         return found
+
+
+def _process_namespace(pid: str) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager
@@ -101,7 +141,7 @@ def two_nodes() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(two_nodes: Cluster) -> Iterator[Cluster]:
+def plain_cluster(two_nodes: Cluster) -> Iterator[Cluster]:
     """Two nodes without a job on them."""
     yield two_nodes
     two_nodes.ask("scancel", "--user=root")
@@ -109,7 +149,15 @@ def cluster(two_nodes: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def doomed_cluster() -> Iterator[Cluster]:
-    """Two nodes for one test, which may break them."""
+def cluster(plain_cluster: Cluster, fork_on: ForkOn) -> Cluster:
+    """Those nodes, where interpreters are forked: the first test of the contract starts them without forks."""
+    fork_on(plain_cluster)
+    return plain_cluster
+
+
+@pytest.fixture
+def doomed_cluster(fork_on: ForkOn) -> Iterator[Cluster]:
+    """Two nodes for one test, which may break them, with forks."""
     with running(2) as cluster:
+        fork_on(cluster)
         yield cluster

@@ -46,7 +46,14 @@ class TestContract(contract.ForkedBackendContract):
         return ("backend=slurm", "backend.nodes=2")
 
     @pytest.fixture
-    def run(self, words, cluster, launch, tmp_path):
+    def run(self, words, plain_cluster, launch, tmp_path):
+        return self.starting(launch, words, plain_cluster, tmp_path)
+
+    @pytest.fixture
+    def failing_run(self, words, cluster, launch_forked, tmp_path):
+        return self.starting(launch_forked, words, cluster, tmp_path)
+
+    def starting(self, launch, words, cluster, tmp_path):
         def start(*more):
             ended = launch(*contract.SMALL, *words, "backend.wait=true", "run.dir=far", *more, env=cluster.env)
             run_dir = tmp_path / "far"
@@ -57,13 +64,13 @@ class TestContract(contract.ForkedBackendContract):
         return start
 
     @pytest.fixture
-    def left(self, cluster):
-        return cluster.working
+    def left(self, plain_cluster):
+        return plain_cluster.working
 
 
-def test_a_job_asked_to_save_is_queued_again_and_continues_as_the_same_run(cluster, launch, launch_forked, tmp_path):
+def test_a_job_asked_to_save_is_queued_again_and_continues_as_the_same_run(cluster, launch_forked, tmp_path):
     words = (*SMALL, "job.steps=150")
-    queued = launch(*words, "backend.nodes=2", "run.dir=cut", env=cluster.env, timeout=60).expect(0)
+    queued = launch_forked(*words, "backend.nodes=2", "run.dir=cut", env=cluster.env, timeout=60).expect(0)
     assert "launch status" in queued.stdout
     run_dir = tmp_path / "cut"
     run_id, job_id = read_json(run_dir / "plan.json")["run_id"], cluster.job(run_dir)
@@ -81,7 +88,7 @@ def test_a_job_asked_to_save_is_queued_again_and_continues_as_the_same_run(clust
 
 
 def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(
-    cluster, launch, tmp_path, monkeypatch, capfd, nasty_strings
+    cluster, launch_forked, tmp_path, monkeypatch, capfd, nasty_strings
 ):
     sent = {f"NASTY_{number}": value for number, value in enumerate(nasty_strings)}
     forwarded = {f"HF_NASTY_{number}": value for number, value in enumerate(nasty_strings)}
@@ -102,8 +109,8 @@ def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(
     for file in run_dir.glob("*"):  # values that came from the shell may be secrets
         if file.is_file():
             assert "HF_NASTY_7=" not in file.read_text(errors="replace")
-    assert f"squeue --jobs={cluster.job(run_dir)}" in launch("status", "nasty", env=cluster.env).expect(0).stdout
-    launch("cancel", "nasty", env=cluster.env).expect(0)
+    assert f"squeue --jobs={cluster.job(run_dir)}" in launch_forked("status", "nasty", env=cluster.env).expect(0).stdout
+    launch_forked("cancel", "nasty", env=cluster.env).expect(0)
     wait_for(lambda: is_over(cluster, run_dir))
     wait_for(lambda: not cluster.working(), seconds=30)
     assert cluster.state_of(cluster.job(run_dir)) == "CANCELLED"
@@ -119,10 +126,10 @@ def environ_of(pid: int) -> dict[str, str]:
     return dict(entry.decode().partition("=")[::2] for entry in entries if entry)
 
 
-def test_ctrl_c_while_waiting_cancels_the_job(cluster, launch_in_background, tmp_path, monkeypatch):
+def test_ctrl_c_while_waiting_cancels_the_job(cluster, launch_forked_in_background, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     words = ("backend=slurm", *endless(tmp_path), "backend.nodes=1", "backend.wait=true", "run.dir=stopped")
-    running = launch_in_background(*words)
+    running = launch_forked_in_background(*words)
     wait_for_answers(tmp_path / "stopped", ranks=1)
     running.send_signal(signal.SIGINT)
     code = running.wait(timeout=120)
@@ -141,32 +148,32 @@ def test_ctrl_c_while_waiting_cancels_the_job(cluster, launch_in_background, tmp
         ("backend.mem=900G", r"backend\.mem=900G: Slurm reports: "),
     ],
 )
-def test_what_slurm_refuses_is_reported_by_option_and_leaves_nothing(cluster, launch, tmp_path, word, message):
-    refused = launch(*SMALL, word, "run.dir=refused", env=cluster.env).expect(2)
+def test_what_slurm_refuses_is_reported_by_option_and_leaves_nothing(cluster, launch_forked, tmp_path, word, message):
+    refused = launch_forked(*SMALL, word, "run.dir=refused", env=cluster.env).expect(2)
     assert re.search(message, refused.stderr, re.IGNORECASE), refused.stderr
     assert not (tmp_path / "refused").exists()
     assert cluster.ask("squeue", "--noheader") == ""
 
 
-def test_a_time_over_the_limit_of_its_partition_is_refused(cluster, launch, tmp_path):
+def test_a_time_over_the_limit_of_its_partition_is_refused(cluster, launch_forked, tmp_path):
     words = ("backend.partition=short", "backend.time=01:00:00", "run.dir=long")
-    refused = launch(*SMALL, *words, env=cluster.env).expect(2)
+    refused = launch_forked(*SMALL, *words, env=cluster.env).expect(2)
     assert "backend.time=01:00:00: partition short allows 5:00" in refused.stderr
     assert not (tmp_path / "long").exists()
 
 
-def test_a_machine_without_slurm_is_detected(launch, tmp_path):
-    refused = launch(*SMALL, "run.dir=none", env={"PATH": "/nowhere"}).expect(2)
+def test_a_machine_without_slurm_is_detected(launch_forked, tmp_path):
+    refused = launch_forked(*SMALL, "run.dir=none", env={"PATH": "/nowhere"}).expect(2)
     assert "sinfo is not installed on this machine" in refused.stderr
     assert not (tmp_path / "none").exists()
 
 
-def test_a_queued_run_is_not_queued_twice(cluster, launch, tmp_path):
-    launch(*SMALL, *FOR_EVER, "run.dir=once", "backend.sbatch_options=[--hold]", env=cluster.env).expect(0)
-    refused = launch("resume", "once", env=cluster.env).expect(2)
+def test_a_queued_run_is_not_queued_twice(cluster, launch_forked, tmp_path):
+    launch_forked(*SMALL, *FOR_EVER, "run.dir=once", "backend.sbatch_options=[--hold]", env=cluster.env).expect(0)
+    refused = launch_forked("resume", "once", env=cluster.env).expect(2)
     assert "of this run is still queued or running" in refused.stderr
     assert (tmp_path / "once" / "job.sbatch").exists()
-    launch("cancel", "once", env=cluster.env).expect(0)
+    launch_forked("cancel", "once", env=cluster.env).expect(0)
 
 
 def test_every_character_of_an_option_reaches_slurm(cluster, tmp_path, nasty_strings):
@@ -181,9 +188,9 @@ def test_every_character_of_an_option_reaches_slurm(cluster, tmp_path, nasty_str
         cluster.ask("scancel", job_id)
 
 
-def test_a_node_that_dies_is_named_at_once(doomed_cluster, launch, tmp_path):
+def test_a_node_that_dies_is_named_at_once(doomed_cluster, launch_forked, tmp_path):
     words = ("backend=slurm", *endless(tmp_path), "backend.nodes=2", "run.dir=dead")
-    launch(*words, env=doomed_cluster.env, timeout=60).expect(0)
+    launch_forked(*words, env=doomed_cluster.env, timeout=60).expect(0)
     run_dir = tmp_path / "dead"
     wait_for_answers(run_dir)
     doomed_cluster.fail("n2")

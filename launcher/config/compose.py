@@ -162,7 +162,7 @@ def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
 
 
 def _without_plain_variables(values: Any, tree: Mapping[str, Any]) -> Any:
-    """Return the options of a group, those that name an option with a value of its own replaced by this value."""
+    """Return a group's options; ``${a.b}`` is replaced where ``a.b`` has a value of its own."""
     if not isinstance(values, dict):
         return values
     result = dict(values)

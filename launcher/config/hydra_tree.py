@@ -49,7 +49,7 @@ def compose_tree(overrides: Sequence[Override], config_dir: Path | None, report:
 
 
 def _set_values(tree: dict[str, Any], overrides: Sequence[Override]) -> None:
-    """Set the options of single values in a composed tree, as Hydra does after it has read the files."""
+    """Set the values of the command line in a composed tree, as Hydra does after the files."""
     from omegaconf import OmegaConf
 
     names = {override.key.partition(".")[0] for override in overrides}
@@ -93,7 +93,7 @@ def _choices(overrides: Sequence[Override], config_dir: Path | None) -> tuple[st
 
 
 def _is_shipped(words: Sequence[str]) -> bool:
-    """Whether Hydra reads the shipped options alone: they stay as they are while the program runs."""
+    """Whether Hydra reads the shipped options alone, which stay as they are."""
     return not any(word.startswith(SEARCH_PATH) for word in words)
 
 

@@ -184,7 +184,7 @@ def _names_plugins(folder: Path) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _holds_group(file: str, _modified_ns: int, _size: int) -> bool:
-    """Return whether a file of entry points may have those of plugins; read again only once it has changed."""
+    """Return whether a file of entry points may name plugins; a changed one is read again."""
     return ENTRY_POINTS.encode() in Path(file).read_bytes()
 
 

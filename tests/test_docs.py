@@ -107,6 +107,9 @@ SLOW = {
     "python scripts/bench/load_balancing.py --requests 300": (
         "deploy/test_load_balancing.py::test_no_request_fails_that_had_sent_no_token"
     ),
+    "python scripts/bench/canary_rehearsal.py --kind haproxy": (
+        "deploy/test_canary_proxies.py::test_a_bad_version_is_rolled_back_and_a_good_one_promoted"
+    ),
     "scripts/test": "scripts/test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from launcher.cli.arguments import Arguments, is_override
@@ -14,12 +15,12 @@ from launcher.errors import ConfigError
 from launcher.protocol.plan import Plan
 from launcher.utils.text import counted
 
-ACTIONS = ("apply", "status", "delete")
-"""First words that act on the cluster of a rendered folder."""
+ACTIONS = ("apply", "status", "promote", "rollback", "delete")
+"""First words that act on what a rendered folder is for."""
 
 
 def run(arguments: Arguments) -> int:
-    """Render a deployment and write it, or act on the cluster; with ``--diff``, compare."""
+    """Render a deployment and write it, or act on what was rendered; with ``--diff``, compare."""
     if arguments.overrides and arguments.overrides[0] in ACTIONS:
         return _act(arguments)
     served, plan = _prepared(arguments)
@@ -44,7 +45,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _act(arguments: Arguments) -> int:
-    """Apply a folder, show its state in the cluster, or delete it there.
+    """Apply a folder, show its state, give its version more requests or none, or delete it.
 
     Raises:
         ConfigError: the words are not an action and a folder.
@@ -60,17 +61,49 @@ def _act(arguments: Arguments) -> int:
     if arguments.diff and action != "apply":
         fix = f"write launch deploy {action} DIR, or launch deploy apply DIR --diff"
         raise ConfigError("--diff", why=f"launch deploy {action} renders and applies nothing", fix=fix)
-    deployment = cluster.open_deployment(Path(folders[0]))
+    folder = Path(folders[0])
+    if action in ("promote", "rollback"):
+        return _shift(folder, is_promotion=action == "promote")
+    if action == "status":
+        return _show(folder)
+    deployment = cluster.open_deployment(folder)
     if arguments.diff:
         text = cluster.difference(deployment)
         print(text or "no difference\n", end="")
         return 1 if text else 0
     if action == "apply":
         cluster.apply(deployment, print)
-    elif action == "delete":
-        cluster.delete(deployment, print)
     else:
-        print("\n".join(cluster.status(deployment)))
+        cluster.delete(deployment, print)
+    return 0
+
+
+def _shift(folder: Path, *, is_promotion: bool) -> int:
+    """Give a new version more requests, or none."""
+    from launcher.deploy.canary.promote import open_canary, promote, rollback
+
+    canary = open_canary(folder)
+    if not is_promotion:
+        return rollback(canary, print)
+    try:
+        return promote(canary, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"interrupted: the weights stay; launch deploy promote {folder} goes on, rollback {folder} goes back")
+        return 128 + signal.SIGINT
+
+
+def _show(folder: Path) -> int:
+    """Show workloads and pods in the cluster, and the weights and gates of a canary."""
+    from launcher.config.deploy.canary import CanaryDeploy
+    from launcher.config.deploy.proxy import ProxyDeploy
+    from launcher.deploy import cluster
+    from launcher.deploy.canary import promote
+
+    deploy = cluster.load_rendered(folder).deploy
+    if not isinstance(deploy, ProxyDeploy):
+        print("\n".join(cluster.status(cluster.open_deployment(folder))))
+    if isinstance(deploy, ProxyDeploy) or (isinstance(deploy, CanaryDeploy) and deploy.has_canary):
+        print("\n".join(promote.status(promote.open_canary(folder))))
     return 0
 
 

@@ -469,8 +469,9 @@ Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mi
             replace(
                 RUN_OR_OVERRIDES,
                 metavar="ACTION|RUN|OVERRIDE",
-                completes=("apply", "status", "delete", Completion.RUN, Completion.OVERRIDE),
-                help=f"{RUN_OR_OVERRIDES.help}; or apply, status or delete, and a folder that was rendered",
+                completes=("apply", "status", "promote", "rollback", "delete", Completion.RUN, Completion.OVERRIDE),
+                help=f"{RUN_OR_OVERRIDES.help}; or an action and a folder that was rendered: apply, status, promote, "
+                "rollback or delete",
             ),
         ),
         options=(
@@ -487,14 +488,18 @@ Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mi
   launch deploy … dry_run=true                                             print the files
   launch deploy apply k8s --diff                                           what would change in the cluster
   launch deploy apply k8s                                                  apply it, and wait until it serves
-  launch deploy status k8s                                                 its workloads and pods
+  launch deploy status k8s                                                 its workloads, pods, weights and gates
+  launch deploy promote k8s                                                give a canary more requests while gates pass
+  launch deploy rollback k8s                                               give all requests to the baseline
   launch deploy delete k8s                                                 delete it in the cluster
 """,
         notes="""\
 The options of the server are those of job=serve. Files in deploy.out that launch deploy did not write, or that you
 changed since, are never overwritten. kubectl and helm act with your own login on deploy.context and deploy.namespace.
 The cluster checks every object before apply changes the first one; new pods that do not get ready are taken back.
-Exit code of --diff: 0 no difference, 1 a difference, 2 a mistake.""",
+Promote may be interrupted at any time, and goes on where it was; all state is kept with the weights.
+Exit code of --diff: 0 no difference, 1 a difference, 2 a mistake; of promote: 0 promoted, 1 a gate failed and all
+requests went back to the baseline, 124 they went back because nothing could be judged in time.""",
     ),
     "completion": Verb(
         summary="print a script that makes a shell complete verbs, groups, options, keys, values and runs",

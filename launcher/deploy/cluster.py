@@ -5,6 +5,7 @@ kubectl and helm do it, with the login of the user; they get argument lists, nev
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from launcher.config.run import Run
 from launcher.config.snapshot import load_run
 from launcher.deploy.container_run import SNAPSHOT_FILE
 from launcher.deploy.kubernetes.server import VERSION_LABEL
+from launcher.deploy.kubernetes.traffic import ROUTES, route_shares
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.utils.text import format_table
 
 Say = Callable[[str], object]
 _MANIFESTS, _CHART = "manifests", "chart"
-_AS_LAUNCHER = ("--server-side", "--field-manager=launcher")
+AS_LAUNCHER = ("--server-side", "--field-manager=launcher")
 """The server merges, and refuses to change what others set (``kubectl scale``)."""
 _SLACK_S = 120.0
 """Time to place a pod and pull its image, beyond the start of a server."""
@@ -77,17 +79,26 @@ class Deployment:
         return ["helm", *context, f"--namespace={self.deploy.namespace}", *words]
 
 
+def load_rendered(folder: Path) -> Run:
+    """Return the run from which ``launch deploy`` rendered ``folder``.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    snapshot = folder / SNAPSHOT_FILE
+    if not snapshot.is_file():
+        why = f"holds no {SNAPSHOT_FILE}, which launch deploy writes"
+        raise ConfigError("DIR", folder, why=why, fix="render it first: launch deploy … deploy.out=DIR")
+    return load_run(snapshot)
+
+
 def open_deployment(folder: Path) -> Deployment:
     """Return the deployment that ``launch deploy`` rendered into ``folder``.
 
     Raises:
         ConfigError: it holds none, or one that is not for a cluster.
     """
-    snapshot = folder / SNAPSHOT_FILE
-    if not snapshot.is_file():
-        why = f"holds no {SNAPSHOT_FILE}, which launch deploy writes"
-        raise ConfigError("DIR", folder, why=why, fix="render it first: launch deploy … deploy.out=DIR")
-    run = load_run(snapshot)
+    run = load_rendered(folder)
     if not isinstance(run.deploy, KubernetesDeploy):
         why = f"holds deploy={run.deploy.kind}, which no cluster takes"
         raise ConfigError("DIR", folder, why=why, fix="name a folder of deploy=kubernetes or deploy=helm")
@@ -110,12 +121,37 @@ def apply(deployment: Deployment, say: Say) -> None:
         say(f"release {deployment.name} is in {deployment.deploy.namespace}")
         return
     kubectl, files = deployment.kubectl, f"--filename={deployment.folder / _MANIFESTS}"
-    kubectl.run("apply", *_AS_LAUNCHER, "--dry-run=server", files)
+    kubectl.run("apply", *AS_LAUNCHER, "--dry-run=server", files)
+    _check_baseline(deployment)
     is_new = not _exists(deployment)
-    for line in kubectl.run("apply", *_AS_LAUNCHER, files).splitlines():
+    for line in kubectl.run("apply", *AS_LAUNCHER, files).splitlines():
         say(line)
     _wait_for_rollout(deployment, is_new=is_new)
     say(f"{_workload(deployment)} serves in {deployment.deploy.namespace}")
+
+
+def _check_baseline(deployment: Deployment) -> None:
+    """Raise if requests would go to a baseline that is not there."""
+    baseline, deploy = deployment.deploy.baseline, deployment.deploy
+    if baseline is not None and deploy.shares.get(baseline, 0) and baseline not in versions(deployment):
+        why = f"{deployment.name}-{baseline} is not in {deploy.namespace}, and would get {deploy.shares[baseline]} %"
+        why += " of the requests"
+        fix = "apply it first, or render this version without deploy.baseline and deploy.weights"
+        raise ConfigError("deploy.baseline", baseline, why=why, fix=fix)
+
+
+def versions(deployment: Deployment) -> dict[str, int]:
+    """Return the versions whose workload is in the cluster, with the number of ready pods.
+
+    Raises:
+        EnvironmentProblem: there is no cluster.
+    """
+    selector = f"--selector=app.kubernetes.io/name={deployment.name}"
+    found: dict[str, int] = {}
+    for item in deployment.kubectl.get("deployments.apps,statefulsets.apps", selector)["items"]:
+        version = item["metadata"].get("labels", {}).get(VERSION_LABEL, "")
+        found[version] = found.get(version, 0) + item.get("status", {}).get("readyReplicas", 0)
+    return found
 
 
 def _wait_for_rollout(deployment: Deployment, *, is_new: bool) -> None:
@@ -138,9 +174,9 @@ def difference(deployment: Deployment) -> str:
     """
     if deployment.is_chart:
         rendered = _helm(deployment, "template", deployment.name, str(deployment.folder / _CHART))
-        return deployment.kubectl.run("diff", *_AS_LAUNCHER, "--filename=-", document=rendered, accepts=(0, _CHANGED))
+        return deployment.kubectl.run("diff", *AS_LAUNCHER, "--filename=-", document=rendered, accepts=(0, _CHANGED))
     files = f"--filename={deployment.folder / _MANIFESTS}"
-    return deployment.kubectl.run("diff", *_AS_LAUNCHER, files, accepts=(0, _CHANGED))
+    return deployment.kubectl.run("diff", *AS_LAUNCHER, files, accepts=(0, _CHANGED))
 
 
 def status(deployment: Deployment) -> list[str]:
@@ -174,28 +210,48 @@ def _rows(item: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def delete(deployment: Deployment, say: Say) -> None:
-    """Delete the objects of this version, and those that all share unless a baseline uses them.
+    """Delete the objects of this version, and shared ones that no other version uses.
 
     Raises:
-        EnvironmentProblem: there is no cluster.
+        EnvironmentProblem: there is no cluster, or this version gets requests beside another one.
     """
     if deployment.is_chart:
         _helm(deployment, "uninstall", deployment.name, "--ignore-not-found", "--wait")
         say(f"release {deployment.name} is deleted")
         return
     kubectl = deployment.kubectl
-    gone = kubectl.run("delete", "--ignore-not-found", *(f"--filename={path}" for path in _deletable(deployment)))
+    others = sorted(versions(deployment).keys() - {deployment.deploy.version})
+    if others:
+        _check_without_requests(deployment, others)
+    paths = _deletable(deployment, keeps_shared=bool(others))
+    gone = kubectl.run("delete", "--ignore-not-found", *(f"--filename={path}" for path in paths))
     # earlier snapshots, to which a rollout could go back
     gone += kubectl.run("delete", "configmaps", "--ignore-not-found", f"--selector={deployment.selector}")
     for line in gone.splitlines():
         say(line)
+    if others:
+        say(f"kept what {', '.join(f'{deployment.name}-{each}' for each in others)} uses too")
 
 
-def _deletable(deployment: Deployment) -> Iterator[Path]:
+def _check_without_requests(deployment: Deployment, others: Sequence[str]) -> None:
+    """Raise if a route still leads to this version."""
+    if deployment.deploy.traffic == "none":
+        return
+    resource, _ = ROUTES[deployment.deploy.traffic]
+    words = ("get", f"{resource}/{deployment.name}", "--ignore-not-found", "--output=json")
+    text = deployment.kubectl.run(*words)
+    share = route_shares(json.loads(text) if text.strip() else {}, deployment.name).get(deployment.deploy.version, 0)
+    if share:
+        why = f"{deployment.versioned} gets {share} % of the requests, beside {', '.join(others)}"
+        fix = "launch deploy rollback DIR, or promote of the other version, comes first"
+        raise EnvironmentProblem(f"{why}: {fix}")
+
+
+def _deletable(deployment: Deployment, *, keeps_shared: bool) -> Iterator[Path]:
     """Yield the manifests of the objects that go with this version."""
     for path in sorted((deployment.folder / _MANIFESTS).glob("*.yaml")):
         labels = yaml.safe_load(path.read_text(encoding="utf-8"))["metadata"]["labels"]
-        if deployment.deploy.baseline is None or VERSION_LABEL in labels:
+        if not keeps_shared or VERSION_LABEL in labels:
             yield path
 
 

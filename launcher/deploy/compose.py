@@ -21,7 +21,7 @@ from launcher.config.snapshot import dump_run
 from launcher.deploy.container_run import RUNS_FOLDER, SNAPSHOT_FOLDER, container_command, container_run
 from launcher.deploy.monitoring.render import monitoring_files
 from launcher.deploy.nginx import nginx_configuration
-from launcher.deploy.proxy import READINESS_PATH
+from launcher.deploy.proxy import READINESS_PATH, Upstream
 from launcher.protocol.plan import Plan
 
 _CACHE_FOLDER = "/cache"
@@ -46,7 +46,10 @@ def render(run: Run, plan: Plan) -> dict[str, str]:
     names = [f"server-{at}" for at in range(1, deploy.servers + 1)]
     nginx = nginx_configuration(
         deploy.nginx(),
-        addresses=[f"{address}:{port}" for address in deploy.server_addresses],
+        upstreams=[
+            Upstream(name=name, address=f"{address}:{port}")
+            for name, address in zip(names, deploy.server_addresses, strict=True)
+        ],
         limits=upstream_limits(run),
         rate_per_minute=deploy.rate_per_minute or served_job(run).rate_per_minute,
     )

@@ -7,7 +7,7 @@ user: it is never overwritten and never removed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -59,6 +59,32 @@ def write(folder: Path, files: Mapping[str, str]) -> Written:
     hashes = {path: sha256_of(text.encode()) for path, text in sorted(files.items())}
     write_json(folder / LIST, {"version": _VERSION, "files": hashes})
     return Written(changed=tuple(changed), removed=tuple(sorted(removed)), kept=tuple(sorted(kept)))
+
+
+def update(folder: Path, files: Mapping[str, str]) -> None:
+    """Replace some of the files that ``write`` wrote, and keep the others.
+
+    A file that the user changed since stays listed as it was written, and so the user's.
+
+    Args:
+        folder: that was written.
+        files: new text by relative path.
+    """
+    hashes = listed(folder)
+    for path, text in files.items():
+        found = _read(folder / path)
+        is_ours = found is not None and sha256_of(found) == hashes.get(path)
+        if found != text.encode():
+            write_atomic(folder / path, text)
+        if is_ours:
+            hashes[path] = sha256_of(text.encode())
+    write_json(folder / LIST, {"version": _VERSION, "files": dict(sorted(hashes.items()))})
+
+
+def changed_files(folder: Path, paths: Iterable[str]) -> list[str]:
+    """Return those of ``paths`` that are not as ``write`` or ``update`` left them."""
+    hashes = listed(folder)
+    return [path for path in paths if sha256_of(_read(folder / path) or b"") != hashes.get(path)]
 
 
 def difference(folder: Path, files: Mapping[str, str]) -> str:

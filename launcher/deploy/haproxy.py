@@ -14,12 +14,16 @@ from launcher.deploy.proxy import (
     TLS_CIPHERS,
     UNLIMITED_PATHS,
     ProxyError,
+    Upstream,
     duration,
     proxy_errors,
+    upstreams_of,
 )
 from launcher.protocol.plan import Plan
 
 CONFIGURATION = "haproxy.cfg"
+BACKEND = "servers"
+"""Name of the servers' section."""
 _CONNECT_S = 2.0
 _RETRIES = 3
 _FAILED_CHECKS = 3
@@ -32,18 +36,23 @@ _METRICS_PATH = "/metrics"
 
 def render(run: Run, plan: Plan) -> dict[str, str]:
     """Return ``haproxy.cfg``."""
+    return {CONFIGURATION: configuration(run)}
+
+
+def configuration(run: Run) -> str:
+    """Return the whole configuration."""
     deploy = run.deploy
     assert isinstance(deploy, HaproxyDeploy), deploy.kind
-    limits, addresses = upstream_limits(run), deploy.addresses(run)
+    limits, upstreams = upstream_limits(run), upstreams_of(deploy, run)
     sections = [
-        ["# Load balancer of job=serve, written by launch deploy.", *_global(deploy, limits, len(addresses))],
+        ["# Load balancer of job=serve, written by launch deploy.", *_global(deploy, limits, len(upstreams))],
         _defaults(limits),
         _frontend(deploy, limits, deploy.requests_per_minute(run)),
-        _backend(deploy, limits, addresses),
+        _backend(deploy, limits, upstreams),
         *([_metrics(deploy.metrics_port)] if deploy.metrics_port is not None else []),
         *([_clients()] if deploy.requests_per_minute(run) is not None else []),
     ]
-    return {CONFIGURATION: "\n\n".join("\n".join(section) for section in sections) + "\n"}
+    return "\n\n".join("\n".join(section) for section in sections) + "\n"
 
 
 def _global(deploy: HaproxyDeploy, limits: UpstreamLimits, num_servers: int) -> list[str]:
@@ -51,6 +60,7 @@ def _global(deploy: HaproxyDeploy, limits: UpstreamLimits, num_servers: int) -> 
         "global",
         *([f"    user {deploy.user}", f"    group {deploy.user_group or deploy.user}"] if deploy.user else []),
         "    log stdout format raw local0 info",
+        *([f"    stats socket {deploy.admin_socket} mode 600 level admin"] if deploy.admin_socket else []),
         f"    maxconn {limits.connections * num_servers + _SPARE_CONNECTIONS}",
         f"    tune.bufsize {deploy.retried_bytes + _REWRITE_BYTES}  # a request that fits can go to another server",
         f"    tune.maxrewrite {_REWRITE_BYTES}",
@@ -131,14 +141,14 @@ def _frontend(deploy: HaproxyDeploy, limits: UpstreamLimits, rate_per_minute: in
             f"    {_return(errors[429], f'!unlimited {exceeded}')}",
             "    http-request sc-inc-gpc0(0) if !unlimited",
         ]
-    return [*lines, "    default_backend servers"]
+    return [*lines, f"    default_backend {BACKEND}"]
 
 
-def _backend(deploy: HaproxyDeploy, limits: UpstreamLimits, addresses: Sequence[str]) -> list[str]:
+def _backend(deploy: HaproxyDeploy, limits: UpstreamLimits, upstreams: Sequence[Upstream]) -> list[str]:
     check = duration(deploy.check_every_s)
     return [
-        "backend servers",
-        "    balance leastconn",
+        f"backend {BACKEND}",
+        *(_shared_by_weight() if deploy.has_canary else ["    balance leastconn"]),
         "    option httpchk",
         f"    http-check send meth GET uri {READINESS_PATH} ver HTTP/1.1 hdr Host localhost",
         "    # A server that drains, or is not ready, gets no new requests and finishes those that it has.",
@@ -148,8 +158,20 @@ def _backend(deploy: HaproxyDeploy, limits: UpstreamLimits, addresses: Sequence[
         f"    default-server check inter {check} fastinter {duration(deploy.check_every_s / 4)} downinter {check}"
         f" fall {_FAILED_CHECKS} rise 1 observe layer7 error-limit 1 on-error fastinter"
         f" on-marked-down shutdown-sessions maxconn {limits.connections}",
-        *(f"    server server-{at} {address}" for at, address in enumerate(addresses, 1)),
+        *(f"    {_server(each)}" for each in upstreams),
     ]
+
+
+def _shared_by_weight() -> list[str]:
+    return [
+        "    # The shares of both versions are exact, however slow one of them is.",
+        "    balance roundrobin",
+    ]
+
+
+def _server(upstream: Upstream) -> str:
+    weight = "" if upstream.weight is None else f" weight {upstream.weight}"
+    return f"server {upstream.name} {upstream.address}{weight}"
 
 
 def _metrics(port: int) -> list[str]:

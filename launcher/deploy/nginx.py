@@ -13,8 +13,10 @@ from launcher.deploy.proxy import (
     TLS_CIPHERS,
     UNLIMITED_PATHS,
     ProxyError,
+    Upstream,
     duration,
     proxy_errors,
+    upstreams_of,
 )
 from launcher.protocol.plan import Plan
 
@@ -33,21 +35,25 @@ _LOG = (
 
 def render(run: Run, plan: Plan) -> dict[str, str]:
     """Return ``nginx.conf``."""
+    return {CONFIGURATION: configuration(run)}
+
+
+def configuration(run: Run) -> str:
+    """Return the whole configuration for the servers of a run."""
     deploy = run.deploy
     assert isinstance(deploy, NginxDeploy), deploy.kind
-    text = nginx_configuration(
+    return nginx_configuration(
         deploy,
-        addresses=deploy.addresses(run),
+        upstreams=upstreams_of(deploy, run),
         limits=upstream_limits(run),
         rate_per_minute=deploy.requests_per_minute(run),
     )
-    return {CONFIGURATION: text}
 
 
 def nginx_configuration(
     deploy: NginxDeploy,
     *,
-    addresses: Sequence[str],
+    upstreams: Sequence[Upstream],
     limits: UpstreamLimits,
     rate_per_minute: int | None,
 ) -> str:
@@ -55,11 +61,11 @@ def nginx_configuration(
 
     Args:
         deploy: address, TLS, logs; its values are safe within double quotes.
-        addresses: ``HOST:PORT`` of every server.
+        upstreams: every server.
         limits: of one server.
         rate_per_minute: requests of one client; ``None`` sets no limit.
     """
-    num_connections = 2 * limits.connections * len(addresses) + _SPARE_CONNECTIONS
+    num_connections = 2 * limits.connections * len(upstreams) + _SPARE_CONNECTIONS
     folder = deploy.log_folder
     lines = [
         "# Load balancer of job=serve, written by launch deploy.",
@@ -76,11 +82,11 @@ def nginx_configuration(
         "http {",
         *_indented(_http(deploy, limits)),
         "",
-        *_indented(_upstream(deploy, addresses, limits)),
+        *_indented(_upstream(deploy, upstreams, limits)),
         "",
         *_indented(_clients(rate_per_minute)),
         "    server {",
-        *_indented(_server(deploy, limits, num_servers=len(addresses), rate_per_minute=rate_per_minute), by=8),
+        *_indented(_server(deploy, limits, num_servers=len(upstreams), rate_per_minute=rate_per_minute), by=8),
         "    }",
         "}",
     ]
@@ -109,22 +115,28 @@ def _http(deploy: NginxDeploy, limits: UpstreamLimits) -> list[str]:
     ]
 
 
-def _upstream(deploy: NginxDeploy, addresses: Sequence[str], limits: UpstreamLimits) -> list[str]:
+def _upstream(deploy: NginxDeploy, upstreams: Sequence[Upstream], limits: UpstreamLimits) -> list[str]:
     health = f"max_fails=1 fail_timeout={duration(round(deploy.fail_timeout_s))} max_conns={limits.connections}"
     again = f"max_fails=0 max_conns={limits.connections} backup"
+    is_any = len(upstreams) > 1
     return [
         "upstream servers {",
         "    zone servers 256k;  # all workers count the same connections",
-        "    least_conn;",
-        *(f"    server {address} {health};" for address in addresses),
-        *(
-            ["    # Where all have failed lately, any may be back: each is asked once more."]
-            if len(addresses) > 1
-            else []
-        ),
-        *(f"    server {address} {again};" for address in addresses if len(addresses) > 1),
+        *(_SHARED_BY_WEIGHT if deploy.has_canary else ["    least_conn;"]),
+        *(f"    server {each.address} {_weight(each)}{health};" for each in upstreams),
+        *(["    # Where all have failed lately, any may be back: each is asked once more."] if is_any else []),
+        *(f"    server {each.address} {_weight(each)}{again};" for each in upstreams if is_any and each.weight != 0),
         "}",
     ]
+
+
+_SHARED_BY_WEIGHT = ("    # The shares of both versions are exact, however slow one of them is.",)
+
+
+def _weight(upstream: Upstream) -> str:
+    if upstream.weight is None:
+        return ""
+    return f"weight={upstream.weight} " if upstream.weight else "down "
 
 
 def _clients(rate_per_minute: int | None) -> list[str]:

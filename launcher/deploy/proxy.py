@@ -1,15 +1,21 @@
-"""What the configurations of nginx and HAProxy share: error bodies and durations."""
+"""What nginx and HAProxy share: servers with weights, error bodies and durations."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from launcher.config.deploy.proxy import ProxyDeploy
+from launcher.config.run import Run
 
 REPLICA_PATHS = ("/", "/metrics")
 """Paths that tell of one server alone, and so make no sense behind a load balancer."""
 UNLIMITED_PATHS = ("/health/live", "/health/ready", "/version", "/openapi.json")
 """Paths that servers count in no rate."""
 READINESS_PATH = "/health/ready"
+CANARY_PREFIX = "canary-"
+"""Begins the names of servers of a new version."""
 TLS_CIPHERS = ":".join(
     f"{exchange}-{rest}"
     for rest in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
@@ -70,6 +76,33 @@ def proxy_errors(*, body_bytes: int) -> tuple[ProxyError, ...]:
         ProxyError(status=503, message="no server can take this request now", code="busy", retry_s=2),
         ProxyError(status=504, message="the server did not respond in time", code="request_timeout"),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """One server behind the proxy."""
+
+    name: str
+    address: str
+    """``HOST:PORT``."""
+    weight: int | None = None
+    """Its share of the requests, beside those of the others; ``None`` without a canary."""
+
+
+def upstreams_of(deploy: ProxyDeploy, run: Run) -> Sequence[Upstream]:
+    """Return the servers behind a proxy: those of the baseline, then those of a canary."""
+    addresses = deploy.addresses(run)
+    named = [Upstream(name=f"server-{at}", address=address) for at, address in enumerate(addresses, 1)]
+    if not deploy.has_canary:
+        return named
+    own, new = deploy.weights_at(deploy.canary_share, num_baseline=len(addresses))
+    return [
+        *(Upstream(name=each.name, address=each.address, weight=own) for each in named),
+        *(
+            Upstream(name=f"{CANARY_PREFIX}{at}", address=address, weight=new)
+            for at, address in enumerate(deploy.canary_addresses, 1)
+        ),
+    ]
 
 
 def duration(seconds: float) -> str:

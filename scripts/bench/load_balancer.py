@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launcher.deploy.folder import write
 from launcher.deploy.prepare import prepare
 from launcher.deploy.registry import render
 from launcher.utils.system import free_port
@@ -37,7 +38,12 @@ def rendered(kind: str, words: Sequence[str] = (), *, server: Sequence[str] = SE
         words: further overrides, of the group deploy and of the server.
         server: overrides of the server.
     """
-    return render(*prepare([*server, f"deploy={kind}", "deploy.out=x", *words]))[FILES[kind]]
+    return rendered_files(kind, words, server=server)[FILES[kind]]
+
+
+def rendered_files(kind: str, words: Sequence[str] = (), *, server: Sequence[str] = SERVER) -> dict[str, str]:
+    """Return all files of the folder of a load balancer; arguments as for ``rendered``."""
+    return render(*prepare([*server, f"deploy={kind}", "deploy.out=x", *words]))
 
 
 class LoadBalancer:
@@ -65,7 +71,8 @@ class LoadBalancer:
         self.port, self._log = free_port(), folder / "output.txt"
         own = (f"deploy.temporary_folder={folder}", "deploy.log_folder=null") if kind == "nginx" else ()
         file = folder / FILES[kind]
-        file.write_text(edit(rendered(kind, (f"deploy.port={self.port}", *own, *words))))
+        files = rendered_files(kind, (f"deploy.port={self.port}", *own, *words))
+        write(folder, {**files, FILES[kind]: edit(files[FILES[kind]])})
         flags = ["-e", "stderr", "-g", "daemon off;", "-c"] if kind == "nginx" else ["-db", "-f"]
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(

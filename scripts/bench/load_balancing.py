@@ -61,13 +61,18 @@ class Stream(threading.Thread):
         url: of the load balancer.
         model: name of the served model.
         seed: of the prompts.
+        output_len: tokens of an answer.
+        concurrency: streams at a time.
     """
 
-    def __init__(self, url: str, *, model: str, seed: int) -> None:
+    def __init__(
+        self, url: str, *, model: str, seed: int, output_len: str = "8-24", concurrency: int = CONCURRENCY
+    ) -> None:
         super().__init__(daemon=True)
         self._target = OneRequestTarget(address=parse_server_address(url), model=model)
-        lengths = {name: parse_length_distribution("4-8") for name in ("input_len", "output_len")}
-        self._requests = random_requests(seed=seed, **{**lengths, "output_len": parse_length_distribution("8-24")})
+        lengths = {"input_len": "4-8", "output_len": output_len}
+        distributions = {name: parse_length_distribution(text) for name, text in lengths.items()}
+        self._requests, self._concurrency = random_requests(seed=seed, **distributions), concurrency
         self._stops = threading.Event()
         self.num_sent, self.start_s = 0, 0.0
         self.result: LoadResult | None = None
@@ -81,8 +86,8 @@ class Stream(threading.Thread):
             yield request
 
     def run(self) -> None:
-        """Send requests, 16 at a time."""
-        self.result = closed_loop(self._target, self._source(), max_concurrency=CONCURRENCY)
+        """Send requests, so many at a time."""
+        self.result = closed_loop(self._target, self._source(), max_concurrency=self._concurrency)
 
     def wait_for(self, num_requests: int) -> None:
         """Return once so many more requests were sent."""

@@ -23,12 +23,20 @@ EVERYTHING = (
     "deploy.tls_key_file=/etc/ssl/site.key",
     "deploy.rate_per_minute=600",
 )
+CANARY = (
+    *("deploy.upstreams=[10.0.0.1:8000,10.0.0.2:8000]", "deploy.canary_upstreams=[10.0.0.3:8000]"),
+    "deploy.canary_percent=5",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["default", "everything"])
+@pytest.mark.parametrize("name", ["default", "everything", "canary"])
 def test_the_configuration_is_as_reviewed(kind: str, name: str) -> None:
-    words = () if name == "default" else (*EVERYTHING, *(["deploy.metrics_port=9101"] if kind == "haproxy" else []))
+    words = {"default": (), "everything": EVERYTHING, "canary": CANARY}[name]
+    if kind == "haproxy":
+        words += {"everything": ("deploy.metrics_port=9101",), "canary": ("deploy.admin_socket=/run/a.sock",)}.get(
+            name, ()
+        )
     text, golden = rendered(kind, words), GOLDEN / f"{name}.{FILES[kind]}"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.parent.mkdir(parents=True, exist_ok=True)

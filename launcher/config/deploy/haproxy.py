@@ -10,6 +10,8 @@ from launcher.config.deploy.proxy import ProxyDeploy
 from launcher.errors import ConfigError
 
 _MAX_RETRIED_BYTES = 16 * 2**20
+_MAX_SOCKET = 96
+"""HAProxy adds a suffix while it starts, and the kernel takes 107 characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class HaproxyDeploy(ProxyDeploy):
 
     kind: ClassVar[str] = "haproxy"
     summary_fields: ClassVar[tuple[str, ...]] = ("out", "upstreams")
+    max_weight: ClassVar[int] = 256
 
     check_every_s: float = 1.0
     """Seconds between two checks of a server; four times as often after a failed request."""
@@ -32,6 +35,10 @@ class HaproxyDeploy(ProxyDeploy):
     metrics_port: int | None = None
     """Port on 127.0.0.1 with HAProxy's own metrics for Prometheus; ``null`` exports none."""
 
+    admin_socket: str | None = None
+    """Socket of HAProxy's runtime API, through which ``launch deploy promote`` changes weights.
+    Only the account that started HAProxy may open it."""
+
     def validate(self) -> Iterator[ConfigError]:
         """Reject intervals without sense, and buffers that take all memory."""
         yield from super().validate()
@@ -43,6 +50,12 @@ class HaproxyDeploy(ProxyDeploy):
             why = f"is more than {_MAX_RETRIED_BYTES}, which each connection would take twice"
             yield self.error("retried_bytes", why, "set deploy.retried_bytes=1048576")
         yield from self.validate_port("metrics_port")
+        yield from self.validate_path("admin_socket")
+        if self.admin_socket is not None and len(self.admin_socket) > _MAX_SOCKET:
+            yield self.error("admin_socket", f"is longer than {_MAX_SOCKET} characters", "choose a shorter path")
+        if self.has_canary and self.admin_socket is None:
+            why = "HAProxy changes the weights of a canary through its runtime API"
+            yield ConfigError("deploy.admin_socket", why=why, fix="set deploy.admin_socket=/run/haproxy/launcher.sock")
         if self.metrics_port == self.port:
             yield self.error("metrics_port", "is deploy.port", f"set deploy.metrics_port={self.port % 65535 + 1}")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from launcher.config.deploy.base import ContainerDeploy
+from launcher.config.deploy.canary import PROMETHEUS_ADDRESS, CanaryDeploy
 from launcher.config.deploy.monitoring import MonitoredDeploy
 from launcher.config.job.serve import Serve
 from launcher.config.kubernetes_objects import (
@@ -47,11 +48,12 @@ They are written here, are in the image, or are replaced by ``deploy.model_path`
 
 
 @dataclass(frozen=True, kw_only=True)
-class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
+class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     """Manifests that kubectl applies: workload, Service, ConfigMap and what belongs to them."""
 
     kind: ClassVar[str] = "kubernetes"
     summary_fields: ClassVar[tuple[str, ...]] = ("out", "replicas")
+    canary_option: ClassVar[str] = "deploy.baseline=VERSION, the version that serves already"
 
     minimums: ClassVar[Mapping[str, int]] = {
         **dict.fromkeys(("replicas", "max_replicas", "target_requests", "max_unavailable"), 1),
@@ -178,10 +180,12 @@ class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
     """Version of this deployment: part of the names of its pods, so that two run side by side."""
 
     baseline: str | None = None
-    """Version that serves already, while this one is a canary."""
+    """Version that serves already, while this one is a canary.
+    ``launch deploy promote`` gives the canary more requests, step by step."""
 
     weights: dict[str, int] = field(default_factory=dict)
-    """Percent of the requests by version: ``{v1: 90, v2: 10}``; empty sends all to this version."""
+    """Percent of the requests by version: ``{v1: 90, v2: 10}``.
+    Empty sends all to the baseline, or without one to this version."""
 
     @property
     def is_mounted(self) -> bool:
@@ -191,7 +195,34 @@ class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
     @property
     def shares(self) -> Mapping[str, int]:
         """Return the percent of the requests of each version."""
-        return self.weights or {self.version: 100}
+        if self.weights or self.baseline is None:
+            return self.weights or {self.version: 100}
+        return {self.baseline: 100, self.version: 0}
+
+    @property
+    def has_canary(self) -> bool:
+        """Whether this version runs beside the one that serves."""
+        return self.baseline is not None
+
+    @property
+    def canary_share(self) -> int:
+        """Percent of the requests that this version gets."""
+        return self.shares.get(self.version, 0)
+
+    @property
+    def version_names(self) -> tuple[str, str]:
+        """Names of the baseline and of this version."""
+        return self.baseline or "", self.version
+
+    def with_canary_share(self, percent: int) -> Self:
+        """Return the same options with another share of this version."""
+        assert self.baseline is not None, "without a baseline there is nothing to share"
+        return replace(self, weights={self.baseline: 100 - percent, self.version: percent})
+
+    @property
+    def gate_prometheus(self) -> str | None:
+        """Address of the Prometheus that gates are read from; that of KEDA too."""
+        return self.canary_prometheus or self.prometheus
 
     def is_stateful(self, plan: Plan) -> bool:
         """Return whether the workload is a StatefulSet."""
@@ -294,7 +325,7 @@ class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
             if self.prometheus is None:
                 fix = "set deploy.prometheus=http://prometheus.monitoring:9090"
                 yield ConfigError("deploy.prometheus", why="KEDA reads the metric from Prometheus", fix=fix)
-            elif not re.fullmatch(r"https?://[^\s@]+", self.prometheus):
+            elif not PROMETHEUS_ADDRESS.fullmatch(self.prometheus):
                 fix = "write it like http://prometheus.monitoring:9090"
                 yield self.error("prometheus", "is not an address without a login", fix)
             if self.min_replicas == 0 and self.queue_query is None:
@@ -323,6 +354,9 @@ class KubernetesDeploy(MonitoredDeploy, ContainerDeploy):
         if self.baseline == self.version:
             why = "is this version itself: a canary is compared with another one"
             yield self.error("baseline", why, "set deploy.version=v2, or another baseline")
+        if self.has_canary and self.monitoring and self.canary_interval_s < 2 * self.scrape_every_s:
+            why = f"is less than two scrapes, 2 × deploy.scrape_every_s={self.scrape_every_s}, so no rate is known"
+            yield self.error("canary_interval_s", why, f"set deploy.canary_interval_s={4 * self.scrape_every_s}")
         if self.weights:
             yield from self._validate_weights()
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import ClassVar, Self
 
-from launcher.config.deploy.base import RenderedDeploy
+from launcher.config.deploy.canary import CanaryDeploy, share_of_weights, split_weights
 from launcher.config.inference import connections_per_client
 from launcher.config.job.serve import Serve
 from launcher.config.run import Run
@@ -74,8 +75,12 @@ def validate_safe_path(option: str, path: str | None) -> Iterator[ConfigError]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyDeploy(RenderedDeploy):
+class ProxyDeploy(CanaryDeploy):
     """A load balancer: one address for several servers, with TLS, limits and retries."""
+
+    canary_option: ClassVar[str] = "deploy.canary_upstreams=[HOST:PORT], servers of a new version"
+    max_weight: ClassVar[int] = 65535
+    """Largest weight of a server."""
 
     host: str = "127.0.0.1"
     """Address to listen on; ``0.0.0.0`` is all IPv4 interfaces, ``::`` all of IPv6."""
@@ -85,6 +90,13 @@ class ProxyDeploy(RenderedDeploy):
 
     upstreams: tuple[str, ...] = ()
     """Servers behind it, as ``HOST:PORT``; empty takes job.host and job.port."""
+
+    canary_upstreams: tuple[str, ...] = ()
+    """Servers of a new version, which get ``canary_percent`` of the requests.
+    Requests are then shared out by weight, and no longer by the number of open ones."""
+
+    canary_percent: int = 0
+    """Percent of the requests to ``canary_upstreams``; ``launch deploy promote`` raises it."""
 
     tls_certificate_file: str | None = None
     """File with the certificate and its chain, on the proxy's machine; ``null``: no TLS."""
@@ -109,16 +121,8 @@ class ProxyDeploy(RenderedDeploy):
         if not is_host(self.host):
             yield self.error("host", "is neither an IP address nor a host name", "set deploy.host=0.0.0.0")
         yield from self.validate_port("port")
-        if len(self.upstreams) > _MAX_UPSTREAMS:
-            why = f"{len(self.upstreams)} servers are more than {_MAX_UPSTREAMS}"
-            yield ConfigError("deploy.upstreams", why=why, fix="start a second load balancer for the others")
-        for at, each in enumerate(self.upstreams):
-            option, found = f"deploy.upstreams[{at}]", parse_upstream(each)
-            if found is None:
-                why = "is not HOST:PORT"
-                yield ConfigError(option, each, why=why, fix="write it like deploy.upstreams=[10.0.0.1:8000]")
-            elif found in map(parse_upstream, self.upstreams[:at]):
-                yield ConfigError(option, each, why="is there twice", fix="name every server once")
+        yield from self._validate_servers()
+        yield from self._validate_canary()
         for name in ("tls_certificate_file", "tls_key_file"):
             yield from self.validate_path(name)
         for name, what in (("user", "an account"), ("user_group", "a group")):
@@ -127,6 +131,67 @@ class ProxyDeploy(RenderedDeploy):
         if self.user_group is not None and self.user is None:
             yield self.error("user_group", "has no account", "set deploy.user=ACCOUNT")
         yield from self.validate_tls()
+
+    def _validate_servers(self) -> Iterator[ConfigError]:
+        named = {"upstreams": self.upstreams, "canary_upstreams": self.canary_upstreams}
+        num_servers = sum(map(len, named.values()))
+        if num_servers > _MAX_UPSTREAMS:
+            why = f"{num_servers} servers are more than {_MAX_UPSTREAMS}"
+            yield ConfigError("deploy.upstreams", why=why, fix="start a second load balancer for the others")
+        seen: set[str] = set()
+        for name, servers in named.items():
+            for at, each in enumerate(servers):
+                option, found = f"deploy.{name}[{at}]", parse_upstream(each)
+                if found is None:
+                    why = "is not HOST:PORT"
+                    yield ConfigError(option, each, why=why, fix=f"write it like deploy.{name}=[10.0.0.1:8000]")
+                elif found in seen:
+                    yield ConfigError(option, each, why="is there twice", fix="name every server once")
+                seen.add(found or "")
+
+    def _validate_canary(self) -> Iterator[ConfigError]:
+        if not 0 <= self.canary_percent <= 100:
+            yield self.error("canary_percent", "must lie between 0 and 100", "set deploy.canary_percent=5")
+        elif self.canary_percent and not self.has_canary:
+            yield self.error("canary_percent", "there are no servers of a new version", f"set {self.canary_option}")
+        if not self.has_canary:
+            return
+        for percent in {*self.canary_steps, self.canary_percent}:
+            if not 0 < percent < 100:
+                continue
+            num_baseline, num_canary = max(1, len(self.upstreams)), len(self.canary_upstreams)
+            weights = self.weights_at(percent, num_baseline=num_baseline)
+            got = share_of_weights(weights[0] * num_baseline, weights[1] * num_canary)
+            if abs(got - percent) > 1:
+                option = "canary_percent" if percent == self.canary_percent else "canary_steps"
+                why = f"{percent} percent of {num_baseline} and {num_canary} servers would be {got:.0f} percent, "
+                why += f"because weights go to {self.max_weight}"
+                yield self.error(option, why, "name about as many servers of each version, or leave the step out")
+
+    def weights_at(self, percent: int, *, num_baseline: int) -> tuple[int, int]:
+        """Return the weights of a server of the baseline and one of the canary."""
+        return split_weights(
+            percent, num_baseline=num_baseline, num_canary=len(self.canary_upstreams), limit=self.max_weight
+        )
+
+    @property
+    def has_canary(self) -> bool:
+        """Whether servers of a new version are behind it."""
+        return bool(self.canary_upstreams)
+
+    @property
+    def canary_share(self) -> int:
+        """Percent of the requests to the new version."""
+        return self.canary_percent
+
+    @property
+    def version_names(self) -> tuple[str, str]:
+        """Names of the two groups of servers."""
+        return "baseline", "canary"
+
+    def with_canary_share(self, percent: int) -> Self:
+        """Return the same options with another share of the new version."""
+        return replace(self, canary_percent=percent)
 
     def validate_tls(self) -> Iterator[ConfigError]:
         """Reject a key without a certificate."""
@@ -159,16 +224,27 @@ class ProxyDeploy(RenderedDeploy):
             why = "without API keys a server counts by address, and all requests come from the proxy's"
             fix = "set job.trusted_proxies=[ADDRESS OF THE PROXY], or deploy.rate_per_minute instead"
             yield ConfigError("job.rate_per_minute", job.rate_per_minute, why=why, fix=fix)
+        for at, each in enumerate(self.canary_addresses):
+            if each in self.addresses(run) and not self.upstreams:
+                why = "is the server of this run (job.host, job.port), and so the baseline"
+                yield ConfigError(
+                    f"deploy.canary_upstreams[{at}]", each, why=why, fix="name the server of a new version"
+                )
         if not self.upstreams and job.port == self.port and self.host in (job.host, "0.0.0.0"):  # noqa: S104 (compared)
             yield self.error("port", "is the server's own (job.port)", f"set deploy.port={job.port % 65535 + 1}")
 
     def addresses(self, run: Run) -> Sequence[str]:
-        """Return ``HOST:PORT`` of every server."""
+        """Return ``HOST:PORT`` of every server but those of a new version."""
         job = served_job(run)
         if self.upstreams:
             return [found for each in self.upstreams if (found := parse_upstream(each)) is not None]
         any_address = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (replaced)
         return [bracketed(any_address.get(job.host, job.host), job.port)]
+
+    @property
+    def canary_addresses(self) -> Sequence[str]:
+        """Return ``HOST:PORT`` of every server of the new version."""
+        return [found for each in self.canary_upstreams if (found := parse_upstream(each)) is not None]
 
     def requests_per_minute(self, run: Run) -> int | None:
         """Return the limit for each client; ``None`` sets none."""

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from launcher.backends.kubernetes.manifests import Manifest
 from launcher.deploy.kubernetes.server import VERSION_LABEL, Server
 
+ROUTES = {
+    "istio": ("virtualservices.networking.istio.io", "virtualservice.yaml"),
+    "gateway": ("httproutes.gateway.networking.k8s.io", "httproute.yaml"),
+}
+"""Resource, and file of the manifest, that hold the weights of each ``deploy.traffic``."""
 _RETRIES = 2
 
 
@@ -96,3 +103,28 @@ def _service_host(server: Server) -> str:
 def _timeout_s(server: Server) -> int:
     """Return the seconds after which the server itself has answered, with an error if need be."""
     return math.ceil(server.job.request_timeout_s) + 5
+
+
+def route_shares(route: Manifest, name: str) -> dict[str, int]:
+    """Return the weight of each version in a route; empty without a route.
+
+    Args:
+        route: VirtualService or HTTPRoute.
+        name: of what all versions share.
+    """
+    # the Gateway API's default is 1, Istio's 0 beside others
+    default = 1 if route.get("kind") == "HTTPRoute" else 0
+    return {version: int(target.get("weight", default)) for version, target in route_targets(route, name)}
+
+
+def route_targets(route: Manifest, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield version and entry of each destination of a route; arguments as for ``route_shares``."""
+    spec = route.get("spec", {})
+    if route.get("kind") == "HTTPRoute":
+        for rule in spec.get("rules", ()):
+            for target in rule.get("backendRefs", ()):
+                yield target["name"].removeprefix(f"{name}-"), target
+        return
+    for rule in spec.get("http", ()):
+        for target in rule.get("route", ()):
+            yield target["destination"].get("subset", ""), target

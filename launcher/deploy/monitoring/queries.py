@@ -42,6 +42,10 @@ class ServingQueries:
             return self.rate("http_requests_total", window, 'handler=~"/v1/.*"', 'status!="4xx"')
         return f"({self.rate(f'{SHARED_PREFIX}request_success_total', window)} + {self.failures(window)})"
 
+    def failures_or_none(self, window: str) -> str:
+        """Return failed requests in each second; 0 where no counter of failures exists yet."""
+        return f"({self.failures(window)} or 0 * {self.requests(window)})"
+
     def failure_share(self, window: str) -> str:
         """Return the share of requests that failed; not a number without requests."""
         return f"{self.failures(window)} / {self.requests(window)}"

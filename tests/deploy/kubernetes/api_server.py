@@ -25,6 +25,7 @@ RESOURCES = {
     "policy": {"poddisruptionbudgets": "PodDisruptionBudget"},
     "keda.sh": {"scaledobjects": "ScaledObject"},
     "networking.istio.io": {"destinationrules": "DestinationRule", "virtualservices": "VirtualService"},
+    "gateway.networking.k8s.io": {"httproutes": "HTTPRoute"},
 }
 VERSIONS = {"keda.sh": "v1alpha1"}
 VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
@@ -40,6 +41,8 @@ class ApiServer:
     writes: list[str] = field(default_factory=list)
     """Requests that changed something, or would have without ``dryRun``."""
     are_ready: bool = True
+    revision: int = 0
+    """Number of writes: the newest one's is the revision of its object."""
 
 
 @contextmanager
@@ -143,7 +146,12 @@ class _Handler(BaseHTTPRequestHandler):
         generation = old["metadata"]["generation"] + 1 if old else 1
         if old and all(old.get(key) == value for key, value in bare.items() if key not in ("metadata", "status")):
             generation -= 1  # nothing changes
-        numbers = {"resourceVersion": str(generation), "generation": generation}
+        given = manifest["metadata"].get("resourceVersion")
+        if given is not None and given != (old or {"metadata": {}})["metadata"].get("resourceVersion"):
+            self._refuse(409, "Conflict", f'Operation cannot be fulfilled on {plural} "{name}": it has been modified')
+            return
+        self.api.revision += 1
+        numbers = {"resourceVersion": str(self.api.revision), "generation": generation}
         manifest["metadata"] |= {"uid": f"{plural}-{name}", **numbers}
         if kind in ("Deployment", "StatefulSet"):
             replicas = manifest["spec"].setdefault("replicas", 1)

@@ -134,6 +134,8 @@ def test_what_a_baseline_shares_is_not_deleted(
     for folder in (old, new):
         launch_in_process("deploy", "apply", str(folder)).expect(0)
     assert {name for kind, name in api.objects if kind == "deployments"} == {"chat-v1", "chat-v2"}
+    assert "chat-v2 gets 10 %" in launch_in_process("deploy", "delete", str(new)).expect(2).stderr
+    launch_in_process("deploy", "rollback", str(new)).expect(0)
     launch_in_process("deploy", "delete", str(new)).expect(0)
     left = {name for _, name in api.objects if not name.startswith("chat-v1")}
     assert left == {"chat"}

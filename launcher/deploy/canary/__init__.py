@@ -1,0 +1,1 @@
+"""Canaries: a new version gets requests step by step, as long as its gates pass."""

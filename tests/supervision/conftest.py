@@ -124,7 +124,7 @@ class Starter:
     ) -> Supervised:
         """Start ranks that each do what ``do`` says; ``changes`` replaces fields of the plan or of its host.
 
-        With ``start=preloading`` all its processes are forked from one that has imported torch.
+        With a ``start`` of ``preloading`` all its processes are forked from one that has imported what they need.
         """
         mark = new_mark()
         run_dir = RunDir(self.folder / mark[:8])

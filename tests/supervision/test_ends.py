@@ -3,11 +3,13 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from launcher.protocol.plan import Command
 from launcher.supervision.finalize import remove_previous_result
+from tests.conftest import start_interpreter
 
 DEEDS = [
     ("exit_3", 3, "failed: SystemExit: 3"),
@@ -34,12 +36,13 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def ended(supervise):
-    """Every run of this file, several at a time: name to run and exit code."""
+def ended(supervise, preloading):
+    """Every run of this file, several at a time and all forked but one: name to run and exit code."""
     asked = {deed: {"do": {0: "work", 1: f"wait_a_moment {deed}"}} for deed, *_ in DEEDS} | OTHERS
 
     def run(name):
-        started = supervise(**asked[name])
+        start = start_interpreter if name == "well" else partial(preloading, kind="supervision")
+        started = supervise(**asked[name], start=start)
         return name, (started, started.end())
 
     with ThreadPoolExecutor(6) as threads:

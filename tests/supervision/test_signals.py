@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 
 import pytest
@@ -36,12 +37,13 @@ def bystander():
 
 
 @pytest.fixture(scope="module")
-def cells(supervise, bystander):
-    """Every cell of the matrix: run, exit code, seconds until nothing was left."""
+def cells(supervise, bystander, preloading):
+    """Every cell of the matrix, forked: run, exit code, seconds until nothing was left."""
+    start = partial(preloading, kind="supervision")
 
     def run(cell):
         number, who, kind = cell
-        started = supervise(f"{kind} work", grace_s=0.5)
+        started = supervise(f"{kind} work", grace_s=0.5, start=start)
         started.wait_until_up()
         os.kill(started.pid(who), number)
         code = started.end()

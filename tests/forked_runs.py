@@ -1,7 +1,7 @@
 """Fixtures ``launch`` and ``launch_in_background`` whose processes are forked from one that has imported torch.
 
-For the conftest.py of folders whose tests check what ranks compute. How processes start is what the tests of backends
-and supervision check, and ``test_main_job.py``, all without forks.
+For the conftest.py of folders whose tests check what ranks compute. How processes start is checked without forks by
+``test_main_job.py``, one run of each backend's contract and tests of supervision.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir, decode_run_dir, encode_run_dir
 from launcher.utils.system import code_root
-from tests.conftest import Background, start_interpreter
+from tests.conftest import Background, Launch, Start
 from tests.helpers import wait_for
+from tests.hosts_lab import ForkOn
 from tests.processes import left_after, marked_environment, new_mark
 from tests.torchless import ECHO, endless, wait_for_answers
 
@@ -143,12 +145,12 @@ def test_any_run_directory_becomes_a_word_that_no_shell_minds(nasty_strings: tup
 class Run(Background):
     """A run of the program on the hosts of a lab, and every process of it, wherever it is."""
 
-    def __init__(self, lab: Any, cwd: Path, printed: Path, *words: str, **env: str) -> None:
+    def __init__(self, lab: Any, cwd: Path, printed: Path, *words: str, start_process: Start, **env: str) -> None:
         self.lab, self.cwd, mark = lab, cwd, new_mark()
-        command = [*PROGRAM, "backend=deepspeed", "backend.heartbeat_timeout_s=6", *words]
+        command = [sys.executable, "-m", "launcher", "backend=deepspeed", "backend.heartbeat_timeout_s=6", *words]
         command += [f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}"]
         with printed.open("wb") as output:
-            self.process = start_interpreter(
+            self.process = start_process(
                 command, cwd=cwd, env=marked_environment(mark, env), stdout=output, stderr=output
             )
         super().__init__(self.process, mark, printed)
@@ -189,7 +191,7 @@ def _command(process: psutil.Process) -> str:
 
 
 @pytest.fixture(scope="module")
-def lab(lab_hosts_of_module: Any) -> Any:
+def plain_lab(lab_hosts_of_module: Any) -> Any:
     for path in (str(code_root()), sys.executable):
         if not backend._SAFE.fullmatch(path):
             pytest.skip(f"the backend refuses this checkout: deepspeed cannot pass {path} to hosts")
@@ -201,12 +203,21 @@ def lab(lab_hosts_of_module: Any) -> Any:
 
 
 @pytest.fixture
-def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
-    """Start runs; whatever is left of one is killed in the end."""
+def lab(plain_lab: Any, fork_on: ForkOn) -> Any:
+    """Those hosts, where interpreters are forked: the first test of the contract starts them without forks."""
+    fork_on(plain_lab, kind="deepspeed")
+    return plain_lab
+
+
+@pytest.fixture
+def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, preloading: Start) -> Iterator[Callable[..., Run]]:
+    """Start runs, forked; whatever is left of one is killed in the end."""
     started: list[Run] = []
+    start_process = partial(preloading, kind="deepspeed")
 
     def begin(lab: Any, *words: str, **env: str) -> Run:
-        started.append(Run(lab, tmp_path, tmp_path_factory.mktemp("printed") / "output", *words, **env))
+        printed = tmp_path_factory.mktemp("printed") / "output"
+        started.append(Run(lab, tmp_path, printed, *words, start_process=start_process, **env))
         return started[-1]
 
     yield begin
@@ -225,18 +236,25 @@ class TestContract(ForkedBackendContract):
         return ("backend=deepspeed", f"backend.hostfile={tmp_path}/hosts")
 
     @pytest.fixture
-    def run(self, lab: Any, launch: Any) -> Callable[..., Ended]:
+    def run(self, plain_lab: Any, launch: Launch) -> Callable[..., Ended]:
+        return self.starting(partial(launch, command=PROGRAM), plain_lab)
+
+    @pytest.fixture
+    def failing_run(self, lab: Any, launch_forked: Launch) -> Callable[..., Ended]:
+        return self.starting(partial(launch_forked, kind="deepspeed"), lab)
+
+    def starting(self, launch: Launch, lab: Any) -> Callable[..., Ended]:
         chosen = ("backend=deepspeed", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}")
 
         def start(*more: str) -> Ended:
-            ended = launch(*SMALL, *chosen, *more, command=PROGRAM)
+            ended = launch(*SMALL, *chosen, *more)
             return ended.returncode, ended.output, RunDir(ended.run_dir)
 
         return start
 
     @pytest.fixture
-    def left(self, lab: Any) -> Callable[[], object]:
-        return lambda: {name: found for name in lab.names if (found := lab.processes(name))}
+    def left(self, plain_lab: Any) -> Callable[[], object]:
+        return lambda: {name: found for name in plain_lab.names if (found := plain_lab.processes(name))}
 
 
 def test_runs_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, start: Any, tmp_path: Path) -> None:
@@ -292,8 +310,9 @@ def test_no_process_is_left_and_the_cause_is_named(victim: str, lab: Any, start:
     assert re.search(f"exit code \\d+: {reason}" if reason else "", run.output), run.output
 
 
-def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any, tmp_path: Path) -> None:
+def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, fork_on: ForkOn, start: Any, tmp_path: Path) -> None:
     lab = lab_hosts(2, prefix="dark")
+    fork_on(lab, kind="deepspeed")
     run = start(lab, *endless(tmp_path))
     run.wait_for_output("run directory: ")
     wait_for_answers(run.run_dir)

@@ -21,21 +21,16 @@ _CANNOT = "pods are played in mount, host name and PID namespaces, which needs r
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Play manifests here."""
+def cluster(tmp_path: Path, preloading: Start) -> Iterator[Cluster]:
+    """Play manifests here, with pods whose processes are forked from one that has imported torch."""
     if not _has_namespaces():
         pytest.skip(_CANNOT)
     folder = tmp_path / "cluster"
     folder.mkdir()
     playing = Cluster(folder)
+    playing.start_process = preloading
     yield playing
     playing.close()
-
-
-@pytest.fixture
-def forked_pods(cluster: Cluster, preloading: Start) -> None:
-    """Fork the processes of all pods from one that has imported torch: for runs whose ranks train."""
-    cluster.start_process = preloading
 
 
 @pytest.fixture
@@ -54,12 +49,12 @@ def kubectl(cluster: Cluster, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def launch_with(
-    launch_in_background: Callable[..., object], kubectl: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    launch_forked_in_background: Callable[..., object], kubectl: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., object]:
-    """Start ``python -m launcher`` in the background, with that kubectl."""
+    """Start ``python -m launcher`` in the background, forked, with that kubectl."""
     for name, value in kubectl.items():
         monkeypatch.setenv(name, value)
-    return launch_in_background
+    return launch_forked_in_background
 
 
 Overrides = Callable[..., tuple[str, ...]]

@@ -11,6 +11,7 @@ import yaml
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import read_session_file
 from tests.backends.contract import SMALL, ForkedBackendContract
+from tests.conftest import start_interpreter
 from tests.helpers import wait_for
 from tests.torchless import wait_for_answers
 
@@ -43,15 +44,19 @@ class TestContract(ForkedBackendContract):
 
     @pytest.fixture
     def run(self, cluster, kubectl, small_run, launch):
+        cluster.start_process = start_interpreter
+        return self.starting(launch, cluster, kubectl, small_run)
+
+    @pytest.fixture
+    def failing_run(self, cluster, kubectl, small_run, launch_forked):
+        return self.starting(launch_forked, cluster, kubectl, small_run)
+
+    def starting(self, launch, cluster, kubectl, small_run):
         def start(*more):
             ended = launch(*small_run(*SMALL, *more), env=kubectl)
             return ended.returncode, ended.output, run_dir_in_claim(cluster)
 
         return start
-
-    @pytest.fixture
-    def failing_run(self, run, forked_pods):
-        return run
 
     @pytest.fixture
     def left(self, cluster):
@@ -62,8 +67,10 @@ class TestContract(ForkedBackendContract):
 
 
 @pytest.mark.parametrize("workload", ["indexed_job", "pytorchjob", "trainjob"])
-def test_a_run_completes_and_its_secrets_stay_secret(launch, cluster, kubectl, echo_run, workload):
-    ended = launch(*echo_run(f"backend.workload={workload}"), env={**kubectl, "HF_TOKEN": "hf_very_secret"}).expect(0)
+def test_a_run_completes_and_its_secrets_stay_secret(launch_forked, cluster, kubectl, echo_run, workload):
+    ended = launch_forked(
+        *echo_run(f"backend.workload={workload}"), env={**kubectl, "HF_TOKEN": "hf_very_secret"}
+    ).expect(0)
     run = cluster.the_run()
     assert [pod.code for pod in run.pods] == [0, 0]
     assert "node0:0 | " in ended.stdout
@@ -83,11 +90,11 @@ def test_a_run_completes_and_its_secrets_stay_secret(launch, cluster, kubectl, e
     assert not any(value in text for value in secrets for text in texts)
 
 
-def test_an_image_without_a_plugin_of_the_run_ends_it_at_once(launch, cluster, kubectl, small_run, tmp_path):
+def test_an_image_without_a_plugin_of_the_run_ends_it_at_once(launch_forked, cluster, kubectl, small_run, tmp_path):
     plugin = 'Plugin(name="mine", executors={"loss": {"focal": "mine:focal"}})'
     (tmp_path / "mine.py").write_text(f"from launcher.plugins import Plugin\nplugin = {plugin}\nfocal = None\n")
     words = ("plugins=[mine]", "job.loss=focal", "backend.restarts=2")
-    ended = launch(*small_run(*words), env=kubectl).expect(69)
+    ended = launch_forked(*small_run(*words), env=kubectl).expect(69)
     refused = "the plugin mine, which this run uses, cannot be loaded: there is no module mine"
     either_pod = [f"exit code 69: {hostname}: {refused}" for hostname in cluster.the_run().hostnames]
     assert any(text in ended.output.splitlines()[-1] for text in either_pod), "both fail, in either order"
@@ -134,7 +141,6 @@ def kill(cluster):
     cluster.the_run().newest(1).send(signal.SIGKILL)
 
 
-@pytest.mark.usefixtures("forked_pods")
 @pytest.mark.parametrize(("disturb", "restarts", "code"), [(evict, 0, 75), (kill, 1, 137)])
 def test_new_pods_continue_what_others_saved(launch_with, cluster, small_run, disturb, restarts, code):
     words = ("job.steps=200", "checkpoint.every=10", f"backend.restarts={restarts}", GRACE)
@@ -161,31 +167,31 @@ def test_ctrl_c_takes_the_run_out_of_the_cluster(launch_with, cluster, torchless
     wait_for(lambda: all(pod.process.poll() is not None for pod in cluster.the_run().pods))
 
 
-def test_without_wait_it_says_what_to_type(launch, cluster, kubectl, torchless_run):
-    ended = launch(*torchless_run(GRACE, "backend.wait=false"), env=kubectl).expect(0)
+def test_without_wait_it_says_what_to_type(launch_forked, cluster, kubectl, torchless_run):
+    ended = launch_forked(*torchless_run(GRACE, "backend.wait=false"), env=kubectl).expect(0)
     name = cluster.the_run().manifest["metadata"]["name"]
     assert f"kubectl --namespace=default delete jobs.batch {name}" in ended.stdout
     assert f"--selector=app.kubernetes.io/instance={name},batch.kubernetes.io/job-completion-index=0" in ended.stdout
     assert not RunDir(ended.run_dir).result.exists()
 
 
-def test_a_refusal_of_the_cluster_leaves_nothing_there(launch, cluster, kubectl, small_run):
+def test_a_refusal_of_the_cluster_leaves_nothing_there(launch_forked, cluster, kubectl, small_run):
     cluster.missing_kinds.add("JobSet")
-    ended = launch(*small_run("backend.workload=jobset"), env=kubectl).expect(2)
+    ended = launch_forked(*small_run("backend.workload=jobset"), env=kubectl).expect(2)
     assert "set backend.workload=indexed_job" in ended.output
     assert not cluster.objects
 
 
-def test_without_kubectl_it_says_where_to_get_it(launch, small_run, tmp_path):
+def test_without_kubectl_it_says_where_to_get_it(launch_forked, small_run, tmp_path):
     (tmp_path / "empty").mkdir()
-    ended = launch(*small_run(), env={"PATH": str(tmp_path / "empty")}).expect(2)
+    ended = launch_forked(*small_run(), env={"PATH": str(tmp_path / "empty")}).expect(2)
     assert "https://kubernetes.io/docs/tasks/tools/" in ended.output
 
 
-def test_what_is_in_the_cluster_is_known_to_other_shells(launch, cluster, kubectl, torchless_run):
-    ended = launch(*torchless_run(GRACE, "backend.wait=false"), env=kubectl).expect(0)
+def test_what_is_in_the_cluster_is_known_to_other_shells(launch_forked, cluster, kubectl, torchless_run):
+    ended = launch_forked(*torchless_run(GRACE, "backend.wait=false"), env=kubectl).expect(0)
     name = cluster.the_run().manifest["metadata"]["name"]
-    status = launch("status", str(ended.run_dir), env=kubectl).expect(0)
+    status = launch_forked("status", str(ended.run_dir), env=kubectl).expect(0)
     assert f"kubectl --namespace=default get -- jobs.batch {name}" in status.stdout
-    launch("cancel", str(ended.run_dir), env=kubectl).expect(0)
+    launch_forked("cancel", str(ended.run_dir), env=kubectl).expect(0)
     assert not cluster.objects

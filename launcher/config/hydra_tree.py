@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from launcher.config.folders import conf_folder, option_folders
 from launcher.config.option_text import INTERPOLATION, quoted_text
 from launcher.config.overrides import SEARCH_PATH, Override
+from launcher.config.registry import KINDS
 from launcher.errors import ConfigError
 from launcher.utils.schema import ReportError
 
@@ -30,7 +31,7 @@ def compose_tree(overrides: Sequence[Override], config_dir: Path | None, report:
 
     words = _choices(overrides, config_dir)
     try:
-        tree = copy.deepcopy(_shipped_tree(words)) if _is_shipped(words) else _tree(words)
+        tree = _composed(words, [override for override in overrides if _is_choice(override)])
         _set_values(tree, [override for override in overrides if not _is_choice(override)])
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -46,6 +47,38 @@ def compose_tree(overrides: Sequence[Override], config_dir: Path | None, report:
         report(ConfigError("the configuration", why=str(error), fix=fix))
         return None
     return tree
+
+
+def _composed(words: tuple[str, ...], choices: Sequence[Override]) -> dict[str, Any]:
+    """Return what Hydra composes of ``words``, which hold the choices, as a tree to change."""
+    if not _is_shipped(words):
+        return _tree(words)
+    options = {override.key: override.word for override in choices}
+    if len(options) == len(choices) and options.keys() <= KINDS.keys():
+        return copy.deepcopy(_OPTIONS.tree(words, options))
+    return copy.deepcopy(_shipped_tree(words))
+
+
+class _ShippedOptions:
+    """The shipped options of groups, each composed once.
+
+    None has defaults or a package of its own, so what one sets depends on no other: a composition is made of parts
+    where each is known. Experiments choose several options and set values anywhere: they have no part in this.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, str], Any] = {}
+        self._names: tuple[str, ...] = ()
+
+    def tree(self, words: Sequence[str], options: Mapping[str, str]) -> dict[str, Any]:
+        """Return the tree of the options chosen, by group; ``words`` are Hydra's for the same."""
+        keys = {name: (name, options.get(name, "")) for name in self._names}
+        if not keys or not all(key in self._parts for key in keys.values()):
+            tree = _tree(words)
+            self._names = tuple(tree)
+            self._parts |= {(name, options.get(name, "")): part for name, part in tree.items()}
+            return tree
+        return {name: self._parts[key] for name, key in keys.items()}
 
 
 def _set_values(tree: dict[str, Any], overrides: Sequence[Override]) -> None:
@@ -126,5 +159,6 @@ def _entries(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 # Composing takes a tenth of a second: the points of a sweep differ in values, rarely in the files that are read.
-_shipped_tree = functools.lru_cache(maxsize=512)(_tree)
-_shipped_entries = functools.lru_cache(maxsize=512)(_entries)
+_OPTIONS = _ShippedOptions()
+_shipped_tree = functools.lru_cache(maxsize=128)(_tree)
+_shipped_entries = functools.lru_cache(maxsize=128)(_entries)

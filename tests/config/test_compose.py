@@ -4,6 +4,7 @@ import subprocess
 
 import hydra
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from launcher.config.compose import compose
@@ -78,9 +79,28 @@ VALUES = (
 )
 
 
-@pytest.mark.parametrize("choices", [(), ("parallel=zero3", "+exp=zero3_gpt2xl", "model=gpt2_tiny")])
+def test_no_shipped_option_sets_anything_outside_of_its_group():
+    """Compositions are put together from the options of groups."""
+    for group in KINDS:
+        for file in (conf_folder() / group).glob("*.yaml"):
+            text = file.read_text()
+            assert "@package" not in text
+            assert "defaults" not in yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        (),
+        ("parallel=zero3", "+exp=zero3_gpt2xl", "model=gpt2_tiny"),
+        ("model=gpt2", "parallel=zero3", "optimizer=sgd"),
+    ],
+)
 def test_options_get_the_values_that_hydra_gives_them(choices):
     mistakes = []
+    for choice in choices:  # what is known of options by themselves is used for several
+        if not choice.startswith("+"):
+            compose([choice])
     overrides = parse_overrides([*choices, *VALUES], groups(), sweeping=False, report=mistakes.append)
     assert not mistakes
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):

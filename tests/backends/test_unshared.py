@@ -28,8 +28,15 @@ WITHOUT_CHECKPOINTS = ("checkpoint.every=0", "checkpoint.at_end=false")
 
 
 @pytest.fixture(scope="module")
-def lab(lab_hosts_of_module):
+def plain_lab(lab_hosts_of_module):
     return lab_hosts_of_module(2, has_private_tmp=True, environment={"XDG_CACHE_HOME": "/tmp/cache"})
+
+
+@pytest.fixture
+def lab(plain_lab, fork_on):
+    """Those hosts, where interpreters are forked."""
+    fork_on(plain_lab)
+    return plain_lab
 
 
 FOR_EVER = ("job.steps=1000000", *WITHOUT_CHECKPOINTS)
@@ -44,8 +51,8 @@ def lines_without_times(run_dir):
     return [{name: line[name] for name in line if name.startswith(("train/", "eval/", "base"))} for line in lines]
 
 
-def test_what_two_hosts_write_arrives(lab, launch, launch_forked, tmp_path):
-    ended = launch(*over_ssh(lab, "tracker=wandb", *WITHOUT_CHECKPOINTS, "run.dir=apart")).expect(0)
+def test_what_two_hosts_write_arrives(lab, launch_forked, tmp_path):
+    ended = launch_forked(*over_ssh(lab, "tracker=wandb", *WITHOUT_CHECKPOINTS, "run.dir=apart")).expect(0)
     launch_forked(*SMALL, "backend.ranks=2", "tracker=local", "run.dir=here").expect(0)
     apart, here = tmp_path / "apart", tmp_path / "here"
     assert lines_without_times(apart) == lines_without_times(here)
@@ -67,8 +74,8 @@ def test_what_two_hosts_write_arrives(lab, launch, launch_forked, tmp_path):
     assert "tracker" in ended.output
 
 
-def test_a_killed_rank_is_named_and_the_logs_are_there(lab, launch_in_background, tmp_path):
-    running = launch_in_background(*over_ssh(lab, "tracker=local", *FOR_EVER, "run.dir=killed"))
+def test_a_killed_rank_is_named_and_the_logs_are_there(lab, launch_forked_in_background, tmp_path):
+    running = launch_forked_in_background(*over_ssh(lab, "tracker=local", *FOR_EVER, "run.dir=killed"))
     running.wait_for_output("step 20/")
     pid = next(pid for pid, command in lab.processes("node2").items() if is_rank(pid, command))
     subprocess.run(["kill", "-KILL", str(pid)], check=True)
@@ -90,9 +97,9 @@ def is_rank(pid, command):
     return "launcher.jobs.rank" in command and b"launcher.jobs.rank" in Path(f"/proc/{parent}/cmdline").read_bytes()
 
 
-def test_checkpoints_of_several_hosts_are_refused(lab, launch, tmp_path):
+def test_checkpoints_of_several_hosts_are_refused(lab, launch_forked, tmp_path):
     words = ("checkpoint.every=2", "checkpoint.at_end=true", "backend.restarts=1", "run.dir=refused")
-    ended = launch(*over_ssh(lab, *words)).expect(2)
+    ended = launch_forked(*over_ssh(lab, *words)).expect(2)
     for option in ("checkpoint.every=2", "checkpoint.at_end=True", "backend.restarts=1"):
         assert option in ended.stderr
     assert "node1, node2" in ended.stderr
@@ -100,8 +107,8 @@ def test_checkpoints_of_several_hosts_are_refused(lab, launch, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_cancelled_run_claims_no_checkpoint(lab, launch_in_background, tmp_path):
-    running = launch_in_background(*over_ssh(lab, "tracker=local", *FOR_EVER, "run.dir=cancelled"))
+def test_a_cancelled_run_claims_no_checkpoint(lab, launch_forked_in_background, tmp_path):
+    running = launch_forked_in_background(*over_ssh(lab, "tracker=local", *FOR_EVER, "run.dir=cancelled"))
     running.wait_for_output("step 2/")
     running.send_signal(signal.SIGTERM)
     assert running.wait() == 128 + signal.SIGTERM
@@ -111,9 +118,9 @@ def test_a_cancelled_run_claims_no_checkpoint(lab, launch_in_background, tmp_pat
     assert read_json(tmp_path / "cancelled" / "result.json")["status"] == "cancelled"
 
 
-def test_one_host_keeps_its_checkpoints_and_restarts_from_them(lab, launch_in_background, tmp_path):
+def test_one_host_keeps_its_checkpoints_and_restarts_from_them(lab, launch_forked_in_background, tmp_path):
     words = ("backend.include=node2", "checkpoint.every=5", "backend.restarts=1", "job.steps=200", "tracker=local")
-    running = launch_in_background(*over_ssh(lab, *words, "run.dir=alone"))
+    running = launch_forked_in_background(*over_ssh(lab, *words, "run.dir=alone"))
     running.wait_for_output("checkpoint ")
     pid = next(pid for pid, command in lab.processes("node2").items() if is_rank(pid, command))
     subprocess.run(["kill", "-KILL", str(pid)], check=True)
@@ -127,7 +134,7 @@ def test_one_host_keeps_its_checkpoints_and_restarts_from_them(lab, launch_in_ba
     )
 
 
-def test_the_working_tree_is_sent(lab, launch, tmp_path):
+def test_the_working_tree_is_sent(plain_lab, launch, tmp_path):
     """The interpreter there has every package but this one, and the tree holds what was never committed."""
     tree = tmp_path / "tree"
     for name in ("launcher", "conf"):
@@ -137,13 +144,13 @@ def test_the_working_tree_is_sent(lab, launch, tmp_path):
         subprocess.run([*git, *words], check=True)
     with (tree / "launcher" / "config" / "job" / "train.py").open("a") as file:
         file.write("\nprint('edited and not committed')\n")
-    python = stranger(lab.folder / "stranger")
+    python = stranger(plain_lab.folder / "stranger")
     words = ("backend.code=sent", f"backend.python={python}", "tracker=local", *WITHOUT_CHECKPOINTS)
     env = {"PYTHONPATH": str(tree)}
-    ended = launch(*over_ssh(lab, *words, "run.dir=sent"), env=env).expect(0)
+    ended = launch(*over_ssh(plain_lab, *words, "run.dir=sent"), env=env).expect(0)
     for log in ("node1.0.log", "node2.1.log"):
         assert "edited and not committed" in (tmp_path / "sent" / "logs" / log).read_text()
-    shown = launch("plan", *over_ssh(lab, *words, "run.dir=other"), env=env).expect(0).stdout
+    shown = launch("plan", *over_ssh(plain_lab, *words, "run.dir=other"), env=env).expect(0).stdout
     (code,) = {word for line in events(tmp_path / "sent") for word in line.split() if word.startswith("/tmp/cache/")}
     assert f"SHA-256 {Path(code).name}" in shown
     assert read_json(tmp_path / "sent" / "result.json")["metrics"]["train/step"] == 4

@@ -46,19 +46,25 @@ _NOT_THE_TESTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
 _LONGEST_FIRST = (
-    *("backends/test_deepspeed.py", "backends/slurm/test_runs.py", "backends/test_ssh.py", "test_main_job.py"),
-    *("backends/test_unshared.py", "engines/test_pipeline.py", "engines/test_parity.py", "scripts/test_gpu_check.py"),
-    *("backends/kubernetes/test_runs.py", "scripts/test_faults.py", "engines/test_offload.py", "test_tutorial.py"),
-    *("engines/test_sharding.py", "benchmarks/test_quantization.py", "engines/test_deepspeed_pipeline.py"),
-    *("engines/test_half_precision.py", "engines/test_optimizers.py", "benchmarks/test_attention.py"),
-    *("scripts/test_serving_soak.py", "benchmarks/test_activation.py", "engines/test_adapters.py"),
-    *("jobs/test_serve.py", "profiling/test_profiling.py", "jobs/test_adapters.py", "trackers/test_wandb_sweep.py"),
-    *("engines/test_packed.py", "training/test_preemption.py", "training/test_train.py", "quantization/test_layers.py"),
-    *("benchmarks/test_serving.py", "plugins/test_example.py", "jobs/test_export.py", "jobs/test_verify.py"),
-    *("checkpoint/foreign/test_programs.py", "jobs/test_quantize.py", "plugins/test_hosts.py", "doctor/test_faults.py"),
-    *("inference/server/test_real.py", "jobs/test_generate.py", "trackers/test_sidecar.py", "trackers/test_several.py"),
-    *("training/test_samples.py", "training/test_bad_steps.py", "supervision/test_torchrun.py"),
-    *("supervision/test_stall_torch.py", "supervision/test_signals.py", "jobs/test_evaluate.py"),
+    *("test_tutorial.py", "test_main_job.py", "backends/test_deepspeed.py", "backends/test_ssh.py"),
+    *("backends/slurm/test_runs.py", "backends/test_unshared.py", "scripts/test_faults.py"),
+    "backends/kubernetes/test_runs.py",
+    *("engines/test_pipeline.py", "engines/test_parity.py", "engines/test_offload.py", "engines/test_sharding.py"),
+    *("benchmarks/test_quantization.py", "scripts/test_gpu_check.py", "jobs/test_adapters.py", "jobs/test_verify.py"),
+    *("benchmarks/test_activation.py", "benchmarks/test_lm_eval.py", "scripts/test_serving_soak.py"),
+    *("training/test_preemption.py", "training/test_train.py", "training/test_samples.py", "models/test_compiled.py"),
+    *("trackers/test_wandb_sweep.py", "jobs/test_serve.py", "jobs/test_quantize.py", "api/test_functions.py"),
+    *("checkpoint/foreign/test_programs.py", "plugins/test_hosts.py", "deploy/test_load_balancing.py"),
+    *("trackers/test_sidecar.py", "training/test_preferences.py", "jobs/test_generate.py", "jobs/test_export.py"),
+    *("inference/server/test_real.py", "profiling/test_profiling.py", "backends/test_fidelity.py"),
+    *("engines/test_deepspeed_pipeline.py", "engines/test_half_precision.py", "engines/test_optimizers.py"),
+    *("engines/test_adapters.py", "engines/test_packed.py", "benchmarks/test_batching.py"),
+    *("benchmarks/test_attention.py", "supervision/test_signals.py", "supervision/test_torchrun.py"),
+    *("supervision/test_stall_torch.py", "api/test_notebook.py", "plugins/test_example.py", "jobs/test_evaluate.py"),
+    *("backends/test_local.py", "quantization/test_layers.py", "deploy/monitoring/test_prometheus.py"),
+    *("training/test_source_losses.py", "inference/test_distributed.py", "inference/test_invariance.py"),
+    *("training/test_bad_steps.py", "trackers/test_several.py", "benchmarks/test_serving.py"),
+    *("doctor/test_faults.py", "cli/test_logs.py"),
 )
 """Files of tests that take longest, by the time of ``pytest --durations 0``."""
 
@@ -111,6 +117,7 @@ def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(ops_folder()))  # native ops are the user's: minutes to build
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each that compiles starts a pool that imports torch
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("XDG_CACHE_HOME", str(request.config.cache.mkdir("launcher")))
         for name in list(os.environ):
@@ -450,19 +457,27 @@ RunProgram = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def run_forked_program(preloading: Start, tmp_path_factory: pytest.TempPathFactory) -> RunProgram:
-    """Run a Python program and its arguments, forked from what has imported torch; return what it printed."""
+    """Run a Python program, or a module by its name, forked from what has imported torch; return what it printed."""
 
-    def run(program: Path, *arguments: str, timeout: float = 500) -> str:
+    def run(
+        program: Path | str,
+        *arguments: str,
+        cwd: Path | None = None,
+        timeout: float = 500,
+        kind: str | None = None,
+        **environ: str,
+    ) -> str:
         folder = tmp_path_factory.mktemp("program")
         output, errors = folder / "stdout", folder / "stderr"
         with output.open("wb") as stdout, errors.open("wb") as stderr:
-            command = [sys.executable, str(program), *arguments]
-            process = preloading(command, cwd=folder, env=dict(os.environ), stdout=stdout, stderr=stderr)
+            command = [sys.executable, *(["-m"] if isinstance(program, str) else []), str(program), *arguments]
+            env = {**os.environ, **environ}
+            process = preloading(command, kind=kind, cwd=cwd or folder, env=env, stdout=stdout, stderr=stderr)
         try:
             code = process.wait(timeout)
         finally:
             process.kill()
-        assert code == 0, errors.read_text()
+        assert code == 0, output.read_text() + errors.read_text()
         return output.read_text()
 
     return run

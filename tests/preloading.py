@@ -51,20 +51,26 @@ FORKED_MODULES = (
     "launcher.jobs.external_rank",
     "launcher.supervision.external_launcher",
     "launcher.backends.kubernetes.entrypoint",
+    "launcher.jobs.export",
+    "launcher.api.starter",
 )
 """Modules whose processes are forked."""
 
-FORKED_BY_RANKS = "launcher.benchmarks.isolated"
+FORKED_BY_RANKS = ("launcher.benchmarks.isolated", "launcher.inference.server.replica")
 """Forked by a rank without a second thread, which a fork would lose."""
 
 FORKED_PROGRAMS = "programs"
 """Name of the folder of programs that are forked too."""
 
-FORKED_SCRIPTS = ("faults_rank.py",)
+FORKED_SCRIPTS = ("faults_rank.py", "bare_single.py", "hf_trainer.py", "world_of_one.py", "build_memory_rank.py")
 """Of scripts/bench, forked as well."""
+
+_ENV_PYTHON = ["/usr/bin/env", "python"]
+"""How an agent of W&B starts a run; tests put the folder of their own Python first in PATH."""
 
 MODULES = (
     "hydra",
+    "matplotlib.backends.backend_agg",
     "launcher.backends.local",
     "launcher.cli.run",
     "launcher.cli.resume",
@@ -239,6 +245,10 @@ def serve(connection: socket.socket, modules: Sequence[str]) -> None:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("gpt2")  # compiles a thousand patterns, kept for all who load weights
+    if "hydra" in sys.modules:
+        from launcher.config.compose import compose
+
+        compose(["job.steps=1"])  # what Hydra's parser keeps is half of the time of a composition
     gc.collect()
     gc.freeze()  # else every collection in a child touches, and so copies, all that was imported
     gc.enable()
@@ -360,6 +370,8 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
 
     def forking(self: Any, args: Any, *rest: Any, **options: Any) -> None:
         words = list(map(os.fspath, args)) if isinstance(args, (list, tuple)) else []
+        if words[:2] == _ENV_PYTHON:
+            words = [sys.executable, *words[2:]]
         if not rest and words[:1] == [sys.executable] and options.get("preexec_fn") is None:
             command = _without_options(words[1:])
             env, pass_fds = options.get("env"), options.get("pass_fds", ())
@@ -393,7 +405,7 @@ def _is_forked(command: Sequence[str]) -> bool:
     if command[:1] != ["-m"]:
         program = Path(*command[:1])
         return program.parent.name == FORKED_PROGRAMS or program.name in FORKED_SCRIPTS
-    if command[1] == FORKED_BY_RANKS:
+    if command[1] in FORKED_BY_RANKS:
         return len(list(Path("/proc/self/task").iterdir())) == 1
     return command[1] in FORKED_MODULES
 

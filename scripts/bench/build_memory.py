@@ -11,13 +11,14 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from harness import BIN, print_machine
+from harness import print_machine
 
 from launcher.benchmarks.checkpoint import drop_page_cache
 from launcher.utils.system import free_port
@@ -88,7 +89,7 @@ def measure(row: Row, model: str, folder: Path) -> list[dict[str, float]]:
         RuntimeError: a rank failed; the message holds the end of what it printed.
     """
     out = folder / "found"
-    agent = [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={row.ranks}"]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={row.ranks}"]
     command = [*agent, str(HERE / "build_memory_rank.py"), row.builder, model, str(out), *row.overrides]
     env = {**os.environ, "BENCH_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from harness import BIN, step_times
+from harness import step_times
 from workload import Workload
 
 from launcher.config.folders import groups
@@ -65,7 +65,8 @@ def last_loss(work: Workload, folder: Path) -> float:
 
 def collectives(device: str, folder: Path) -> str:
     """Start one rank by torchrun, whose collectives must give back what went in."""
-    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=1", str(HERE / "world_of_one.py"), device]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command = [*torchrun, str(HERE / "world_of_one.py"), device]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if ended.returncode:
         return f"FAILED: {(ended.stdout + ended.stderr).strip()[-500:]}"

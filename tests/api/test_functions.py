@@ -201,10 +201,11 @@ print("left:", left)
 """
 
 
-def test_a_handle_is_waited_for_cancelled_deleted_and_left(launch: Launch, tmp_path: Path) -> None:
+def test_a_handle_is_waited_for_cancelled_deleted_and_left(launch_forked: Launch, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a\n")
     command = script(tmp_path, HANDLES)
-    ended = launch(*endless(tmp_path), "backend.ranks=1", command=command).expect(0)  # it checks that nothing is left
+    ended = launch_forked(*endless(tmp_path), "backend.ranks=1", command=command)  # it checks that nothing is left
+    ended.expect(0)
     for line in (
         "after the start: running ",
         "short: completed completed",
@@ -256,11 +257,11 @@ print("sweep:", [result.status for result in sweep.results], sweep.best, list(sw
 """
 
 
-def test_a_sweep_of_a_script_returns_its_results(launch: Launch, tmp_path: Path) -> None:
+def test_a_sweep_of_a_script_returns_its_results(launch_forked: Launch, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\n")
     words = (*ECHO, f"job.input={prompts}", "job.max_tokens=1", "backend.ranks=1")
-    ended = launch(*words, command=script(tmp_path, SWEEP)).expect(0)
+    ended = launch_forked(*words, command=script(tmp_path, SWEEP)).expect(0)
     assert "trial 2/2: job.seed=2" in ended.stdout
     row = {"job.seed": "2", "status": "completed", "eval/loss": None}
     assert f"sweep: ['completed', 'completed'] None {list(row)} {row}" in ended.stdout
@@ -285,10 +286,10 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)])
 def test_an_interrupted_or_killed_script_leaves_no_process(
-    launch: Launch, tmp_path: Path, number: int, code: int
+    launch_forked: Launch, tmp_path: Path, number: int, code: int
 ) -> None:
     command = script(tmp_path, INTERRUPTED.format(number=int(number)))
-    ended = launch(*endless(tmp_path), command=command).expect(code)  # it checks that nothing is left
+    ended = launch_forked(*endless(tmp_path), command=command).expect(code)  # it checks that nothing is left
     is_interrupt = number == signal.SIGINT
     assert ("interrupted, and ended" in ended.stdout) == is_interrupt
     (result,) = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/*/result.json")]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigErrors
+from tests.benchmarks.conftest import CallIsolated
 
 TINY = (
     "+exp=checkpointed_encoder",
@@ -26,10 +27,8 @@ def results(run_dir: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> dict[int, dict]:
+def steps(tmp_path_factory, call_isolated: CallIsolated) -> dict[int, dict]:
     """Take a step with none, every 2nd and every layer recomputed; return what each process found."""
-    from launcher.benchmarks.isolated import run_isolated
-
     folder = tmp_path_factory.mktemp("gradients")
     sizes = {
         "num_hidden_layers": 4,
@@ -39,14 +38,10 @@ def steps(tmp_path_factory) -> dict[int, dict]:
         "batch_size": 64,
         "sequence_length": 128,
     }
-    found = {}
-    for every in (0, 2, 1):
-        arguments = {**sizes, "every": every, "warmup": 0, "seed": 3, "rank": 0, "keep": str(folder / f"{every}")}
-        found[every] = run_isolated(
-            "launcher.benchmarks.activation:encoder_step", arguments, heartbeat=lambda: None, exact_peaks=True
-        )
-        found[every]["file"] = arguments["keep"]
-    return found
+    sizes |= {"warmup": 0, "seed": 3, "rank": 0}
+    cases = {every: {**sizes, "every": every, "keep": str(folder / f"{every}")} for every in (0, 2, 1)}
+    found = call_isolated("launcher.benchmarks.activation:encoder_step", *cases.values(), exact_peaks=True)
+    return {every: {**found, "file": cases[every]["keep"]} for every, found in zip(cases, found, strict=True)}
 
 
 def test_recomputing_takes_less_memory_and_changes_no_bit_of_a_gradient(steps) -> None:

@@ -9,6 +9,7 @@ import pytest
 from launcher.benchmarks.results import power_law_exponent
 from launcher.config.compose import compose
 from launcher.errors import ConfigErrors
+from tests.benchmarks.conftest import CallIsolated
 
 WORDS = ("job=benchmark", "benchmark=attention", "parallel=single", "tracker=local")
 SIZES = {"batch_size": 2, "hidden_size": 64, "num_attention_heads": 4, "precision": "fp32", "seed": 3, "rank": 0}
@@ -82,11 +83,9 @@ def test_another_format_or_another_formula_is_no_rounding_of_fp32(reference, mon
     assert measured("eager", reference, backward=False)["output_relative"] > 1e-2
 
 
-def test_a_kernel_that_cannot_do_something_here_says_why() -> None:
-    from launcher.benchmarks.isolated import run_isolated
-
+def test_a_kernel_that_cannot_do_something_here_says_why(call_isolated: CallIsolated) -> None:
     asked = {**SIZES, "kernels": ("mha", "sdpa_flash", "flex"), "passes": ("backward",)}
-    here = run_isolated("launcher.benchmarks.attention_kernels:probe_kernels", asked, heartbeat=lambda: None)
+    (here,) = call_isolated("launcher.benchmarks.attention_kernels:probe_kernels", asked)
     assert here["free_bytes"] > 2**28
     assert list(here["lacking"]) == ["flex/backward"]
     assert here["lacking"]["flex/backward"].startswith("FlexAttention does not support backward on CPU")

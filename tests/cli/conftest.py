@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import ProcessLocation, SessionRecord, locate_this_process, write_session_file
 from launcher.utils.files import write_json
 from launcher.utils.processes import identify
-from tests.conftest import MadeOnce
+from tests.conftest import MadeOnce, Start
 
 SMALL = (
     "model.num_hidden_layers=2",
@@ -104,12 +105,15 @@ def child(alive: ProcessLocation) -> Iterator[tuple[subprocess.Popen[bytes], Pro
 
 
 @pytest.fixture(scope="package")
-def completed(made_once: MadeOnce) -> Path:
+def completed(made_once: MadeOnce, preloading: Start) -> Path:
     """A folder whose ``runs`` holds one real run of three steps that went well; to be read and not to be changed."""
 
     def fill(folder: Path) -> None:
         command = [sys.executable, "-m", "launcher", *SMALL, "job.steps=3"]
-        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        with tempfile.TemporaryFile("w+") as output:
+            ended = preloading(command, cwd=folder, env=dict(os.environ), stdout=output, stderr=output)
+            code = ended.wait(300)
+            output.seek(0)
+            assert code == 0, output.read()
 
     return made_once("completed", fill)

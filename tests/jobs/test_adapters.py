@@ -14,7 +14,10 @@ WORDS = (
     *("tracker=local", "backend.threads=1", "backend.ranks=1", "parallel=single", "job.sequence_length=32"),
     *("job.micro_batch=2", "data=text", "data.path=text.txt", "data.cache=cache"),
 )
-TRAIN = (*WORDS, "job.eval_every=0", "job.sample_tokens=0", "checkpoint.at_end=true", "schedule=constant")
+TRAIN = (
+    *(*WORDS, "job.eval_every=0", "job.eval_sequences=4", "job.sample_tokens=0", "checkpoint.at_end=true"),
+    "schedule=constant",
+)
 STOCK = """
 import json, sys, warnings
 warnings.simplefilter("ignore")

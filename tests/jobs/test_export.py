@@ -14,7 +14,7 @@ from launcher.config.model.hf import Hf
 
 WORDS = (
     *("tracker=local", "backend.threads=1", "backend.ranks=2", "job.steps=2", "job.sequence_length=32"),
-    *("job.micro_batch=2", "job.eval_every=0", "job.sample_tokens=0", "checkpoint.at_end=true"),
+    *("job.micro_batch=2", "job.eval_every=0", "job.eval_sequences=4", "job.sample_tokens=0", "checkpoint.at_end=true"),
     *("model.max_position_embeddings=64", "data=text", "data.path=text.txt", "data.cache=cache", "data.vocab_size=300"),
 )
 RUNS = {"ddp": ("model=gpt2_tiny", "parallel=ddp"), "fsdp": ("model=llama_tiny", "parallel=fsdp")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.protocol.results import read_metrics
-from tests.conftest import REPOSITORY, Launch
+from tests.conftest import REPOSITORY, Launch, RunProgram
 from tests.plugins.conftest import EXAMPLE, WritePlugin
 
 SMALL = ("+exp=example", "job.steps=4", "job.eval_every=2", "job.log_every=1", "job.sample_tokens=4", "data.up_to=6000")
@@ -101,17 +100,7 @@ def test_a_job_of_the_example_runs(launch: Launch) -> None:
     assert "gated_conv has 197,248 parameters" in ended.output
 
 
-def test_the_example_keeps_the_contract_in_its_own_tests(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE / "tests")]
-    env = {**os.environ, "PYTHONPATH": f"{EXAMPLE}:{REPOSITORY}"}
-    ended = subprocess.run(
-        [*command, "-c", "/dev/null", "--rootdir", str(tmp_path)],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout
-    assert "31 passed" in ended.stdout
+def test_the_example_keeps_the_contract_in_its_own_tests(run_forked_program: RunProgram, tmp_path: Path) -> None:
+    words = ("-q", "-p", "no:cacheprovider", str(EXAMPLE / "tests"), "-c", "/dev/null", "--rootdir", str(tmp_path))
+    printed = run_forked_program("pytest", *words, cwd=tmp_path, PYTHONPATH=f"{EXAMPLE}:{REPOSITORY}")
+    assert "31 passed" in printed

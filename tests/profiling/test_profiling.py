@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.benchmarks.harness import sample_interleaved
 from launcher.benchmarks.registry import execute_benchmark
 from launcher.config.compose import compose
 from launcher.config.profile import Profile, ProfileWindow, TorchProfile
 from launcher.config.run import Benchmark
-from launcher.config.sampling import SamplingParams
 from launcher.config.snapshot import save_run
 from launcher.engines.context import Context
 from launcher.errors import ConfigErrors
-from launcher.inference.engine.base import EngineRequest
-from launcher.inference.engine.loop import AddRequest, EngineConnection, Shutdown, StepOutputs
 from launcher.profiling.memory import memory_timeline
 from launcher.profiling.profiler import NO_PROFILER, TimedProfiler, WindowProfiler, make_profiler
 from launcher.profiling.recording import Recording
@@ -33,8 +25,9 @@ from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
-from tests.helpers import wait_for
+from tests.conftest import RunProgram
 
+PROGRAMS = Path(__file__).parent / "programs"
 BOX = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 ONE_RANK = ("tracker=local", "backend.ranks=1", "parallel=single", "backend.threads=1")
 TINY = (
@@ -216,7 +209,7 @@ def context_of(tmp_path: Path, *words: str) -> Context:
     return Context(run=run, run_dir=RunDir(tmp_path), rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None))
 
 
-def test_a_case_in_a_process_of_its_own_is_taken_once_more(tmp_path) -> None:
+def test_a_case_in_a_process_of_its_own_is_taken_once_more(run_forked_program: RunProgram, tmp_path: Path) -> None:
     sizes = {
         "num_hidden_layers": 2,
         "hidden_size": 32,
@@ -227,10 +220,10 @@ def test_a_case_in_a_process_of_its_own_is_taken_once_more(tmp_path) -> None:
         "every": 1,
     }
     case = {**sizes, "warmup": 0, "seed": 0, "rank": 0, "keep": str(tmp_path / "gradients")}
-    context = context_of(tmp_path, "job=benchmark", "benchmark=activation")
-    step = "launcher.benchmarks.activation:encoder_step"
-    answers = sample_interleaved(step, {"every layer / all": case}, repeats=1, context=context)
-    assert len(answers["every layer / all"]) == 1, "no figure comes from the profiler"
+    step = ("launcher.benchmarks.activation:encoder_step", "every layer / all", json.dumps(case))
+    words = (*ONE_RANK, *TINY, "profile=true", "job=benchmark", "benchmark=activation")
+    printed = run_forked_program(PROGRAMS / "profiled_case.py", str(tmp_path), *step, *words)
+    assert printed.splitlines()[-1] == "1", "no figure comes from the profiler"
     assert names(tmp_path / "profile") == files_of("every_layer_all")
     found = events(tmp_path / "profile" / "every_layer_all.trace.json.gz")
     assert calls(found, "aten::layer_norm") == 16, "two norms of two layers in two steps, and each once more"
@@ -256,28 +249,10 @@ def test_cases_in_the_process_of_a_rank_are_taken_once_more(tmp_path, words, cas
         assert calls(events(tmp_path / "profile" / f"{case}.trace.json.gz"), "engine step") == 3
 
 
-def test_the_engine_of_a_server(tmp_path) -> None:
+def test_the_engine_of_a_server(run_forked_program: RunProgram, tmp_path: Path) -> None:
     job = ("job=serve", "job.tokenizer=bytes", "job.warm_up=[[1,4]]", "job.kv_cache_tokens=256", "precision=fp32")
     save_run(compose([*ONE_RANK, *TINY, *job, "profile=true", "profile.active=4"]).run, tmp_path / "run.yaml")
-    ours, engine_end = socket.socketpair()
-    words = (str(tmp_path), "7", str(engine_end.fileno()), str(os.getpid()))
-    command = [sys.executable, "-m", "launcher.inference.server.replica", *words]
-    with subprocess.Popen(command, pass_fds=[engine_end.fileno()], stdout=subprocess.PIPE, text=True) as engine, ours:
-        engine_end.close()
-        link, received = EngineConnection(ours), []
-        request = EngineRequest(id="one", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9, ignore_eos=True))
-        link.send(AddRequest(request=request))
-
-        def is_finished() -> bool:
-            received.extend(link.receive(wait_s=1))
-            return any(
-                output.finish_reason for each in received if isinstance(each, StepOutputs) for output in each.outputs
-            )
-
-        wait_for(is_finished)
-        link.send(Shutdown())
-        output, _ = engine.communicate(timeout=60)
-    assert engine.returncode == 0
+    output = run_forked_program(PROGRAMS / "profiled_engine.py", str(tmp_path))
     assert "profile: engine steps 3 to 6 of engine7" in output
     assert names(tmp_path / "profile") == files_of("engine7")
     found = events(tmp_path / "profile" / "engine7.trace.json.gz")

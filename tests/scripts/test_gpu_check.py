@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, RunProgram
 
 SCRIPT = REPOSITORY / "scripts" / "gpu_check"
+BENCH = REPOSITORY / "scripts" / "bench"
 
 
 def gpu_check(*words: str, timeout: float = 500, **env: str) -> subprocess.CompletedProcess[str]:
@@ -42,11 +43,13 @@ def test_rows_and_numbers_that_make_no_sense_are_refused() -> None:
     assert "--skip 6 must lie between 0 and --steps 4" in ended.stderr
 
 
-def test_launcher_and_peers_are_measured_in_turn_on_a_tiny_model(tmp_path: Path) -> None:
+def test_launcher_and_peers_are_measured_in_turn_on_a_tiny_model(
+    run_forked_program: RunProgram, tmp_path: Path
+) -> None:
     words = ("--device", "cpu", "--model", "tiny", "--steps", "3", "--skip", "1", "--rounds", "1")
     rows = ("launcher", "bare torch loop", "HF Trainer")
-    ended = gpu_check(*words, "--only", *rows, "--out", str(tmp_path / "report.md"))
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    words = (*words, "--only", *rows, "--out", str(tmp_path / "report.md"))
+    run_forked_program(BENCH / "gpu.py", *words, CUDA_VISIBLE_DEVICES="")
     report = (tmp_path / "report.md").read_text()
     table = [line.split("|")[1:-1] for line in report.splitlines() if line.startswith("|")][2:]
     assert [row[0].strip() for row in table] == list(rows)
@@ -58,7 +61,7 @@ def test_launcher_and_peers_are_measured_in_turn_on_a_tiny_model(tmp_path: Path)
 
 
 def test_a_row_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
-    sys.path.insert(0, str(REPOSITORY / "scripts" / "bench"))
+    sys.path.insert(0, str(BENCH))
     from gpu import MODELS
     from gpu_rows import Row, measure, table
 
@@ -70,11 +73,8 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(tmp_path: Path) -> None:
     assert "| unknown | this version has no attention=warp |" in text
 
 
-def test_build_memory_prints_the_bound_beside_every_strategy() -> None:
-    script = REPOSITORY / "scripts" / "bench" / "build_memory.py"
-    command = [sys.executable, str(script), "naive", "fsdp", "--ranks", "2", "--model", "gpt2_tiny"]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert ended.returncode == 0, ended.stderr
-    rows = [line.split("|") for line in ended.stdout.splitlines() if line.startswith("| ")][1:]
+def test_build_memory_prints_the_bound_beside_every_strategy(run_forked_program: RunProgram) -> None:
+    words = ("naive", "fsdp", "--ranks", "2", "--model", "gpt2_tiny")
+    printed = run_forked_program(BENCH / "build_memory.py", *words)
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ")][1:]
     assert [(row[1].strip(), row[2].strip()) for row in rows] == [("naive", "1"), ("fsdp", "2")]

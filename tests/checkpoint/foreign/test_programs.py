@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,23 +22,20 @@ from launcher.models.foreign_state import ForeignState, describe_start, state_of
 from launcher.models.weights import differences, find_tensors
 from launcher.protocol.foreign_files import ForeignCheckpoint, find_foreign
 from launcher.training.checkpointing import restore_checkpoint
+from launcher.utils.system import free_port
 from tests.checkpoint.foreign import programs
+from tests.conftest import RunProgram
 from tests.engines.worker import QuietClock, make_context
 
 EXACT = ("zero1", "zero3", "zero0", "accelerate_fsdp", "titan", "plain", "plain_dcp", "accelerate", "trainer")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory, run_forked_program: RunProgram) -> Path:
     """The folder of all programs' checkpoints."""
     folder = tmp_path_factory.mktemp("foreign")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-W", "ignore", programs.__file__, str(folder)]
-    done = subprocess.run(command, env={**os.environ, **shared}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    run_forked_program(Path(programs.__file__), str(folder), kind="deepspeed", DS_ACCELERATOR="cpu", **shared)
     return folder
 
 

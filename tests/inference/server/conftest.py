@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,21 +21,12 @@ from launcher.config.compose import compose
 from launcher.config.snapshot import dump_run
 from launcher.inference.tokenizer import byte_tokenizer
 from launcher.utils.system import free_port
+from tests.conftest import Start as StartProcess
+from tests.conftest import Started, start_interpreter
 from tests.helpers import wait_for
 from tests.processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
-_RANK = """
-import sys
-from pathlib import Path
-from launcher.engines.context import Context
-from launcher.jobs.registry import execute_job
-from launcher.protocol.rundir import RunDir
-from launcher.config.snapshot import load_run
-from launcher.protocol.heartbeat import Heartbeat
-run_dir = RunDir(Path(sys.argv[1]))
-run = load_run(run_dir.snapshot)
-execute_job(Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None)))
-"""
+_RANK = Path(__file__).parent / "programs" / "serving_rank.py"
 _VLLM = """
 import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,7 +77,7 @@ class Served:
 
     url: str
     folder: Path
-    process: subprocess.Popen[bytes]
+    process: Started
     mark: str
     http: httpx.Client = field(init=False)
 
@@ -137,7 +127,12 @@ class Served:
 
 
 def start(
-    folder: Path, *words: str, env: dict[str, str] | None = None, wait: bool = True, port: int | None = None
+    folder: Path,
+    *words: str,
+    env: dict[str, str] | None = None,
+    wait: bool = True,
+    port: int | None = None,
+    start_process: StartProcess = start_interpreter,
 ) -> Served:
     """Start a server in ``folder`` and wait until it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,12 +140,12 @@ def start(
     run = compose([*WORDS, f"job.port={port}", *words]).run
     (folder / "run.yaml").write_text(dump_run(run))
     with (folder / "output.txt").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(folder)],
+        process = start_process(
+            [sys.executable, str(_RANK), str(folder)],
+            cwd=Path.cwd(),
             env=marked_environment(mark, {"OMP_NUM_THREADS": "1", **(env or {})}),
-            stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=output,
         )
     served = Served(f"http://127.0.0.1:{port}", folder, process, mark)
     if wait:
@@ -161,11 +156,12 @@ def start(
 Start = Callable[..., Served]
 
 
-def _starter(make_folder: Callable[[], Path]) -> Iterator[Start]:
+def _starter(make_folder: Callable[[], Path], start_process: StartProcess = start_interpreter) -> Iterator[Start]:
+    """Yield what starts servers, each in a new folder; kill in the end what is left of them."""
     started: list[Served] = []
 
     def begin(*words: str, env: dict[str, str] | None = None, wait: bool = True) -> Served:
-        started.append(start(make_folder(), *words, env=env, wait=wait))
+        started.append(start(make_folder(), *words, env=env, wait=wait, start_process=start_process))
         return started[-1]
 
     yield begin

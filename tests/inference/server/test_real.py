@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.inference.server.conftest import MODEL, Start, events, text_of
+from tests.conftest import Start as StartProcess
+from tests.inference.server.conftest import MODEL, Start, _starter, events, text_of
 
 SIZES = (
     "model.num_hidden_layers=2",
@@ -16,6 +19,12 @@ SIZES = (
     "model.vocab_size=257",
     "model.max_position_embeddings=128",
 )
+
+
+@pytest.fixture
+def serve(tmp_path: Path, preloading: StartProcess) -> Iterator[Start]:
+    """Start servers whose engines are forked from what has imported torch."""
+    yield from _starter(lambda: tmp_path / uuid.uuid4().hex[:8], preloading)
 
 
 @pytest.fixture(scope="module")

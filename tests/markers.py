@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-MARKERS = ("unit", "process", "cluster", "bench", "gpu")
+MARKERS = ("unit", "process", "cluster", "bench", "gpu", "image")
 
 _BY_PLACE = (
     ("gpu/*", "gpu"),
+    ("deploy/test_image.py*", "image"),
     *((f"scripts/test_{name}.py*", "bench") for name in ("gpu_check", "serving_peers", "serving_soak")),
     *((f"benchmarks/test_{name}.py*", "bench") for name in ("peak", "lm_eval")),
     ("benchmarks/*::test_a_wrong_value_on_one_rank_ends_the_job_on_all", "bench"),
@@ -60,6 +61,7 @@ _BY_PLACE = (
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
     ("plugins/test_contracts.py*", "process"),
     *((f"deploy/test_{name}.py*", "process") for name in ("canary_proxies", "proxies", "load_balancing")),
+    *((f"deploy/test_docker.py::test_{name}", "process") for name in ("hadolint_*", "the_wheel_*")),
     ("deploy/test_compose.py::test_nginx_accepts_its_configuration", "process"),
     ("deploy/test_canary_gates.py::test_promtool_accepts_every_query", "process"),
     ("data/test_example_encoding.py*", "process"),

@@ -32,8 +32,8 @@ def run(arguments: Arguments) -> int:
         print(text or "no difference\n", end="")
         return 1 if text else 0
     if arguments.dry_run:
-        for path, text in files.items():
-            print(f"# {path}\n{text}", end="")
+        for path, content in files.items():
+            print(f"# {path}\n{content}" if isinstance(content, str) else f"# {path}: {len(content)} bytes\n", end="")
         return 0
     written = write(folder, files)
     for word, paths in (("wrote", written.changed), ("removed", written.removed), ("kept", written.kept)):

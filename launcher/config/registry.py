@@ -118,6 +118,7 @@ KINDS: dict[str, dict[str, str]] = {
         "none": "launcher.config.run:NoDeploy",
         "kubernetes": "launcher.config.deploy.kubernetes:KubernetesDeploy",
         "compose": "launcher.config.deploy.compose:ComposeDeploy",
+        "docker": "launcher.config.deploy.docker:DockerDeploy",
         "helm": "launcher.config.deploy.helm:HelmDeploy",
         "nginx": "launcher.config.deploy.nginx:NginxDeploy",
         "haproxy": "launcher.config.deploy.haproxy:HaproxyDeploy",

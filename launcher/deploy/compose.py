@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import posixpath
 from dataclasses import replace
 from typing import Any
 
 from launcher.backends.kubernetes.manifests import manifest_text
-from launcher.config.deploy.compose import (
-    INNER_PORT,
-    TLS_CERTIFICATE,
-    TLS_KEY,
-    ComposeDeploy,
-    keys_path,
-    served_paths,
-)
+from launcher.config.deploy.base import keys_path, mounted_paths
+from launcher.config.deploy.compose import INNER_PORT, TLS_CERTIFICATE, TLS_KEY, ComposeDeploy
 from launcher.config.deploy.proxy import served_job, upstream_limits
 from launcher.config.run import Run
 from launcher.config.snapshot import dump_run
@@ -111,7 +104,7 @@ def _server(run: Run, deploy: ComposeDeploy, plan: Plan, address: str) -> dict[s
         "environment": {"HOME": "/tmp", "HF_HOME": _CACHE_FOLDER},  # noqa: S108 (in a container)
         "volumes": [
             _bind("./server", SNAPSHOT_FOLDER),
-            *(_bind(path, path) for path in _mounted(run)),
+            *(_bind(path, path) for path in mounted_paths(run)),
             _volume("runs", RUNS_FOLDER),
             _volume("cache", _CACHE_FOLDER),
         ],
@@ -130,11 +123,6 @@ def _server(run: Run, deploy: ComposeDeploy, plan: Plan, address: str) -> dict[s
     if job.api_keys_file is not None:
         found["secrets"] = [_KEYS]
     return found
-
-
-def _mounted(run: Run) -> list[str]:
-    """Return paths that a server reads; a container has each at the same place."""
-    return sorted({posixpath.normpath(path) for _, path in served_paths(run) if path.startswith("/")})
 
 
 def _nginx(deploy: ComposeDeploy, names: list[str]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from launcher.utils.files import read_object, read_regular, sha256_of, write_ato
 
 LIST = "files.json"
 _VERSION = 1
+Files = Mapping[str, str | bytes]
+"""Content by relative path; a text is written as UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +30,12 @@ class Written:
     """No longer rendered, but changed by the user since they were written."""
 
 
-def write(folder: Path, files: Mapping[str, str]) -> Written:
+def write(folder: Path, files: Files) -> Written:
     """Write a rendering; remove what an earlier one wrote and this one does not have.
 
     Args:
         folder: to write into; it is created.
-        files: text by relative path.
+        files: content by relative path.
 
     Raises:
         ConfigErrors: a file that would be overwritten is the user's; nothing was written.
@@ -42,10 +44,10 @@ def write(folder: Path, files: Mapping[str, str]) -> Written:
     if errors := list(_not_ours(folder, files, before)):
         raise ConfigErrors(errors)
     changed = []
-    for path, text in files.items():
-        if _read(folder / path) != text.encode():
+    for path, content in files.items():
+        if _read(folder / path) != _encoded(content):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / path, text)
+            write_atomic(folder / path, content)
             changed.append(path)
     removed, kept = [], []
     for path in before.keys() - files.keys():
@@ -56,7 +58,7 @@ def write(folder: Path, files: Mapping[str, str]) -> Written:
             removed.append(path)
         elif found is not None:
             kept.append(path)
-    hashes = {path: sha256_of(text.encode()) for path, text in sorted(files.items())}
+    hashes = {path: sha256_of(_encoded(content)) for path, content in sorted(files.items())}
     write_json(folder / LIST, {"version": _VERSION, "files": hashes})
     return Written(changed=tuple(changed), removed=tuple(sorted(removed)), kept=tuple(sorted(kept)))
 
@@ -87,13 +89,16 @@ def changed_files(folder: Path, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if sha256_of(_read(folder / path) or b"") != hashes.get(path)]
 
 
-def difference(folder: Path, files: Mapping[str, str]) -> str:
+def difference(folder: Path, files: Files) -> str:
     """Return what ``write`` would change, as a unified diff; empty where nothing."""
     names = {**dict.fromkeys(files), **dict.fromkeys(listed(folder))}
     parts: list[str] = []
     for path in names:
-        old = (_read(folder / path) or b"").decode(errors="replace")
-        new = files.get(path, "")
+        before, content = _read(folder / path) or b"", files.get(path, "")
+        if isinstance(content, bytes):
+            parts += [] if before == content else [f"{folder / path} and {path} differ\n"]
+            continue
+        old, new = before.decode(errors="replace"), content
         parts += difflib.unified_diff(
             old.splitlines(keepends=True),
             new.splitlines(keepends=True),
@@ -134,12 +139,12 @@ def _is_inside(path: str) -> bool:
     return bool(parts) and not path.startswith("/") and ".." not in parts
 
 
-def _not_ours(folder: Path, files: Mapping[str, str], before: Mapping[str, str]) -> Iterator[ConfigError]:
+def _not_ours(folder: Path, files: Files, before: Mapping[str, str]) -> Iterator[ConfigError]:
     """Yield the files that would be overwritten although the user wrote or changed them."""
     if folder.exists() and not folder.is_dir():
         yield ConfigError("deploy.out", folder, why="is a file, not a folder", fix="set deploy.out to a folder")
         return
-    for path, text in files.items():
+    for path, content in files.items():
         assert _is_inside(path), f"{path} leaves the folder"
         place = folder / path
         if link := next((each for each in (place, *place.parents) if each != folder and _is_link(each, folder)), None):
@@ -151,10 +156,14 @@ def _not_ours(folder: Path, files: Mapping[str, str], before: Mapping[str, str])
             why = f"{place} cannot be replaced: {error.strerror or error}"
             yield ConfigError("deploy.out", folder, why=why, fix="remove it, or choose another folder")
             continue
-        if found is not None and found != text.encode() and sha256_of(found) != before.get(path):
+        if found is not None and found != _encoded(content) and sha256_of(found) != before.get(path):
             was = "was changed since it was written" if path in before else "was not written by launch deploy"
             fix = "move it away (--diff shows the difference), or choose another folder"
             yield ConfigError("deploy.out", folder, why=f"{place} {was}, and would be overwritten", fix=fix)
+
+
+def _encoded(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def _is_link(place: Path, folder: Path) -> bool:

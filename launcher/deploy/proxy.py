@@ -13,7 +13,7 @@ REPLICA_PATHS = ("/", "/metrics")
 """Paths that tell of one server alone, and so make no sense behind a load balancer."""
 UNLIMITED_PATHS = ("/health/live", "/health/ready", "/version", "/openapi.json")
 """Paths that servers count in no rate."""
-READINESS_PATH = "/health/ready"
+READINESS_PATH, LIVENESS_PATH = "/health/ready", "/health/live"
 CANARY_PREFIX = "canary-"
 """Begins the names of servers of a new version."""
 TLS_CIPHERS = ":".join(

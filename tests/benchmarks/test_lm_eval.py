@@ -173,6 +173,44 @@ def test_figures_of_an_adapter_are_those_of_the_harness_with_peft(
     assert found != pytest.approx(without, rel=1e-3)
 
 
+QUANTIZE = (
+    *("job=quantize", "model=hf", "precision=fp32", "backend.ranks=1", "backend.threads=1", "tracker=local"),
+    *("data=text", "data.path=text.txt", "data.tokenizer=model", "data.cache=cache", "job.sequence_length=16"),
+    *("job.eval_sequences=4", "job.rate_batches=[]", "job.sample_tokens=4"),
+)
+
+
+@pytest.mark.filterwarnings("default")
+def test_figures_of_a_quantized_folder_are_those_of_the_harness(
+    launch: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    def figures(folder: Path) -> dict[str, Any]:
+        model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3)
+        found: dict[str, Any] = simple_evaluate(model, tasks=files, bootstrap_iters=0)["results"]
+        return found
+
+    monkeypatch.chdir(tasks)
+    files = [f"{name}.yaml" for name in NAMES]
+    (tasks / "text.txt").write_text("grass has a colour. the sky has another. " * 100)
+    words = (f"model.name={tasks / 'model'}", "quantization=int8_weight", "job.output=quantized")
+    launch(*QUANTIZE, *words, "run.dir=quantize").expect(0)
+    launch(
+        *(*BENCHMARK, "model.weights=quantized", f"benchmark.tasks=[{','.join(files)}]", "precision=fp32"),
+        *("backend.ranks=1", "run.dir=answered", "benchmark.bootstrap_iters=0", "benchmark.batch_size=3"),
+    ).expect(0)
+    found = json.loads((tasks / "answered" / "benchmark.json").read_text())["metrics"]
+    expected, whole = figures(tasks / "quantized"), figures(tasks / "model")
+    assert found
+    for name, value in found.items():
+        task, metric = name.split("/")
+        assert value == pytest.approx(expected[task][f"{metric},none"], rel=1e-5), name
+    bits = "bits_per_byte"
+    assert found[f"prose/{bits}"] != pytest.approx(whole["prose"][f"{bits},none"], rel=1e-4), "nothing was quantized"
+
+
 TRAIN = (
     *(
         "model=hf",

@@ -35,6 +35,7 @@ NEEDED = {
     "backend/kubernetes": ["backend.image=x"],
     "deploy/kubernetes": ["deploy.out=x", "deploy.image=x"],
     "deploy/compose": ["deploy.out=x", "deploy.image=x"],
+    "deploy/docker": ["deploy.out=x", "deploy.image=x"],
     "deploy/helm": ["deploy.out=x", "deploy.image=x"],
     "deploy/nginx": ["deploy.out=x"],
     "deploy/haproxy": ["deploy.out=x"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -163,3 +164,38 @@ class ContainerDeploy(RenderedDeploy):
         elif needed is not None and given is not None and given < needed:
             why = f"is {bytes_text(given)}, and the plan needs {bytes_text(needed)}: weights, KV cache and processes"
             yield self.error("memory", why, f"set deploy.memory={-(-needed // _GIB)}Gi, or auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountingDeploy(ContainerDeploy):
+    """A server in a container of one machine, which gets files of that machine at the same paths."""
+
+    def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
+        """Reject paths that containers would look for elsewhere."""
+        yield from super().validate_run(run, plan)
+        for option, path in (*served_paths(run), *keys_path(run)):
+            if path.startswith("/") and posixpath.normpath(path) == "/":
+                yield ConfigError(option, path, why="is the whole file system", fix="name a folder below it")
+            elif path.startswith((".", "~")):
+                why = "is relative, and containers do not start in your folder"
+                yield ConfigError(option, path, why=why, fix="give the whole path, which is mounted at the same place")
+
+
+def served_paths(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield option and value of each path that a server reads, but for its keys."""
+    for option, path in run.paths():
+        group = option.partition(".")[0]
+        if group in ("job", "model", "adapter", "data") and option != "job.api_keys_file":
+            yield option, path
+
+
+def keys_path(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield option and value of the file of API keys, if there is one."""
+    file = getattr(run.job, "api_keys_file", None)
+    if file is not None:
+        yield "job.api_keys_file", file
+
+
+def mounted_paths(run: Run) -> list[str]:
+    """Return paths that a server reads; a container has each at the same place."""
+    return sorted({posixpath.normpath(path) for _, path in served_paths(run) if path.startswith("/")})

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from launcher.config.deploy.base import ContainerDeploy
+from launcher.config.deploy.base import MountingDeploy
 from launcher.config.deploy.monitoring import MonitoredDeploy
 from launcher.config.deploy.nginx import NginxDeploy
 from launcher.config.deploy.proxy import is_host, validate_safe_path
 from launcher.config.kubernetes_objects import validate_image
-from launcher.config.run import Run
 from launcher.errors import ConfigError
-from launcher.protocol.plan import Plan
 
 _MAX_SERVERS = 100
 _NGINX_NUMBER, _FIRST_SERVER = 10, 20
@@ -28,7 +25,7 @@ INNER_PORT = 8080
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComposeDeploy(ContainerDeploy, MonitoredDeploy):
+class ComposeDeploy(MountingDeploy, MonitoredDeploy):
     """``compose.yaml``: servers behind nginx, Prometheus and Grafana, on one machine."""
 
     kind: ClassVar[str] = "compose"
@@ -113,16 +110,6 @@ class ComposeDeploy(ContainerDeploy, MonitoredDeploy):
             why = f"has {network.num_addresses} addresses; {self.servers} servers, nginx and Docker need {needed}"
             yield self.error("subnet", why, "set deploy.subnet=172.30.93.0/24")
 
-    def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
-        """Reject paths that containers would look for elsewhere."""
-        yield from super().validate_run(run, plan)
-        for option, path in (*served_paths(run), *keys_path(run)):
-            if path.startswith("/") and posixpath.normpath(path) == "/":
-                yield ConfigError(option, path, why="is the whole file system", fix="name a folder below it")
-            elif path.startswith((".", "~")):
-                why = "is relative, and containers do not start in your folder"
-                yield ConfigError(option, path, why=why, fix="give the whole path, which is mounted at the same place")
-
     @property
     def nginx_address(self) -> str:
         """Address of nginx in the network of the servers."""
@@ -141,18 +128,3 @@ class ComposeDeploy(ContainerDeploy, MonitoredDeploy):
             secure = {"tls_certificate_file": TLS_CERTIFICATE, "tls_key_file": TLS_KEY}
         own = NginxDeploy(out=self.out, host="0.0.0.0", port=INNER_PORT, log_folder=None, temporary_folder="/tmp")  # noqa: S104, S108 (in a container)
         return replace(own, **secure)
-
-
-def served_paths(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield option and value of each path that a server reads, but for its keys."""
-    for option, path in run.paths():
-        group = option.partition(".")[0]
-        if group in ("job", "model", "adapter", "data") and option != "job.api_keys_file":
-            yield option, path
-
-
-def keys_path(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield option and value of the file of API keys, if there is one."""
-    file = getattr(run.job, "api_keys_file", None)
-    if file is not None:
-        yield "job.api_keys_file", file

@@ -130,7 +130,9 @@ def program_wheel() -> tuple[str, bytes]:
     folder = f"{PROGRAM}-{installed.version}.dist-info"
     for name in ("METADATA", "entry_points.txt"):
         files[f"{folder}/{name}"] = (installed.read_text(name) or "").encode()
-    files[f"{folder}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: {PROGRAM}\nRoot-Is-Purelib: true\nTag: py3-none-any\n".encode()
+    files[f"{folder}/WHEEL"] = (
+        f"Wheel-Version: 1.0\nGenerator: {PROGRAM}\nRoot-Is-Purelib: true\nTag: py3-none-any\n".encode()
+    )
     record = [f"{path},sha256={_digest(data)},{len(data)}" for path, data in sorted(files.items())]
     files[f"{folder}/RECORD"] = "\n".join([*record, f"{folder}/RECORD,,", ""]).encode()
     buffer = io.BytesIO()

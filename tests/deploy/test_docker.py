@@ -61,7 +61,9 @@ def test_the_file_is_as_reviewed(everything: dict[str, Any]) -> None:
 def test_hadolint_finds_nothing(everything: dict[str, Any], tmp_path: Path) -> None:
     for name, text in (("good", everything["Containerfile"]), ("bad", "FROM debian\nRUN apt-get install x\n")):
         (tmp_path / name).write_text(text)
-        found = subprocess.run([Path(sys.executable).with_name("hadolint"), tmp_path / name], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            [Path(sys.executable).with_name("hadolint"), tmp_path / name], capture_output=True, text=True, check=False
+        )
         assert (found.returncode == 0) == (name == "good"), found.stdout  # so it looks
 
 

@@ -43,7 +43,8 @@ def rendered(kind: str, words: Sequence[str] = (), *, server: Sequence[str] = SE
 
 def rendered_files(kind: str, words: Sequence[str] = (), *, server: Sequence[str] = SERVER) -> dict[str, str]:
     """Return all files of the folder of a load balancer; arguments as for ``rendered``."""
-    return render(*prepare([*server, f"deploy={kind}", "deploy.out=x", *words]))
+    files = render(*prepare([*server, f"deploy={kind}", "deploy.out=x", *words]))
+    return {path: text for path, text in files.items() if isinstance(text, str)}
 
 
 class LoadBalancer:

@@ -139,10 +139,11 @@ def promote(canary: Canary, say: Say) -> int:
         now = _now()
         first = live.percent or options.canary_steps[0]
         progress = Progress(version=split.version, percent=first, since=now, judged=now)
+        split.write(progress)
         say(_line(f"{name} gets {first} % of the requests"))
     else:
+        split.write(progress)
         say(_line(f"{name} gets {live.percent} % of the requests; {_counts(progress, options)}"))
-    split.write(progress)
     while True:
         due = max(progress.since, progress.judged) + options.canary_interval_s
         _wait(max(0.0, due - _now()) or options.canary_interval_s)

@@ -220,11 +220,11 @@ def status(canary: Canary) -> Iterator[str]:
         yield f"gates: not judged, {check.why}"
         return
     rows = [
-        (each.gate.name, "failed" if each.has_failed else "passed" if each.is_judged else "not judged", str(each))
+        ("failed" if each.has_failed else "passed" if each.is_judged else "not judged", str(each))
         for each in check.results
     ]
     yield f"gates over {check.num_requests:.0f} requests:"
-    yield from format_table([("gate", "result", "value"), *rows])
+    yield from format_table(rows, indent="  ")
 
 
 def _counts(progress: Progress, options: CanaryDeploy) -> str:

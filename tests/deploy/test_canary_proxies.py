@@ -113,7 +113,9 @@ def test_a_bad_version_is_rolled_back_and_a_good_one_promoted(tmp_path: Path) ->
             ("baseline", "bad", "good"), ports, (GOOD_STEP_S, BAD_STEP_S, GOOD_STEP_S), strict=True
         ):
             words = (f"job.echo_step_s={step_s}", "job.result_cache_bytes=0")
-            served.append(start(tmp_path / name, *words, port=port))
+            served.append(start(tmp_path / name, *words, port=port, wait=False))
+        for each in served:
+            wait_for(each.ready, seconds=240, process=each.process, shown=lambda each=each: each.output)
         few = ("deploy.canary_interval_s=3", "deploy.canary_min_requests=4", "deploy.canary_steps=[50,100]")
         words = (*few, "deploy.canary_checks=1", "deploy.canary_failure_limit=2")
         with scraping(tmp_path / "prometheus", ports) as prometheus:

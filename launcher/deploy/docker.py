@@ -81,7 +81,8 @@ ARG BASE={base}
 
 FROM ${{BASE}} AS build
 ARG TORCH_FROM=--torch-backend={deploy.torch_build}
-ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_NO_CACHE=1 UV_SYSTEM_CERTS=1 DS_BUILD_OPS=0
+ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_NO_CACHE=1 UV_SYSTEM_CERTS=1 UV_COMPILE_BYTECODE_TIMEOUT=600 \\
+  DS_BUILD_OPS=0
 RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv=={_UV} \\
   && python3 -m venv --without-pip {_PREFIX}
 COPY requirements.txt /build/

@@ -30,7 +30,7 @@ _START_S = 600
 
 
 def render(run: Run, plan: Plan) -> dict[str, str | bytes]:
-    """Return ``Containerfile``, packages by version, the server's run, and this program as a wheel."""
+    """Return ``Containerfile``, versions of packages, the run, and this program as a wheel."""
     deploy = run.deploy
     assert isinstance(deploy, DockerDeploy), deploy.kind
     packages = needed_packages(extras(run))

@@ -1,4 +1,4 @@
-"""What an image installs: this program as a wheel, and every package that it needs, at the version that runs here."""
+"""What an image installs: this program as a wheel, and the packages that run here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROGRAM = "launcher"
 _CHOSEN_BY_TORCH = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 """Packages that come with a build of torch; another build has others."""
 _MADE = (1980, 1, 1, 0, 0, 0)
-"""Time of every file in the wheel: the earliest that a zip file can hold, so that equal sources give equal bytes."""
+"""Time of every file in the wheel, so that equal sources give equal bytes: a zip file's earliest."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -168,7 +168,7 @@ class ContainerDeploy(RenderedDeploy):
 
 @dataclass(frozen=True, kw_only=True)
 class MountingDeploy(ContainerDeploy):
-    """A server in a container of one machine, which gets files of that machine at the same paths."""
+    """A server in a container that gets files of its machine, each at the same path."""
 
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
         """Reject paths that containers would look for elsewhere."""

@@ -23,7 +23,7 @@ PROGRAM = "launcher"
 _CHOSEN_BY_TORCH = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 """Packages that come with a build of torch; another build has others."""
 _MADE = (1980, 1, 1, 0, 0, 0)
-"""Time of every file in the wheel, so that equal sources give equal bytes: a zip file's earliest."""
+"""Time of every file in the wheel, so that equal sources give equal bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -19,6 +19,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 DISTRIBUTIONS = {
     "_distutils_hack": "setuptools",
     "celpy": "cel-python",
+    "cyclonedx": "cyclonedx-python-lib",
     "hydra": "hydra-core",
     "mlflow": "mlflow-skinny",
     "yaml": "pyyaml",

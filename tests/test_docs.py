@@ -104,6 +104,9 @@ SLOW = {
         ),
         "deploy/test_proxies.py::test_the_commands_of_the_page",
     ),
+    "launch deploy +exp=serve_smollm2 deploy=docker deploy.out=image deploy.image=registry/team/launcher:1": (
+        "deploy/test_docker.py::test_the_command_of_the_page"
+    ),
     "python scripts/bench/load_balancing.py --requests 300": (
         "deploy/test_load_balancing.py::test_no_request_fails_that_had_sent_no_token"
     ),

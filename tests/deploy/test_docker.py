@@ -152,6 +152,14 @@ def test_folders_hold_bytes_as_they_hold_texts(tmp_path: Path) -> None:
         write(tmp_path, files)
 
 
+def test_the_command_of_the_page(launch_in_process: Any, tmp_path: Path) -> None:
+    words = ("deploy=docker", "deploy.out=image", "deploy.image=registry/team/launcher:1")
+    launch_in_process("deploy", "+exp=serve_smollm2", *words).expect(0)
+    built = (tmp_path / "image/Containerfile").read_text()
+    assert "podman build" in built
+    assert (tmp_path / "image" / program_wheel()[0]).is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "option"),
     [

@@ -150,8 +150,12 @@ class _Handler(BaseHTTPRequestHandler):
         if given is not None and given != (old or {"metadata": {}})["metadata"].get("resourceVersion"):
             self._refuse(409, "Conflict", f'Operation cannot be fulfilled on {plural} "{name}": it has been modified')
             return
-        self.api.revision += 1
-        numbers = {"resourceVersion": str(self.api.revision), "generation": generation}
+        if dry:  # nothing gets a new version
+            revision = old["metadata"]["resourceVersion"] if old else ""
+        else:
+            self.api.revision += 1
+            revision = str(self.api.revision)
+        numbers = {"resourceVersion": revision, "generation": generation}
         manifest["metadata"] |= {"uid": f"{plural}-{name}", **numbers}
         if kind in ("Deployment", "StatefulSet"):
             replicas = manifest["spec"].setdefault("replicas", 1)

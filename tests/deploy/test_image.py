@@ -85,7 +85,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    folder.parent.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # for the user in the container
     return folder
 
 

@@ -16,7 +16,7 @@ from launcher.deploy.container_run import RUNS_FOLDER, container_run
 from launcher.deploy.packages import bill_of_materials, needed_packages, program_wheel
 from launcher.deploy.proxy import LIVENESS_PATH
 from launcher.protocol.plan import Plan
-from launcher.utils.text import shell_command
+from launcher.utils.text import one_line, shell_command
 
 CONTAINERFILE = "Containerfile"
 _UV = "0.13.9"
@@ -143,5 +143,5 @@ def _assignments(instruction: str, values: dict[str, str]) -> str:
 
 
 def _quoted(value: str) -> str:
-    """Return a value in double quotes, in which nothing is replaced."""
-    return '"' + "".join(f"\\{letter}" if letter in '\\"$' else letter for letter in value) + '"'
+    """Return a value on one line in double quotes, in which nothing is replaced."""
+    return '"' + "".join(f"\\{letter}" if letter in '\\"$' else letter for letter in one_line(value)) + '"'

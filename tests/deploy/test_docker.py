@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launcher.config.snapshot import load_run
+from launcher.deploy.docker import _quoted
 from launcher.deploy.folder import difference, write
 from launcher.deploy.packages import bill_of_materials, needed_packages, program_wheel
 from launcher.deploy.prepare import prepare
@@ -84,8 +85,14 @@ def test_the_run_in_it_is_a_servers(everything: dict[str, Any], tmp_path: Path) 
 
 
 def test_a_path_cannot_leave_its_comment() -> None:
-    files = rendered("job.tokenizer='/models/x\nRUN touch /bad'")
-    assert not re.search(r"^RUN touch", files["Containerfile"], re.MULTILINE)
+    assert not re.search(
+        r"^RUN touch", rendered("job.tokenizer='/models/x\nRUN touch /bad'")["Containerfile"], re.MULTILINE
+    )
+
+
+def test_a_name_cannot_leave_its_label() -> None:
+    assert "\n" not in _quoted("a\nRUN touch /bad")
+    assert _quoted('a "$b"') == r'"a \"\$b\""'
 
 
 def test_versions_are_those_that_run_here() -> None:

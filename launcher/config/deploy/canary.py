@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
@@ -63,23 +64,23 @@ class CanaryDeploy(RenderedDeploy):
     """Address at which ``launch deploy promote`` asks Prometheus: ``http://localhost:9090``."""
 
     @property
+    @abstractmethod
     def has_canary(self) -> bool:
         """Whether a new version runs beside another one."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def canary_share(self) -> int:
         """Percent of the requests that the new version gets."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def version_names(self) -> tuple[str, str]:
         """Names of the baseline and of the new version."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_canary_share(self, percent: int) -> Self:
         """Return the same options with another share of the new version."""
-        raise NotImplementedError
 
     @property
     def gate_prometheus(self) -> str | None:

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from launcher.utils.system import free_port
 from tests.conftest import REPOSITORY, RunProgram
+from tests.ports import free_port
 
 PAGE = REPOSITORY / "docs" / "tutorial-finetune.md"
 ADDED = ("backend.threads=1", "tracker=local")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from launcher.errors import ConfigErrors
+from tests.ports import free_port
 
 WORDS = ("job=benchmark", "benchmark=collectives", "tracker=local")
 NAMES = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"]
@@ -65,10 +65,13 @@ except Exception as error:
 
 
 def test_a_wrong_value_on_one_rank_ends_the_job_on_all(tmp_path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", PLANTED, str(rank), str(tmp_path)],

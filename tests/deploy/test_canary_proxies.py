@@ -13,13 +13,13 @@ from canary_rehearsal import BAD_STEP_S, GOOD_STEP_S, rehearse, scraping
 from launcher.deploy.canary.progress import Progress
 from launcher.deploy.canary.promote import open_canary
 from launcher.errors import ConfigErrors, EnvironmentProblem
-from launcher.utils.system import free_port
 from tests.conftest import Launch
 from tests.deploy.monitoring.rendered import PROMETHEUS
 from tests.deploy.proxies import FILES, KINDS, LoadBalancer, program, rendered
 from tests.deploy.upstreams import Upstream, answer
 from tests.helpers import wait_for
 from tests.inference.server.conftest import start
+from tests.ports import free_port
 from tests.processes import kill_marked
 
 

@@ -19,8 +19,8 @@ from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.deploy.folder import write
 from launcher.deploy.prepare import prepare
 from launcher.deploy.registry import render
-from launcher.utils.system import free_port
 from tests.helpers import wait_for
+from tests.ports import free_port
 from tests.processes import kill_marked, marked, marked_environment, new_mark
 
 _PROGRAMS = ("buildah", "debootstrap")

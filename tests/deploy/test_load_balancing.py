@@ -10,9 +10,9 @@ import psutil
 import pytest
 from load_balancing import rehearse, table
 
-from launcher.utils.system import free_port
 from tests.deploy.proxies import KINDS, LoadBalancer, program
 from tests.inference.server.conftest import MODEL, Served, start
+from tests.ports import free_port
 from tests.processes import kill_marked, marked
 
 _REQUESTS = 48

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.utils.system import free_port
 from tests.conftest import Launch
 from tests.deploy.proxies import FILES, KINDS, LoadBalancer, check_command, program, rendered
 from tests.deploy.upstreams import Held, Poured, Stepped, Upstream, answer, cut, drain, drop
 from tests.helpers import wait_for
+from tests.ports import free_port
 
 PATH = "/v1/completions"
 Begin = Callable[..., LoadBalancer]

@@ -21,8 +21,8 @@ from launcher.config.backend.ssh import SshBackend
 from launcher.doctor.examine import default_deadline_s, examine_hosts
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import DoctorReport, Finding, Level
-from launcher.utils.system import free_port
 from tests.helpers import wait_for, wait_until_empty
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from hostlab.lab import Lab

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Start, Started
+from tests.ports import free_port
 
 Case = dict[str, Any]
 Answer = dict[str, Any]
@@ -47,7 +47,7 @@ def run_cases(weights: dict[str, str], preloading: Start) -> RunCases:
     """Run cases one after the other on rank processes; return rank 0's answers by name."""
 
     def run(cases: Sequence[Case], folder: Path) -> dict[str, Answer]:
-        with_ports = [{**case, "port": _free_port()} for case in cases]
+        with_ports = [{**case, "port": free_port()} for case in cases]
         given = folder / "cases.json"
         given.write_text(json.dumps({"weights": weights, "cases": with_ports}))
         shared = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -70,13 +70,6 @@ def run_cases(weights: dict[str, str], preloading: Start) -> RunCases:
 def losses(answer: Answer, steps: str = "steps") -> list[float]:
     """Return the loss of each step that a case took."""
     return [step["loss"] for step in answer[steps]]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _wait(ranks: Started) -> int | str:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.utils.system import free_port
 from tests.conftest import Start
+from tests.ports import free_port
 
 WORKER = Path(__file__).with_name("spread_worker.py")
 

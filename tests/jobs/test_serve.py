@@ -20,7 +20,7 @@ from launcher.planning.render import render_plan
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
-from launcher.utils.system import free_port
+from tests.ports import free_port
 
 ONE = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 SERVE = ("job=serve", "backend.ranks=1", "tracker=local")

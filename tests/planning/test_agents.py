@@ -11,6 +11,7 @@ import pytest
 
 from launcher.planning.commands import AGENTS, RANK_MODULE, cuda_visible_devices
 from launcher.protocol.plan import Host, RunIdentity
+from tests.ports import free_port
 
 STAND_IN = """
 import json, os, sys
@@ -18,12 +19,6 @@ names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA
 os.write(1, (json.dumps({"argv": sys.argv[1:], **{name: os.environ.get(name) for name in names}}) + "\\n").encode())
 """
 HOST = Host(name="box", slots=2, cores=2, python=sys.executable)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(agent, folder, identity):

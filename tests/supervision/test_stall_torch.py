@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.protocol.plan import Host
-from launcher.utils.system import free_port
+from tests.ports import free_port
 
 WORKER = Path(__file__).parent / "programs" / "worker.py"
 ASKED = {

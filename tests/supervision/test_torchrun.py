@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from launcher.utils.system import free_port
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")

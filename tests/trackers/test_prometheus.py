@@ -15,7 +15,7 @@ from launcher.protocol.metrics import MetricsWriter
 from launcher.testing.tracker import TrackerContract
 from launcher.trackers.base import TrackerFailed
 from launcher.trackers.sidecar import Sender, of_tracker, open_run
-from launcher.utils.system import free_port
+from tests.ports import free_port
 
 from .conftest import PlannedRun
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Start
+from tests.ports import free_port
 from tests.torchless import ECHO, endless
 
 from .cluster import Cluster
@@ -91,21 +91,8 @@ def on_pods(folder: Path) -> tuple[str, ...]:
     return (
         *("backend=kubernetes", "backend.image=launcher:test", "backend.nodes=2", "backend.cpus=1"),
         *("backend.claim=runs", f"backend.mount={folder}/mnt", f"backend.python={sys.executable}"),
-        *(f"backend.port={two_free_ports()}", "backend.wait=true", "backend.gather_timeout_s=60"),
+        *(f"backend.port={free_port(together=2)}", "backend.wait=true", "backend.gather_timeout_s=60"),
     )
-
-
-def two_free_ports() -> int:
-    """Return a port that is free together with the one after it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 def _has_namespaces() -> bool:

@@ -11,8 +11,7 @@ from launcher.errors import EnvironmentProblem
 from launcher.protocol.messages import AgentSignalled, OutputLine, UserNote
 from launcher.supervision.handshake import HandshakeError, authenticate
 from launcher.supervision.tcp_connection import AgentListener, connect_to_session
-
-from .conftest import two_free_ports
+from tests.ports import free_port
 
 KEY = b"k" * 64
 
@@ -20,7 +19,7 @@ KEY = b"k" * 64
 @contextlib.contextmanager
 def listening(*names):
     """Open a listener in a thread; yield its port, its reports, and a function that waits for the connections."""
-    port, said, arrived = two_free_ports(), [], {}
+    port, said, arrived = free_port(together=2), [], {}
     listener = AgentListener(port=port, key=KEY, hosts=dict(enumerate(names, start=1)))
     thread = threading.Thread(target=lambda: arrived.update(listener.gather(timeout_s=30, say=said.append)))
     thread.start()
@@ -141,7 +140,7 @@ def test_a_proof_is_valid_once():
 
 
 def test_timeouts():
-    port, said = two_free_ports(), []
+    port, said = free_port(together=2), []
     with pytest.raises(EnvironmentProblem, match="node1 did not connect within 0 s"):
         AgentListener(port=port, key=KEY, hosts={1: "node1"}).gather(timeout_s=0, say=said.append)
     with pytest.raises(EnvironmentProblem, match="did not accept this agent within 1 s: Connection refused"):

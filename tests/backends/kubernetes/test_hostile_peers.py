@@ -38,8 +38,7 @@ from launcher.supervision.console import Console
 from launcher.supervision.handshake import HandshakeError, authenticate
 from launcher.supervision.session import Session
 from launcher.supervision.tcp_connection import MAX_PENDING, AgentListener, TcpConnection, connect_to_session
-
-from .conftest import two_free_ports
+from tests.ports import free_port
 
 KEY = b"k" * 64
 NONCE, PROOF = "a" * 64, "b" * 64
@@ -51,7 +50,7 @@ class Listening:
     """A listener in a thread. Host 1 connects repeatedly, host 2 only at the end, so it stays open."""
 
     def __init__(self):
-        self.port, self.said, self.arrived = two_free_ports(), [], {}
+        self.port, self.said, self.arrived = free_port(together=2), [], {}
         self.listener = AgentListener(port=self.port, key=KEY, hosts={1: "node1", 2: "node2"}, handshake_s=HANDSHAKE_S)
         self.thread = threading.Thread(target=self._gather, daemon=True)
         self.thread.start()

@@ -22,10 +22,10 @@ from launcher.models.foreign_state import ForeignState, describe_start, state_of
 from launcher.models.weights import differences, find_tensors
 from launcher.protocol.foreign_files import ForeignCheckpoint, find_foreign
 from launcher.training.checkpointing import restore_checkpoint
-from launcher.utils.system import free_port
 from tests.checkpoint.foreign import programs
 from tests.conftest import RunProgram
 from tests.engines.worker import QuietClock, make_context
+from tests.ports import free_port
 
 EXACT = ("zero1", "zero3", "zero0", "accelerate_fsdp", "titan", "plain", "plain_dcp", "accelerate", "trainer")
 

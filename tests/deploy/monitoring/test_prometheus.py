@@ -17,11 +17,11 @@ import httpx
 import pytest
 import yaml
 
-from launcher.utils.system import free_port
 from tests.conftest import Background, Start, running_in_background
 from tests.deploy.monitoring.rendered import PROMETHEUS, SERVER, TRAINING_RUN, rendered, written
 from tests.helpers import wait_for
 from tests.inference.server.conftest import Served, _starter
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="Debian's prometheus is not installed")
 SMALL = (

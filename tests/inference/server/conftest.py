@@ -20,10 +20,10 @@ import pytest
 from launcher.config.compose import compose
 from launcher.config.snapshot import dump_run
 from launcher.inference.tokenizer import byte_tokenizer
-from launcher.utils.system import free_port
 from tests.conftest import Start as StartProcess
 from tests.conftest import Started, start_interpreter
 from tests.helpers import wait_for
+from tests.ports import free_port
 from tests.processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
 _RANK = Path(__file__).parent / "programs" / "serving_rank.py"

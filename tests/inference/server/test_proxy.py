@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from launcher.inference.server.proxy import Proxy, ProxyLimits
-from launcher.utils.system import free_port
+from tests.ports import free_port
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\ndata: 1\n\n"
 

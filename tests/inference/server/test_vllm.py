@@ -14,9 +14,9 @@ import pytest
 from launcher.config import inference
 from launcher.config.compose import compose
 from launcher.protocol.rundir import RunDir
-from launcher.utils.system import free_port
 from tests.helpers import wait_for
 from tests.inference.server.conftest import Served, Start, fake_vllm
+from tests.ports import free_port
 from tests.processes import marked
 
 

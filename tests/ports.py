@@ -1,4 +1,4 @@
-"""Ports for the servers of tests: free, and of no use to anybody else meanwhile."""
+"""Ports for the servers of tests: free, and not taken by a connection meanwhile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ports = _candidates()
 
 
 def free_port(*, together: int = 1) -> int:
-    """Return a port that nobody listens on and that no other call returns, the first of so many in a row."""
+    """Return a port that no process listens on and that no other call returns, the first of so many in a row."""
     found: list[int] = []
     for port in itertools.islice(_ports, _EACH):
         is_next = not found or port == found[-1] + 1

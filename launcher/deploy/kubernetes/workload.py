@@ -117,6 +117,7 @@ def stateful_set(server: Server) -> Manifest:
             **_spec(server),
             "serviceName": server.versioned,
             "podManagementPolicy": "Parallel",
+            "updateStrategy": {"type": "RollingUpdate"},
             **({} if deploy.cache_claim else own_caches),
         },
     }

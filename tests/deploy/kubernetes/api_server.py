@@ -23,11 +23,13 @@ RESOURCES = {
     "": {"serviceaccounts": "ServiceAccount", "configmaps": "ConfigMap", "services": "Service", "pods": "Pod"},
     "apps": {"deployments": "Deployment", "statefulsets": "StatefulSet"},
     "policy": {"poddisruptionbudgets": "PodDisruptionBudget"},
+    "autoscaling": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "keda.sh": {"scaledobjects": "ScaledObject"},
     "networking.istio.io": {"destinationrules": "DestinationRule", "virtualservices": "VirtualService"},
     "gateway.networking.k8s.io": {"httproutes": "HTTPRoute"},
+    "monitoring.coreos.com": {"servicemonitors": "ServiceMonitor", "prometheusrules": "PrometheusRule"},
 }
-VERSIONS = {"keda.sh": "v1alpha1"}
+VERSIONS = {"keda.sh": "v1alpha1", "autoscaling": "v2"}
 VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 
 
@@ -143,6 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
         dry = "dryRun=All" in query
         self.api.writes.append(f"{'dry ' if dry else ''}{self.command} {plural}/{name}")
         old = self.api.objects.get((plural, name))
+        if kind in ("Deployment", "StatefulSet"):  # what is not applied stays as an autoscaler set it
+            replicas = old["spec"]["replicas"] if old else 1
+            for each in (bare, manifest):
+                each["spec"].setdefault("replicas", replicas)
         generation = old["metadata"]["generation"] + 1 if old else 1
         if old and all(old.get(key) == value for key, value in bare.items() if key not in ("metadata", "status")):
             generation -= 1  # nothing changes
@@ -158,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         numbers = {"resourceVersion": revision, "generation": generation}
         manifest["metadata"] |= {"uid": f"{plural}-{name}", **numbers}
         if kind in ("Deployment", "StatefulSet"):
-            replicas = manifest["spec"].setdefault("replicas", 1)
+            replicas = manifest["spec"]["replicas"]
             ready = replicas if self.api.are_ready else 0
             status = dict.fromkeys(("replicas", "updatedReplicas"), replicas)
             status |= dict.fromkeys(("readyReplicas", "availableReplicas"), ready)

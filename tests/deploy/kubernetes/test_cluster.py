@@ -13,8 +13,9 @@ import yaml
 from launcher.deploy import cluster
 from launcher.deploy.folder import write
 from tests.conftest import Launch
-from tests.deploy.conftest import Render
-from tests.deploy.kubernetes.api_server import ApiServer, serving
+from tests.deploy.conftest import Render, manifests_of
+from tests.deploy.kubernetes.api_server import RESOURCES, ApiServer, serving
+from tests.deploy.kubernetes.test_manifests import CASES
 
 VENV = str(Path(sys.executable).parent)
 needs_kubectl = pytest.mark.skipif(
@@ -69,6 +70,47 @@ def test_a_folder_is_applied_shown_compared_and_deleted(
     assert "+  replicas: 3" in changed
     launch_in_process("deploy", "delete", str(folder)).expect(0)
     assert api.objects == {}
+
+
+EVERY_KIND = {
+    "istio, KEDA": (
+        *("deploy.traffic=istio", "deploy.gateway=istio-system/main", "deploy.hostnames=[models.example.org]"),
+        *("deploy.autoscaling=keda", "deploy.prometheus=http://prometheus:9090", "deploy.monitoring=true"),
+    ),
+    "gateway, HPA": (
+        *("deploy.traffic=gateway", "deploy.gateway=main", "deploy.hostnames=[models.example.org]"),
+        *("deploy.autoscaling=hpa", "deploy.monitoring=true", "deploy.workload=stateful_set"),
+    ),
+}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("case", EVERY_KIND)
+def test_each_object_is_applied_compared_and_deleted(
+    launch_in_process: Launch, rendered: Render, api: ApiServer, tmp_path: Path, case: str
+) -> None:
+    folder = tmp_path / "k8s"
+    write(folder, rendered("deploy.name=chat", *EVERY_KIND[case])[2])
+    manifests = {path: yaml.safe_load(path.read_text()) for path in (folder / "manifests").iterdir()}
+    launch_in_process("deploy", "apply", str(folder)).expect(0)
+    names = {(each["kind"], each["metadata"]["name"]) for each in manifests.values()}
+    assert {(each["kind"], name) for (_, name), each in api.objects.items()} == names
+    launch_in_process("deploy", "apply", str(folder), "--diff").expect(0)
+    for number, (path, manifest) in enumerate(manifests.items()):
+        manifest["metadata"]["annotations"] = {**manifest["metadata"].get("annotations", {}), "note": f"n{number}"}
+        path.write_text(yaml.safe_dump(manifest))
+    changed = launch_in_process("deploy", "apply", str(folder), "--diff").expect(1).stdout
+    assert [n for n in range(len(manifests)) if f"+    note: n{n}\n" not in changed] == []
+    launch_in_process("deploy", "apply", str(folder)).expect(0)
+    launch_in_process("deploy", "delete", str(folder)).expect(0)
+    assert api.objects == {}
+
+
+def test_the_server_of_these_tests_has_every_kind_that_is_rendered(rendered: Render) -> None:
+    of_server = {kind for kinds in RESOURCES.values() for kind in kinds.values()} - {"Pod"}
+    words = [*CASES.values(), *EVERY_KIND.values()]
+    applied = {kind for case in EVERY_KIND.values() for kind in manifests_of(rendered(*case)[2])}
+    assert {kind for each in words for kind in manifests_of(rendered(*each)[2])} == applied == of_server
 
 
 @needs_kubectl

@@ -26,12 +26,12 @@ _HEARTBEAT_S = 0.5
 
 def main(run_dir: RunDir, connection: EngineConnection) -> int:
     """Build the engine, warm it up, serve; return the exit code."""
-    last = 0.0
+    last, shown = 0.0, ""
 
     def heartbeat(phase: str = "build") -> None:
-        nonlocal last
-        if time.monotonic() - last > _HEARTBEAT_S:
-            last = time.monotonic()
+        nonlocal last, shown
+        if phase != shown or time.monotonic() - last > _HEARTBEAT_S:
+            last, shown = time.monotonic(), phase
             connection.send(BuildPhase(phase=phase))
 
     try:

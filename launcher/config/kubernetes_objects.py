@@ -19,6 +19,9 @@ _TOLERATION_VALUES = {
     "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
 }
 _TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
+_KEY_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+GPU = "nvidia.com/gpu"
+"""Resource of GPUs, as their device plugin names it."""
 NAME_RULE = "lowercase letters, digits and dashes, with a letter or digit at both ends"
 
 
@@ -90,3 +93,56 @@ def validate_tolerations(option: str, tolerations: Iterable[Mapping[str, Any]]) 
             if key not in _TOLERATION_KEYS:
                 fix = did_you_mean(key, _TOLERATION_KEYS)
                 yield ConfigError(option, key, why="is not a field of a toleration", fix=fix)
+
+
+def validate_labels(option: str, labels: Mapping[str, str], *, owned: Mapping[str, str]) -> Iterator[ConfigError]:
+    """Yield keys and values that no label has.
+
+    Args:
+        option: that holds the labels.
+        labels: values by key.
+        owned: why a key is not free, by key.
+    """
+    for key, value in labels.items():
+        if key in owned:
+            yield ConfigError(option, key, why=f"is not free: {owned[key]}", fix="leave it out")
+        elif not _is_key(key):
+            yield _bad_key(option, key, "label")
+        elif value and not _KEY_NAME.fullmatch(value):
+            why, rule = "is not a valid value of a label", "at most 63 letters, digits, dashes, dots and underscores"
+            fix = f"use {rule}, with a letter or digit at both ends"
+            yield ConfigError(f"{option}.{key}", value, why=why, fix=fix)
+
+
+def validate_annotations(option: str, annotations: Mapping[str, str]) -> Iterator[ConfigError]:
+    """Yield keys that no annotation has; values may be any text."""
+    yield from (_bad_key(option, key, "annotation") for key in annotations if not _is_key(key))
+
+
+def validate_resources(option: str, counts: Mapping[str, int], *, owned: Mapping[str, str]) -> Iterator[ConfigError]:
+    """Yield names and counts that no resource of a device plugin has.
+
+    Args:
+        option: that holds them.
+        counts: devices of a pod by name.
+        owned: options that set a resource, by its name.
+    """
+    for name, count in counts.items():
+        if name in owned:
+            yield ConfigError(option, name, why=f"is set by {owned[name]}", fix=f"set {owned[name]} instead")
+        elif "/" not in name or not _is_key(name) or name.startswith("kubernetes.io/"):
+            fix = "write it like rdma/hca_shared_devices_a; kubectl describe node lists those of a node"
+            yield ConfigError(option, name, why="is not a resource of a device plugin", fix=fix)
+        elif count < 1:
+            yield ConfigError(f"{option}.{name}", count, why="must be at least 1", fix=f"set {option}={{{name}: 1}}")
+
+
+def _is_key(key: str) -> bool:
+    """Whether ``key`` is a name, or a DNS name, a slash and a name."""
+    prefix, slash, name = key.rpartition("/")
+    return (not slash or is_subdomain(prefix)) and _KEY_NAME.fullmatch(name) is not None
+
+
+def _bad_key(option: str, key: str, what: str) -> ConfigError:
+    fix = "write it like team or example.com/team, with at most 63 letters after the slash"
+    return ConfigError(option, key, why=f"is not a valid key of {'an' if what[0] in 'aeiou' else 'a'} {what}", fix=fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from launcher.backends.kubernetes.manifests import manifest_text
+from launcher.backends.kubernetes.manifest_parts import manifest_text
 from launcher.config.deploy.base import keys_path, mounted_paths
 from launcher.config.deploy.compose import INNER_PORT, TLS_CERTIFICATE, TLS_KEY, ComposeDeploy
 from launcher.config.deploy.proxy import served_job, upstream_limits

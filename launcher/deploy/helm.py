@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import launcher
-from launcher.backends.kubernetes.manifests import Manifest, manifest_text
+from launcher.backends.kubernetes.manifest_parts import Manifest, manifest_text
 from launcher.config.component import field_docs
 from launcher.config.deploy.helm import VALUES, HelmDeploy
 from launcher.config.run import Run

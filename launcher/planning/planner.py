@@ -83,6 +83,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         raise ConfigErrors(mistakes)
     there = replace(identity, run_dir=run.backend.run_dir_on_hosts(identity.run_dir))
     memory = estimate_memory(run, hosts) if batch is not None or isinstance(run.job, GeneratingJob) else None
+    if mistakes := list(run.backend.validate_memory(hosts, memory)):
+        raise ConfigErrors(mistakes)
+    hosts = run.backend.sized_hosts(hosts, memory)
     return Plan(
         run_id=identity.run_id,
         name=run.run.name,

@@ -5,8 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from launcher.backends.kubernetes.manifest_parts import (
+    TMP_FOLDER,
+    Manifest,
+    claim_mounts,
+    claim_volumes,
+    container_security,
+    escape_references,
+    folder_variables,
+    manifest_text,
+    pod_security,
+    resources,
+    temporary_mounts,
+    temporary_volumes,
+)
 from launcher.backends.kubernetes.pod_config import (
     CONFIG_FILE,
     KEY_FILE,
@@ -16,13 +29,11 @@ from launcher.backends.kubernetes.pod_config import (
     PodConfig,
     job_name,
 )
-from launcher.config.backend.kubernetes import KubernetesBackend, Workload
+from launcher.config.backend.kubernetes import QUEUE_LABEL, KubernetesBackend, Workload
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_UNFIT, EXIT_USER_ERROR
 from launcher.plugins.loading import plugins_of
 from launcher.protocol.plan import Plan, RunIdentity
 
-Manifest = dict[str, Any]
-GPU = "nvidia.com/gpu"
 _SLACK_S = 15.0
 """Time, beyond the ranks' grace, to write the result files."""
 
@@ -43,11 +54,32 @@ class Submission:
     @property
     def labels(self) -> dict[str, str]:
         """Labels of everything that belongs to the run."""
-        return {"app.kubernetes.io/name": "launcher", "app.kubernetes.io/instance": self.job}
+        return {**self.backend.labels, "app.kubernetes.io/name": "launcher", "app.kubernetes.io/instance": self.job}
+
+    @property
+    def memory(self) -> str:
+        """RAM of a pod."""
+        return self.backend.memory_text(self.plan.hosts[0].host)
 
     def metadata(self) -> Manifest:
         """Return the metadata of an object of the run."""
         return {"name": self.job, "namespace": self.backend.namespace, "labels": self.labels}
+
+    def workload_metadata(self) -> Manifest:
+        """Return the metadata of the workload: what a queue and other controllers read besides."""
+        queue = {QUEUE_LABEL: self.backend.queue} if self.backend.queue else {}
+        return {**self.metadata(), "labels": {**self.labels, **queue}, **self._annotations()}
+
+    def pod_metadata(self) -> Manifest:
+        """Return the metadata of the pods."""
+        return {"labels": self.labels, **self._annotations()}
+
+    def suspension(self) -> Manifest:
+        """Return the field that keeps pods from starting before the queue admits the run."""
+        return {"suspend": True} if self.backend.queue else {}
+
+    def _annotations(self) -> Manifest:
+        return {"annotations": self.backend.annotations} if self.backend.annotations else {}
 
 
 def pod_spec(submission: Submission, *, container: str, subdomain: str | None = None) -> Manifest:
@@ -62,6 +94,8 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
     optional: Manifest = {
         "subdomain": subdomain,
         "serviceAccountName": backend.service_account,
+        "priorityClassName": backend.priority_class,
+        **({"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"} if backend.host_network else {}),
         "nodeSelector": backend.node_selector,
         "tolerations": list(backend.tolerations),
         "imagePullSecrets": [{"name": name} for name in backend.image_pull_secrets],
@@ -69,7 +103,9 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
     return {
         "restartPolicy": "Never",  # a pod is replaced, so that its controller counts failures
         "terminationGracePeriodSeconds": math.ceil(max(plan.grace_s, plan.preempt_grace_s) + _SLACK_S),
+        "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # no variables of other services in the namespace
+        "securityContext": pod_security(user=backend.run_as_user, group=backend.run_as_group),
         **{key: value for key, value in optional.items() if value},
         "containers": [_container(submission, container)],
         "volumes": _volumes(submission),
@@ -78,36 +114,52 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
 
 def _container(submission: Submission, name: str) -> Manifest:
     backend = submission.backend
-    resources = {"cpu": str(backend.cpus), "memory": backend.memory}
-    if backend.gpus_per_node:
-        resources[GPU] = str(backend.gpus_per_node)
+    command = (backend.python, "-m", "launcher.backends.kubernetes.entrypoint", MOUNT_PATH)
     return {
         "name": name,
         "image": backend.image,
-        "command": [
-            escape_references(word)
-            for word in (backend.python, "-m", "launcher.backends.kubernetes.entrypoint", MOUNT_PATH)
-        ],
+        "command": [escape_references(word) for word in command],
         **({"envFrom": [{"secretRef": {"name": backend.secret}}]} if backend.secret else {}),
-        **({"env": env} if (env := _forwarded(submission)) else {}),
-        # requests equal limits: cores and memory of the plan are reserved for this pod
-        "resources": {"requests": resources, "limits": resources.copy()},
+        "env": _variables(submission),
+        **({"ports": _ports_of_node(submission)} if backend.host_network else {}),
+        "resources": resources(
+            cpus=backend.cpus,
+            memory=submission.memory,
+            gpus=backend.gpus_per_node,
+            more={**backend.resources, **backend.rdma},
+        ),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # so that `kubectl describe` shows the last block
+        # RDMA registers memory with the device, which locks it
+        "securityContext": container_security(capabilities=("IPC_LOCK",) if backend.rdma else ()),
         "volumeMounts": [
             {"name": "launcher", "mountPath": MOUNT_PATH, "readOnly": True},
+            *temporary_mounts(),
             {"name": "runs", "mountPath": backend.mount},
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 (where ranks of one host meet)
-            *({"name": f"data-{n}", "mountPath": path} for n, path in enumerate(backend.volumes.values())),
+            *claim_mounts(backend.volumes, is_read_only=False),
         ],
     }
 
 
-def _forwarded(submission: Submission) -> list[Manifest]:
-    """Return the forwarded variables by name; their values are in the run's Secret."""
+def _variables(submission: Submission) -> list[Manifest]:
+    """Return the folders that can be written, and the forwarded variables by name.
+
+    The values of the latter are in the run's Secret.
+    """
+    forwarded = submission.plan.forwarded_env
+    plain = {name: value for name, value in folder_variables(TMP_FOLDER).items() if name not in forwarded}
     return [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": submission.job, "key": name}}}
-        for name in submission.plan.forwarded_env
+        *({"name": name, "value": value} for name, value in plain.items()),
+        *(
+            {"name": name, "valueFrom": {"secretKeyRef": {"name": submission.job, "key": name}}}
+            for name in submission.plan.forwarded_env
+        ),
     ]
+
+
+def _ports_of_node(submission: Submission) -> list[Manifest]:
+    """Return the ports that pods take of their nodes: a node gets one pod of a run."""
+    ports = {"rendezvous": submission.config.identity.port, "session": submission.config.session_port}
+    return [{"name": name, "containerPort": port, "hostPort": port} for name, port in ports.items()]
 
 
 def _volumes(submission: Submission) -> list[Manifest]:
@@ -118,17 +170,9 @@ def _volumes(submission: Submission) -> list[Manifest]:
     return [
         {"name": "launcher", "projected": {"sources": [{"configMap": config}, {"secret": key}]}},
         {"name": "runs", **runs},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": backend.shared_memory}},
-        *(
-            {"name": f"data-{n}", "persistentVolumeClaim": {"claimName": claim}}
-            for n, claim in enumerate(backend.volumes)
-        ),
+        *temporary_volumes(shared_memory=backend.shared_memory),
+        *claim_volumes(backend.volumes, is_read_only=False),
     ]
-
-
-def escape_references(word: str) -> str:
-    """Return ``word`` escaped: Kubernetes expands ``$(NAME)`` and turns ``$$`` into ``$``."""
-    return word.replace("$", "$$")
 
 
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -164,8 +208,9 @@ def indexed_job(submission: Submission) -> list[Manifest]:
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": submission.metadata(),
+        "metadata": submission.workload_metadata(),
         "spec": {
+            **submission.suspension(),
             **_time_to_live(submission),
             **_job_spec(submission, container="launcher", subdomain=submission.job),
         },
@@ -179,8 +224,8 @@ def jobset(submission: Submission) -> list[Manifest]:
         {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
             "kind": "JobSet",
-            "metadata": submission.metadata(),
-            "spec": _jobset_spec(submission, labels={}),
+            "metadata": submission.workload_metadata(),
+            "spec": {**submission.suspension(), **_jobset_spec(submission, labels={})},
         }
     ]
 
@@ -205,8 +250,9 @@ def trainjob(submission: Submission) -> list[Manifest]:
     job = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
-        "metadata": submission.metadata(),
+        "metadata": submission.workload_metadata(),
         "spec": {
+            **submission.suspension(),
             "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": submission.job},
             "trainer": {"numNodes": num_nodes},
         },
@@ -219,22 +265,20 @@ def pytorchjob(submission: Submission) -> list[Manifest]:
 
     def replicas(count: int) -> Manifest:
         template = {
-            "metadata": {"labels": submission.labels},
+            "metadata": submission.pod_metadata(),
             "spec": pod_spec(submission, container="pytorch"),
         }
         return {"replicas": count, "restartPolicy": "Never", "template": template}
 
     num_workers = submission.backend.nodes - 1
     specs = {"Master": replicas(1), **({"Worker": replicas(num_workers)} if num_workers else {})}
+    policy = {**submission.suspension(), "cleanPodPolicy": "Running", "backoffLimit": 0, **_time_to_live(submission)}
     return [
         {
             "apiVersion": "kubeflow.org/v1",
             "kind": "PyTorchJob",
-            "metadata": submission.metadata(),
-            "spec": {
-                "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 0, **_time_to_live(submission)},
-                "pytorchReplicaSpecs": specs,
-            },
+            "metadata": submission.workload_metadata(),
+            "spec": {"runPolicy": policy, "pytorchReplicaSpecs": specs},
         }
     ]
 
@@ -284,7 +328,7 @@ def _job_spec(submission: Submission, *, container: str, subdomain: str | None =
             ]
         },
         "template": {
-            "metadata": {"labels": submission.labels},
+            "metadata": submission.pod_metadata(),
             "spec": pod_spec(submission, container=container, subdomain=subdomain),
         },
     }
@@ -361,26 +405,25 @@ def _remarks(submission: Submission) -> Iterator[str]:
         else "deleted with the pods (no backend.claim): only logs are kept"
     )
     yield f"Run directory in the pods: {submission.config.identity.run_dir}, {where}."
+    estimated = "of the estimate" if submission.plan.memory else "of a run without an estimate"
+    if backend.memory == "auto":
+        yield f"Each pod gets {submission.memory} of RAM, the amount {estimated}; backend.memory sets another."
+    if backend.queue:
+        yield f"The run is suspended until Kueue admits it from the queue {backend.queue} (backend.queue)."
+    yield from _outside_restricted(backend)
     if "plugins" in submission.plan.details:
         yield f"The image must hold the plugins of the run: {submission.plan.details['plugins']}."
     keys = ", ".join((KEY_FILE, *submission.plan.forwarded_env))
     yield f"Besides, the Secret {job} is created over stdin, with {keys}; it is deleted with the run."
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """Return a manifest as YAML, texts of several lines as blocks."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """YAML without anchors, with multi-line texts as blocks."""
-
-        def ignore_aliases(self, data: object) -> bool:
-            return True
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        style = "|" if "\n" in value else None
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    Dumper.add_representer(str, text)
-    dumped: str = yaml.dump(manifest, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return dumped
+def _outside_restricted(backend: KubernetesBackend) -> Iterator[str]:
+    """Yield what PodSecurity's levels "restricted" and "baseline" refuse in the pods."""
+    asked = {"backend.rdma (capability IPC_LOCK)": bool(backend.rdma), "backend.host_network": backend.host_network}
+    if names := " and ".join(name for name, is_asked in asked.items() if is_asked):
+        yield f"Outside PodSecurity's levels restricted and baseline: {names}. The namespace must be privileged."
+    if backend.rdma and backend.run_as_user:
+        yield (
+            f"IPC_LOCK is for root alone: as user {backend.run_as_user}, pods lock memory for RDMA where the nodes' "
+            "container runtime sets no limit (memlock); backend.run_as_user=0 needs no such setting."
+        )

@@ -23,7 +23,8 @@ from typing import ClassVar, Literal
 from launcher.config.component import Component
 from launcher.errors import ConfigError
 from launcher.errors.secrets import is_secret
-from launcher.protocol.plan import Host
+from launcher.protocol.plan import Host, MemoryEstimate, host_ram
+from launcher.utils.text import bytes_text, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,14 @@ class Backend(Component):
         """Yield an error for each option that this backend does not support on ``hosts``."""
         yield from ()
 
+    def sized_hosts(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Sequence[Host]:
+        """Return ``hosts`` with the RAM that a cluster reserves, where the estimate decides it."""
+        return hosts
+
+    def validate_memory(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[ConfigError]:
+        """Yield an error if the RAM that a cluster is asked for is less than the estimate."""
+        yield from ()
+
 
 DEFAULT_GLOBS = (
     *("NCCL_*", "GLOO_*", "UCX_*", "FI_*"),  # networks
@@ -175,6 +184,30 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 LEAST_MEMORY_BYTES = 256 << 20
 """Least memory of a host: torch alone needs more."""
+
+PROCESS_BYTES = 2 << 30
+"""Interpreter, torch and buffers of one rank, beside its model state."""
+_LAUNCHER_BYTES = 1 << 30
+"""The launcher's own processes on a host, and its sidecars."""
+
+
+def needed_ram(host: Host, memory: MemoryEstimate) -> int:
+    """Return the bytes of RAM that a run needs on ``host``.
+
+    They are model state, copies for checkpoints and processes. Activations of ranks on CPUs come on top.
+    """
+    state = host_ram(host, memory.per_rank) + host.slots * memory.checkpoint_copies
+    return state + host.slots * PROCESS_BYTES + _LAUNCHER_BYTES
+
+
+def needed_ram_text(host: Host, memory: MemoryEstimate) -> str:
+    """Return that sum in words."""
+    copies = f" with copies for checkpoints ({bytes_text(host.slots * memory.checkpoint_copies)})"
+    state = host_ram(host, memory.per_rank) + host.slots * memory.checkpoint_copies
+    return (
+        f"{bytes_text(state)} of model state{copies if memory.checkpoint_copies else ''}, {bytes_text(PROCESS_BYTES)} "
+        f"for each of {counted(host.slots, 'rank')}, and {bytes_text(_LAUNCHER_BYTES)} for the launcher"
+    )
 
 
 def plausible_memory(amount: str, unit: str) -> str:

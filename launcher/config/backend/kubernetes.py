@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
@@ -13,18 +13,24 @@ from launcher.config.backend.base import (
     LEAST_MEMORY_BYTES,
     Backend,
     forwarded_names,
+    needed_ram,
+    needed_ram_text,
     plausible_memory,
 )
 from launcher.config.kubernetes_objects import (
+    GPU,
     NAME_RULE,
     is_label,
     parse_quantity,
+    validate_annotations,
     validate_image,
+    validate_labels,
     validate_names,
+    validate_resources,
     validate_tolerations,
 )
 from launcher.errors import ConfigError
-from launcher.protocol.plan import Host
+from launcher.protocol.plan import Host, MemoryEstimate
 from launcher.utils.text import bytes_text
 
 Workload = Literal["indexed_job", "jobset", "pytorchjob", "trainjob"]
@@ -33,7 +39,16 @@ Workload = Literal["indexed_job", "jobset", "pytorchjob", "trainjob"]
 _LEAST_BYTES = {"memory": LEAST_MEMORY_BYTES, "shared_memory": 1 << 20}
 
 
-_OWN_MOUNTS = ("/run/launcher", "/dev/shm")  # noqa: S108 (paths in pods)
+_OWN_MOUNTS = ("/run/launcher", "/dev/shm", "/tmp")  # noqa: S108 (paths in pods)
+_GIB = 1 << 30
+_UNKNOWN_BYTES = 16 * _GIB
+"""RAM of a pod for a run without an estimate."""
+
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_OWN_LABELS = {
+    **dict.fromkeys(("app.kubernetes.io/name", "app.kubernetes.io/instance"), "the launcher finds the run by it"),
+    QUEUE_LABEL: "backend.queue sets it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +76,10 @@ class KubernetesBackend(Backend):
     cpus: int = 4
     """Cores of each pod, reserved for it alone."""
 
-    memory: str = "16Gi"
-    """RAM of each pod, shared memory included."""
+    memory: str = "auto"
+    """RAM of each pod, shared memory included; ``auto`` is what the plan's estimate needs.
+    The estimate is model state in RAM, 2 GiB for each rank and 1 GiB for the launcher; ``auto`` adds shared memory,
+    without GPUs a quarter for activations, and is 16Gi for a run without an estimate."""
 
     shared_memory: str = "2Gi"
     """Size of /dev/shm, through which the ranks of one pod communicate."""
@@ -78,6 +95,17 @@ class KubernetesBackend(Backend):
     volumes: dict[str, str] = field(default_factory=dict)
     """More claims and where pods see them: ``{datasets: /data}``."""
 
+    resources: dict[str, int] = field(default_factory=dict)
+    """Further resources of each pod by name, as of device plugins: ``{example.com/fpga: 1}``."""
+
+    rdma: dict[str, int] = field(default_factory=dict)
+    """RDMA devices of each pod: ``{rdma/hca_shared_devices_a: 1}``.
+    Pods get the capability IPC_LOCK too, so the namespace must admit privileged pods."""
+
+    host_network: bool = False
+    """Whether pods use the network of their nodes, one pod of the run on each.
+    The namespace must admit privileged pods."""
+
     namespace: str = "default"
     """Namespace of everything."""
 
@@ -85,7 +113,27 @@ class KubernetesBackend(Backend):
     """Context of kubectl, and so the cluster; ``null`` is the current one."""
 
     service_account: str | None = None
-    """Service account of the pods."""
+    """Service account of the pods, with which a cloud or a registry knows them.
+    Its token is not mounted: no pod calls the cluster."""
+
+    run_as_user: int = 1000
+    """User id in the pods; 0, which is root, needs ``rdma``."""
+
+    run_as_group: int | None = None
+    """Group id in the pods, which also owns the files of claims.
+    ``null`` is the same number as ``run_as_user``."""
+
+    queue: str | None = None
+    """Kueue's LocalQueue that admits the run; until then it is suspended."""
+
+    priority_class: str | None = None
+    """PriorityClass of the pods."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    """Further labels of all objects of the run, its pods among them."""
+
+    annotations: dict[str, str] = field(default_factory=dict)
+    """Annotations of the workload and its pods."""
 
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels that a node must have."""
@@ -126,7 +174,12 @@ class KubernetesBackend(Backend):
         if not self.gather_timeout_s > 0:
             yield self.error("gather_timeout_s", "must be above 0", "set backend.gather_timeout_s=1800")
         yield from self._bad_names()
-        sizes = {name: parse_quantity(getattr(self, name)) for name in _LEAST_BYTES}
+        yield from self._validate_user()
+        yield from self._validate_resources()
+        is_sized = self.memory == "auto"
+        sizes = {
+            name: parse_quantity(getattr(self, name)) for name in _LEAST_BYTES if not (is_sized and name == "memory")
+        }
         for name, size in sizes.items():
             if size is None:
                 yield self.error(name, "is not an amount of memory", f"write it like backend.{name}=64Gi")
@@ -135,7 +188,7 @@ class KubernetesBackend(Backend):
                 why = f"is {bytes_text(size)}{unit}, too little for any run"
                 usual = plausible_memory(self.memory, "Gi") if name == "memory" else "64Mi"
                 yield self.error(name, why, f"set backend.{name}={usual}")
-        memory, shared = sizes["memory"], sizes["shared_memory"]
+        memory, shared = sizes.get("memory"), sizes["shared_memory"]
         if memory is not None and shared is not None and shared > memory >= _LEAST_BYTES["memory"]:
             why = f"is more than backend.memory={self.memory}, which includes it"
             yield self.error("shared_memory", why, f"set backend.memory={self.shared_memory} or more")
@@ -153,11 +206,28 @@ class KubernetesBackend(Backend):
     def _bad_names(self) -> Iterator[ConfigError]:
         if not is_label(self.namespace):
             yield self.error("namespace", "is not a valid name of a namespace", f"use at most 63 {NAME_RULE}")
-        named = {name: getattr(self, name) for name in ("claim", "service_account", "secret")}
+        if self.queue is not None and not is_label(self.queue):
+            yield self.error("queue", "is not a valid name of a queue", f"use at most 63 {NAME_RULE}")
+        named = {name: getattr(self, name) for name in ("claim", "service_account", "secret", "priority_class")}
         many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
         one = {key: (value,) for key, value in named.items() if value is not None}
         yield from validate_names("backend", {**one, **many})
         yield from validate_image("backend.image", self.image, logins="backend.image_pull_secrets")
+
+    def _validate_user(self) -> Iterator[ConfigError]:
+        if self.run_as_user < 0 or (self.run_as_user == 0 and not self.rdma):
+            why = "is root, which most namespaces refuse" if self.run_as_user == 0 else "must be at least 0"
+            yield self.error("run_as_user", why, "set backend.run_as_user=1000, or the user that owns backend.claim")
+        yield from self.validate_minimum(0, "run_as_group")
+
+    def _validate_resources(self) -> Iterator[ConfigError]:
+        owned = {GPU: "backend.gpus_per_node", "cpu": "backend.cpus", "memory": "backend.memory"}
+        yield from validate_resources("backend.resources", self.resources, owned=owned)
+        yield from validate_resources("backend.rdma", self.rdma, owned=owned)
+        for name in sorted(self.resources.keys() & self.rdma.keys()):
+            yield ConfigError("backend.resources", name, why="is in backend.rdma too", fix="leave it out of one")
+        yield from validate_labels("backend.labels", self.labels, owned=_OWN_LABELS)
+        yield from validate_annotations("backend.annotations", self.annotations)
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return placeholders for the pods; their hosts are known once the run is submitted."""
@@ -204,3 +274,32 @@ class KubernetesBackend(Backend):
         if self.restarts and self.claim is None:
             why = "without backend.claim the checkpoints are deleted with the pods"
             yield self.error("restarts", why, "set backend.claim=<PersistentVolumeClaim>, or backend.restarts=0")
+
+    def sized_hosts(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Sequence[Host]:
+        """Return ``hosts`` with the RAM that ``memory=auto`` asks for, in whole GiB."""
+        if self.memory != "auto":
+            return hosts
+        return tuple(replace(host, memory_bytes=self._auto_bytes(host, memory)) for host in hosts)
+
+    def memory_text(self, host: Host) -> str:
+        """Return the RAM of a pod, which is ``host`` of the plan, as Kubernetes writes it."""
+        return f"{host.memory_bytes // _GIB}Gi" if self.memory == "auto" else self.memory
+
+    def _auto_bytes(self, host: Host, memory: MemoryEstimate | None) -> int:
+        if memory is None:
+            return _UNKNOWN_BYTES
+        needed = needed_ram(host, memory)
+        activations = 0 if host.devices else needed // 4
+        shared = parse_quantity(self.shared_memory) or 0
+        return -(-(needed + activations + shared) // _GIB) * _GIB
+
+    def validate_memory(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[ConfigError]:
+        """Yield an error if a pod has less RAM than the plan's estimate for its ranks."""
+        given = parse_quantity(self.memory)
+        if given is None or memory is None:
+            return
+        host = max(hosts, key=lambda host: needed_ram(host, memory))
+        needed = needed_ram(host, memory)
+        if given < needed:
+            why = f"is {bytes_text(given)}, and a pod needs {bytes_text(needed)}: {needed_ram_text(host, memory)}"
+            yield self.error("memory", why, f"set backend.memory={-(-needed // _GIB)}Gi or more, or auto")

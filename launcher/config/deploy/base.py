@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from launcher.config.backend.base import PROCESS_BYTES
 from launcher.config.job.serve import Serve
 from launcher.config.kubernetes_objects import (
     NAME_RULE,
@@ -26,8 +27,6 @@ MAX_NAME = 36
 SERVER_NAME = "server"
 """Name of the host that a server is planned for."""
 _GIB = 1 << 30
-_PROCESS_BYTES = 2 * _GIB
-"""Interpreter, torch and buffers of one engine, beside its weights and its KV cache."""
 _SERVER_BYTES = _GIB
 """The process that handles HTTP, and the launcher's own."""
 
@@ -132,7 +131,7 @@ class ContainerDeploy(RenderedDeploy):
         if plan.memory is None:
             return None
         num_engines = max(getattr(run.job, "replicas", 1), plan.world_size)
-        needed = num_engines * _PROCESS_BYTES + _SERVER_BYTES
+        needed = num_engines * PROCESS_BYTES + _SERVER_BYTES
         if self.gpus:
             return needed
         needed += plan.memory.per_host_ram

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from launcher.backends.kubernetes.manifests import manifest_text
+from launcher.backends.kubernetes.manifest_parts import manifest_text
 from launcher.deploy.canary.progress import Progress, load_progress
 from launcher.deploy.canary.split import Live, update_folder, with_share
 from launcher.deploy.cluster import AS_LAUNCHER, Deployment, versions

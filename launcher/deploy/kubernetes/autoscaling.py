@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.backends.kubernetes.manifests import Manifest
+from launcher.backends.kubernetes.manifest_parts import Manifest
 from launcher.deploy.kubernetes.pod import termination_s
 from launcher.deploy.kubernetes.server import Server
 from launcher.protocol.serving_metrics import NUM_RUNNING, NUM_WAITING

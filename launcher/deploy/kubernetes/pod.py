@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import math
 
-from launcher.backends.kubernetes.manifests import GPU, Manifest, escape_references
+from launcher.backends.kubernetes.manifest_parts import (
+    TMP_FOLDER,
+    Manifest,
+    claim_mounts,
+    claim_volumes,
+    container_security,
+    escape_references,
+    folder_variables,
+    pod_security,
+    resources,
+    temporary_mounts,
+    temporary_volumes,
+)
 from launcher.config.inference import API_KEYS_VARIABLE
 from launcher.deploy.container_run import RUNS_FOLDER, SNAPSHOT_FILE, SNAPSHOT_FOLDER, container_command
 from launcher.deploy.kubernetes.server import PORT_NAME, Server
@@ -39,14 +51,7 @@ def pod_spec(server: Server) -> Manifest:
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # no variables of other services in the namespace
         "terminationGracePeriodSeconds": termination_s(server),
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": deploy.run_as_user,
-            "runAsGroup": deploy.run_as_user,
-            "fsGroup": deploy.run_as_user,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": pod_security(user=deploy.run_as_user),
         **{key: value for key, value in optional.items() if value},
         "containers": [_container(server)],
         "volumes": _volumes(server),
@@ -60,9 +65,6 @@ def termination_s(server: Server) -> int:
 
 def _container(server: Server) -> Manifest:
     deploy = server.deploy
-    resources = {"cpu": str(deploy.cpus), "memory": server.memory}
-    if deploy.gpus:
-        resources[GPU] = str(deploy.gpus)
     live, ready = (
         {"httpGet": {"path": f"/health/{name}", "port": PORT_NAME}, "timeoutSeconds": _PERIOD_S}
         for name in ("live", "ready")
@@ -75,8 +77,7 @@ def _container(server: Server) -> Manifest:
         "workingDir": RUNS_FOLDER,
         "ports": [{"name": PORT_NAME, "containerPort": server.job.port}],
         **_environment(server),
-        # requests equal limits: cores and memory of the plan are reserved for this pod
-        "resources": {"requests": resources, "limits": resources.copy()},
+        "resources": resources(cpus=deploy.cpus, memory=server.memory, gpus=deploy.gpus),
         # the engines are built and warmed up: until then no other probe is asked
         "startupProbe": {
             **ready,
@@ -88,7 +89,7 @@ def _container(server: Server) -> Manifest:
         "livenessProbe": {**live, "periodSeconds": _PERIOD_S, "failureThreshold": 6},
         **({"lifecycle": {"preStop": {"sleep": {"seconds": deploy.pre_stop_s}}}} if deploy.pre_stop_s else {}),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # so that `kubectl describe` shows the last block
-        "securityContext": _locked_down(),
+        "securityContext": container_security(),
         "volumeMounts": [
             # a file of its own: what a whole ConfigMap mounts are links, which are never read as run.yaml
             {
@@ -99,34 +100,17 @@ def _container(server: Server) -> Manifest:
             },
             {"name": "runs", "mountPath": RUNS_FOLDER},
             {"name": CACHE, "mountPath": CACHE_FOLDER},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (in a pod, whose root is read only)
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 (where processes of one pod meet)
+            *temporary_mounts(),
             *_model_mount(server, is_read_only=True),
-            *(
-                {"name": f"data-{n}", "mountPath": path, "readOnly": True}
-                for n, path in enumerate(deploy.volumes.values())
-            ),
+            *claim_mounts(deploy.volumes, is_read_only=True),
         ],
-    }
-
-
-def _locked_down() -> Manifest:
-    return {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "readOnlyRootFilesystem": True,
     }
 
 
 def _environment(server: Server) -> Manifest:
     """Return a container's variables: folders to write in, and those of Secrets by name."""
     deploy = server.deploy
-    plain = {
-        "HOME": CACHE_FOLDER,
-        "USER": "launcher",  # a user id without an entry in /etc/passwd has no name
-        "HF_HOME": f"{CACHE_FOLDER}/huggingface",
-        "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_FOLDER}/torchinductor",
-    }
+    plain = folder_variables(CACHE_FOLDER)
     variables: list[Manifest] = [{"name": name, "value": value} for name, value in plain.items()]
     if deploy.keys_from is not None:
         key = {"name": deploy.keys_from, "key": API_KEYS_VARIABLE}
@@ -149,7 +133,6 @@ def _init_containers(server: Server) -> list[Manifest]:
     if deploy.model_from != "object_store":
         return []
     command = (deploy.python, "-m", "launcher.deploy.fetch", deploy.model_source or "", deploy.model_path)
-    resources = {"cpu": "1", "memory": "2Gi"}
     return [
         {
             "name": "fetch-model",
@@ -157,12 +140,12 @@ def _init_containers(server: Server) -> list[Manifest]:
             "imagePullPolicy": "IfNotPresent",
             "command": [escape_references(word) for word in command],
             **_environment(server),
-            "resources": {"requests": resources, "limits": resources.copy()},
-            "securityContext": _locked_down(),
+            "resources": resources(cpus=1, memory="2Gi"),
+            "securityContext": container_security(),
             "volumeMounts": [
                 *_model_mount(server, is_read_only=False),
                 {"name": CACHE, "mountPath": CACHE_FOLDER},
-                {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (in a pod, whose root is read only)
+                {"name": "tmp", "mountPath": TMP_FOLDER},
             ],
         }
     ]
@@ -173,8 +156,7 @@ def _volumes(server: Server) -> list[Manifest]:
     volumes: list[Manifest] = [
         {"name": "snapshot", "configMap": {"name": server.config_name}},
         {"name": "runs", "emptyDir": {}},
-        {"name": "tmp", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": deploy.shared_memory}},
+        *temporary_volumes(shared_memory=deploy.shared_memory),
     ]
     if deploy.cache_claim is not None:
         volumes.append({"name": CACHE, "persistentVolumeClaim": {"claimName": deploy.cache_claim}})
@@ -187,8 +169,4 @@ def _volumes(server: Server) -> list[Manifest]:
         volumes.append({"name": _MODEL, "image": {"reference": source, "pullPolicy": "IfNotPresent"}})
     elif deploy.model_from == "object_store":
         volumes.append({"name": _MODEL, "emptyDir": {"sizeLimit": deploy.cache_size}})
-    volumes += [
-        {"name": f"data-{n}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
-        for n, claim in enumerate(deploy.volumes)
-    ]
-    return volumes
+    return [*volumes, *claim_volumes(deploy.volumes, is_read_only=True)]

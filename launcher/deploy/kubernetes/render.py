@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.backends.kubernetes.manifests import Manifest, manifest_text
+from launcher.backends.kubernetes.manifest_parts import Manifest, manifest_text
 from launcher.config.run import Run
 from launcher.deploy.kubernetes.autoscaling import autoscaling_manifests
 from launcher.deploy.kubernetes.server import PORT_NAME, VERSION_LABEL, Server

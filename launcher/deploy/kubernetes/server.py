@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from launcher.backends.kubernetes.manifests import Manifest
+from launcher.backends.kubernetes.manifest_parts import Manifest
 from launcher.config.deploy.kubernetes import KubernetesDeploy
 from launcher.config.job.serve import Serve
 from launcher.config.run import Run

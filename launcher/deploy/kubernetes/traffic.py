@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.backends.kubernetes.manifests import Manifest
+from launcher.backends.kubernetes.manifest_parts import Manifest
 from launcher.deploy.kubernetes.server import VERSION_LABEL, Server
 
 ROUTES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.backends.kubernetes.manifests import Manifest
+from launcher.backends.kubernetes.manifest_parts import Manifest
 from launcher.deploy.container_run import SNAPSHOT_FILE
 from launcher.deploy.kubernetes.pod import CACHE, pod_spec
 from launcher.deploy.kubernetes.server import PORT_NAME, Server

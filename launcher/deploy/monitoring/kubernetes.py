@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.backends.kubernetes.manifests import Manifest
+from launcher.backends.kubernetes.manifest_parts import Manifest
 from launcher.config.run import Run
 from launcher.deploy.monitoring.render import dashboard_text, monitored
 from launcher.deploy.monitoring.rules import rule_groups

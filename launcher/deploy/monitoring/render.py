@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from launcher.backends.kubernetes.manifests import manifest_text
+from launcher.backends.kubernetes.manifest_parts import manifest_text
 from launcher.config.deploy.monitoring import MonitoredDeploy, MonitoringDeploy
 from launcher.config.job.train import Train
 from launcher.config.run import Run

@@ -321,8 +321,8 @@ class Cluster:
         for source in container.get("envFrom", ()):
             env |= self.values("Secret", source["secretRef"]["name"])
         for entry in container.get("env", ()):
-            chosen = entry["valueFrom"]["secretKeyRef"]
-            env[entry["name"]] = self.values("Secret", chosen["name"])[chosen["key"]]
+            chosen = entry.get("valueFrom", {}).get("secretKeyRef")
+            env[entry["name"]] = self.values("Secret", chosen["name"])[chosen["key"]] if chosen else entry["value"]
         if run.manifest["kind"] == "PyTorchJob":
             env |= {"RANK": str(index), "WORLD_SIZE": str(len(run.hostnames)), "PET_NNODES": "7", "MASTER_PORT": "1"}
         else:
@@ -348,6 +348,7 @@ class Cluster:
         """Return mounts and the hosts file; names resolve as the headless Service would have it."""
         job = run.manifest["metadata"]["name"]
         is_pytorch = run.manifest["kind"] == "PyTorchJob"
+        container = run.template["spec"]["containers"][0]
         volumes = {volume["name"]: volume for volume in run.template["spec"]["volumes"]}
         mounts = [
             {
@@ -355,12 +356,19 @@ class Cluster:
                 "source": self._source_of(volumes[entry["name"]], pod),
                 "is_read_only": entry.get("readOnly", False),
             }
-            for entry in run.template["spec"]["containers"][0]["volumeMounts"]
+            for entry in container["volumeMounts"]
         ]
+        # the files of the test and its caches, which are part of the node here
+        shared = [self.folder.parent, *(os.environ[name] for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"))]
         hosts = self.folder / f"{pod}.hosts"
         lines = [f"127.0.1.{n + 1} {h} {h if is_pytorch else f'{h}.{job}'}" for n, h in enumerate(run.hostnames)]
         hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-        return {"mounts": mounts, "hosts": str(hosts)}
+        return {
+            "mounts": mounts,
+            "hosts": str(hosts),
+            "shared": [str(path) for path in shared if Path(path).is_dir()],
+            "is_read_only": container["securityContext"]["readOnlyRootFilesystem"],
+        }
 
     def _source_of(self, volume: dict[str, Any], pod: str) -> str | None:
         if volume.get("emptyDir", {}).get("medium") == "Memory":

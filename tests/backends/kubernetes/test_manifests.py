@@ -1,6 +1,7 @@
 """Manifests: compared whole with files, and held against the schemas of the API."""
 
 import copy
+import math
 import os
 import re
 import time
@@ -13,12 +14,14 @@ import yaml
 from launcher.backends.kubernetes.manifests import submission_of
 from launcher.backends.registry import executor_of
 from launcher.config.compose import compose
+from launcher.config.kubernetes_objects import parse_quantity
 from launcher.config.snapshot import dump_run, load_run
+from launcher.errors import ConfigErrors
 from launcher.execution.prepare import replan
 from launcher.execution.validate import validate_machine
 from launcher.planning.render import render_plan
 from launcher.utils.files import sha256_of
-from tests.kubernetes_schemas import CRDS, needs_crds, problems
+from tests.kubernetes_schemas import CRDS, needs_crds, problems, unrestricted
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = bool(os.environ.get("UPDATE_GOLDEN"))
@@ -35,7 +38,11 @@ FULL = (
     *("backend.claim=runs", "backend.volumes={datasets: /data}", "backend.namespace=ml", "backend.secret=tokens"),
     *("backend.service_account=trainer", "backend.node_selector={gpu: h100}", "backend.image_pull_secrets=[registry]"),
     "backend.tolerations=[{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]",
+    *("backend.queue=training", "backend.priority_class=high", "backend.resources={example.com/fpga: 1}"),
+    *("backend.labels={team: nlp}", "backend.annotations={example.com/owner: 'Ada, Grace'}"),
+    *("backend.run_as_user=2000", "backend.run_as_group=3000"),
 )
+RDMA = ("backend.rdma={rdma/hca_shared_devices_a: 1, vpc.amazonaws.com/efa: 4}", "backend.host_network=true")
 SMALL = ("tracker=local", "backend=kubernetes", "backend.image=launcher", "job.global_batch=null")
 
 
@@ -57,8 +64,8 @@ def documents(text):
     return [document for document in yaml.safe_load_all(text) if document is not None]
 
 
-def pod_of(text):
-    """Return the pod spec, wherever the workload keeps it."""
+def pods_of(text):
+    """Return every pod spec, wherever the workload keeps it: those of a PyTorchJob's master and workers are two."""
 
     def search(tree):
         if isinstance(tree, dict):
@@ -69,7 +76,11 @@ def pod_of(text):
             for part in tree:
                 yield from search(part)
 
-    return next(search(documents(text)))
+    return list(search(documents(text)))
+
+
+def pod_of(text):
+    return pods_of(text)[0]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -94,12 +105,100 @@ def test_golden_and_valid(workload, monkeypatch):
     assert {str(document["kind"]): problems(document) for document in documents(text)} == {
         str(document["kind"]): [] for document in documents(text)
     }
+    assert [problem for pod in pods_of(text) for problem in unrestricted(pod)] == []
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_the_smallest_is_valid_too(workload):
+def test_the_smallest_is_valid_and_restricted_too(workload):
     _, text = rendered(*SMALL, f"backend.workload={workload}")
     assert [problem for document in documents(text) for problem in problems(document)] == []
+    (pod,) = pods_of(text)
+    assert list(unrestricted(pod)) == []
+    assert pod["automountServiceAccountToken"] is False
+    (container,) = pod["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {"/tmp", "/dev/shm", "/runs"}
+    variables = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    assert all(variables[name].startswith("/tmp") for name in ("HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"))
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_rdma_and_the_network_of_nodes_are_valid_and_said_to_be_privileged(workload):
+    _, text = rendered(*SMALL, *RDMA, "backend.nodes=2", f"backend.workload={workload}")
+    assert [problem for document in documents(text) for problem in problems(document)] == []
+    for pod in pods_of(text):
+        assert list(unrestricted(pod)) == ["hostNetwork is set", *unrestricted({**pod, "hostNetwork": False})]
+        assert any("adds capabilities" in said for said in unrestricted(pod))
+        assert pod["dnsPolicy"] == "ClusterFirstWithHostNet", "else pods do not find each other's names"
+        (container,) = pod["containers"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+        devices = {"rdma/hca_shared_devices_a": "1", "vpc.amazonaws.com/efa": "4"}
+        assert devices.items() <= container["resources"]["limits"].items()
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert [port["hostPort"] for port in container["ports"]] == [29500, 29501], "of one run, a node takes one pod"
+    assert "# Outside PodSecurity's levels restricted and baseline: backend.rdma" in text
+    assert "as user 1000, pods lock memory for RDMA where" in text
+    root = rendered(*SMALL, *RDMA, "backend.run_as_user=0")[1]
+    assert pod_of(root)["securityContext"]["runAsNonRoot"] is False
+    assert "IPC_LOCK is for root alone" not in root
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_queue_admits_the_workload(workload):
+    words = (*SMALL, f"backend.workload={workload}")
+    *_, job = documents(rendered(*words, "backend.queue=team-a")[1])
+    assert problems(job) == []
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert (job["spec"]["runPolicy"] if workload == "pytorchjob" else job["spec"])["suspend"] is True
+    text = rendered(*words)[1]
+    assert "kueue" not in text
+    assert "suspend:" not in text
+
+
+def test_forwarded_folders_replace_those_of_the_pod(monkeypatch):
+    words = (*SMALL, "backend.forward=[HF_HOME]")
+    _, text = rendered(*words, monkeypatch=monkeypatch, HF_HOME="/hub")
+    (found,) = [each for each in pod_of(text)["containers"][0]["env"] if each["name"] == "HF_HOME"]
+    assert "value" not in found
+
+
+def memory_of(*words):
+    prepared, text = rendered(*SMALL, *words)
+    limit = pod_of(text)["containers"][0]["resources"]["limits"]["memory"]
+    assert parse_quantity(limit) == prepared.plan.hosts[0].host.memory_bytes, "the plan shows what pods get"
+    return int(limit.removesuffix("Gi"))
+
+
+def test_memory_follows_from_the_plan():
+    one, two = memory_of("backend.ranks=1"), memory_of("backend.ranks=2", "parallel=ddp")
+    assert (one, two) == (6, 9)  # (2 GiB a rank + 1 GiB) × 5/4 for activations + 2 GiB of shared memory
+    assert memory_of("backend.ranks=1", "backend.shared_memory=10Gi") == one + 8
+    large = ("model=gpt2_xl", "parallel=zero3", "backend.gpus_per_node=8")
+    on_gpus = memory_of(*large, "checkpoint.every=0")
+    assert on_gpus == 8 * 2 + 1 + 2, "state is on the GPUs"
+    prepared, _ = rendered(*SMALL, *large, "parallel.offload_optimizer=cpu", "checkpoint.every=0")
+    state = prepared.plan.memory.per_host_ram
+    assert memory_of(*large, "parallel.offload_optimizer=cpu", "checkpoint.every=0") == math.ceil(state / 2**30 + 19)
+    prepared, text = rendered(*SMALL[:-1], "job=benchmark", "benchmark=memory")
+    assert prepared.plan.memory is None
+    assert pod_of(text)["containers"][0]["resources"]["limits"]["memory"] == "16Gi"
+    assert "16Gi of RAM, the amount of a run without an estimate; backend.memory sets another" in text
+
+
+def test_memory_under_the_estimate_is_refused():
+    words = (*SMALL, "model=gpt2_xl", "parallel=zero3", "backend.gpus_per_node=8", "parallel.offload_optimizer=cpu")
+    with pytest.raises(ConfigErrors) as caught:
+        rendered(*words, "backend.memory=24Gi")
+    (error,) = caught.value.errors
+    processes = r"2\.00 GiB for each of 8 ranks, and 1\.00 GiB for the launcher"
+    message = rf"is 24\.00 GiB, and a pod needs (.*) GiB: .* of model state.*, {processes}; "
+    found = re.match(
+        rf"backend\.memory=24Gi.*: {message}set backend\.memory=(.*)Gi or more, or auto$", str(error), re.DOTALL
+    )
+    assert found, str(error)
+    assert float(found[1]) > 24
+    rendered(*words, f"backend.memory={found[2]}Gi")
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -126,7 +225,8 @@ def test_secrets_are_named_and_never_shown(monkeypatch):
     prepared, text = rendered(*SMALL, monkeypatch=monkeypatch, HF_TOKEN="hf_very_secret", WANDB_API_KEY="w" * 40)
     assert "hf_very_secret" not in text
     assert "w" * 40 not in text
-    sources = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in pod_of(text)["containers"][0]["env"]}
+    variables = pod_of(text)["containers"][0]["env"]
+    sources = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in variables if "valueFrom" in each}
     name = submission_of(prepared.run.backend, prepared.plan).job
     assert sources == {key: {"name": name, "key": key} for key in ("HF_TOKEN", "WANDB_API_KEY")}
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from launcher.backends.kubernetes.manifests import escape_references
+from launcher.backends.kubernetes.manifest_parts import escape_references
 from launcher.backends.kubernetes.pod_config import job_name, pod_address
 from launcher.config.kubernetes_objects import parse_quantity
 

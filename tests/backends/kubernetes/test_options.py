@@ -39,7 +39,27 @@ from launcher.protocol.plan import Host
             "=Exist: is not a valid operator of a toleration; did you mean Exists",
         ),
         ("tolerations", ({"key": "x", "effect": "Evict"},), "=Evict: is not a valid effect of a toleration; "),
-        ("shared_memory", "20Gi", r"is more than backend\.memory=16Gi.*; set backend\.memory=20Gi or more"),
+        ("run_as_user", 0, "is root, which most namespaces refuse; set backend.run_as_user=1000"),
+        ("run_as_user", -1, "must be at least 0"),
+        ("run_as_group", -1, "at least 0"),
+        ("queue", "Team_A", "is not a valid name of a queue"),
+        ("queue", "a.b", "is not a valid name of a queue"),
+        ("priority_class", "High", "lowercase letters"),
+        ("resources", {"cpu": 2}, "=cpu: is set by backend.cpus; set backend.cpus instead"),
+        ("resources", {"nvidia.com/gpu": 2}, "is set by backend.gpus_per_node"),
+        ("resources", {"fpga": 2}, "is not a resource of a device plugin"),
+        ("resources", {"kubernetes.io/x": 2}, "is not a resource of a device plugin"),
+        ("resources", {"example.com/fpga": 0}, r"\.example\.com/fpga=0: must be at least 1"),
+        ("rdma", {"rdma/": 1}, "=rdma/: is not a resource of a device plugin; write it like rdma/hca"),
+        ("rdma", {"memory": 1}, "is set by backend.memory"),
+        ("labels", {"team": "a b"}, r"\.team=a b: is not a valid value of a label"),
+        ("labels", {"-team": "a"}, "=-team: is not a valid key of a label"),
+        ("labels", {"a/b/c": "a"}, "is not a valid key of a label"),
+        ("labels", {"x" * 64: "a"}, "is not a valid key of a label"),
+        ("labels", {"app.kubernetes.io/instance": "a"}, "is not free: the launcher finds the run by it"),
+        ("labels", {"kueue.x-k8s.io/queue-name": "a"}, "is not free: backend.queue sets it"),
+        ("annotations", {"a b": "any text"}, "=a b: is not a valid key of an annotation"),
+        ("volumes", {"data": "/tmp"}, "is the folder of the launcher itself"),
         ("ttl_s", -1, "at least 0"),
         ("gather_timeout_s", 0, "above 0"),
         ("gather_timeout_s", -1, "above 0"),
@@ -48,6 +68,21 @@ from launcher.protocol.plan import Host
 def test_refused(option, value, said):
     with pytest.raises(ConfigErrors, match=f"backend.{option}.*{said}"):
         KubernetesBackend(**{"image": "launcher", option: value})
+
+
+def test_memory_holds_shared_memory():
+    said = r"backend\.shared_memory=20Gi: is more than backend\.memory=16Gi.*; set backend\.memory=20Gi or more"
+    with pytest.raises(ConfigErrors, match=said):
+        KubernetesBackend(image="launcher", memory="16Gi", shared_memory="20Gi")
+
+
+def test_a_device_is_named_once_and_root_is_for_rdma():
+    with pytest.raises(ConfigErrors, match=r"backend\.resources=a/b: is in backend\.rdma too"):
+        KubernetesBackend(image="launcher", resources={"a/b": 1}, rdma={"a/b": 1})
+    KubernetesBackend(image="launcher", rdma={"a/b": 1}, run_as_user=0)
+    KubernetesBackend(
+        image="launcher", labels={"team": "", "example.com/Cost_Center": "a.B-9"}, annotations={"a/b": ""}
+    )
 
 
 @pytest.mark.parametrize(

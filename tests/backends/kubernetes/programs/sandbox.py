@@ -39,7 +39,11 @@ def contain():
     mount("--make-rprivate", "/")
     mount("-t", "proc", "proc", "/proc")
     mount("-t", "tmpfs", "tmpfs", "/run")  # in this namespace alone, so that folders can be made there
-    for volume in spec["mounts"]:
+    kept = {f"/run/shared{number}": path for number, path in enumerate(spec["shared"])}
+    for place, path in kept.items():
+        Path(place).mkdir()
+        mount("--bind", path, place)
+    for volume in sorted(spec["mounts"], key=lambda volume: volume["path"] != "/tmp"):
         path = Path(volume["path"])
         path.mkdir(parents=True, exist_ok=True)
         if volume["source"] is None:
@@ -48,7 +52,14 @@ def contain():
             mount("--bind", volume["source"], str(path))
             if volume["is_read_only"]:
                 mount("-o", "remount,bind,ro", str(path))
+        if volume["path"] == "/tmp":
+            for place, shared in kept.items():  # some are below it
+                Path(shared).mkdir(parents=True, exist_ok=True)
+                mount("--bind", place, shared)
     mount("--bind", spec["hosts"], "/etc/hosts")
+    if spec["is_read_only"]:
+        mount("-o", "remount,bind,ro", "/")
+        assert os.statvfs("/").f_flag & os.ST_RDONLY
     subprocess.run(["hostname", spec["hostname"]], check=True)
     os.chdir(spec["cwd"])
     os.execve(spec["command"][0], spec["command"], spec["env"])

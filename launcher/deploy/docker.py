@@ -77,9 +77,7 @@ def containerfile(run: Run, deploy: DockerDeploy, plan: Plan, *, wheel: str) -> 
 #
 # or docker in place of podman, without --format. Behind a mirror, where torch's own index cannot be reached, add
 # --build-arg 'TORCH_FROM=--default-index=URL' to the first.
-ARG BASE={base}
-
-FROM ${{BASE}} AS build
+FROM {base} AS build
 ARG TORCH_FROM=--torch-backend={deploy.torch_build}
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_NO_CACHE=1 UV_SYSTEM_CERTS=1 UV_COMPILE_BYTECODE_TIMEOUT=600 \\
   DS_BUILD_OPS=0
@@ -92,7 +90,7 @@ RUN /opt/uv/bin/uv pip install --python {_PREFIX}/bin/python ${{TORCH_FROM}} --r
 COPY {wheel} /build/
 RUN /opt/uv/bin/uv pip install --python {_PREFIX}/bin/python --no-deps /build/{wheel}
 
-FROM ${{BASE}}
+FROM {base}
 # The engine compiles its kernels for the processor that it finds. Debian keeps one version of a package: none is named.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \\

@@ -1,4 +1,4 @@
-"""ServiceAccount, ConfigMap, Service, disruption budget and the workload of a server."""
+"""The workload of a server, and the objects that every server has beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from launcher.deploy.kubernetes.pod import CACHE, pod_spec
 from launcher.deploy.kubernetes.server import PORT_NAME, Server
 
 HASH_ANNOTATION = "launcher/run-hash"
+_ISTIO_PORTS = (15008, 15020, 15021, 15090)
+"""On which Istio reaches its proxy in a pod."""
 
 
 def workload_manifests(server: Server) -> list[Manifest]:
@@ -17,6 +19,7 @@ def workload_manifests(server: Server) -> list[Manifest]:
         _config_map(server),
         service(server.shared_metadata(), server, selector={"app.kubernetes.io/name": server.name}),
         *version_services(server),
+        _network_policy(server),
         _disruption_budget(server),
         stateful_set(server) if server.is_stateful else deployment(server),
     ]
@@ -67,6 +70,21 @@ def version_services(server: Server) -> list[Manifest]:
         return []
     metadata = server.metadata()
     return [service(metadata, server, selector=server.selector, is_headless=server.is_stateful)]
+
+
+def _network_policy(server: Server) -> Manifest:
+    """Return what lets others connect to the server's port alone, not to that where ranks meet."""
+    ports = [server.job.port, *(_ISTIO_PORTS if server.deploy.traffic == "istio" else ())]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": server.metadata(),
+        "spec": {
+            "podSelector": {"matchLabels": server.selector},
+            "policyTypes": ["Ingress"],
+            "ingress": [{"ports": [{"protocol": "TCP", "port": port} for port in ports]}],
+        },
+    }
 
 
 def _disruption_budget(server: Server) -> Manifest:

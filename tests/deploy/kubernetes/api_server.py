@@ -23,6 +23,7 @@ RESOURCES = {
     "": {"serviceaccounts": "ServiceAccount", "configmaps": "ConfigMap", "services": "Service", "pods": "Pod"},
     "apps": {"deployments": "Deployment", "statefulsets": "StatefulSet"},
     "policy": {"poddisruptionbudgets": "PodDisruptionBudget"},
+    "networking.k8s.io": {"networkpolicies": "NetworkPolicy"},
     "autoscaling": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
     "keda.sh": {"scaledobjects": "ScaledObject"},
     "networking.istio.io": {"destinationrules": "DestinationRule", "virtualservices": "VirtualService"},

@@ -59,7 +59,7 @@ def test_a_folder_is_applied_shown_compared_and_deleted(
         api.writes[first:]
     )  # all are checked first
     assert {kind for kind, _ in api.objects} == {
-        *("serviceaccounts", "configmaps", "services", "poddisruptionbudgets", "deployments")
+        *("serviceaccounts", "configmaps", "services", "networkpolicies", "poddisruptionbudgets", "deployments")
     }
     shown = launch_in_process("deploy", "status", str(folder)).expect(0).stdout
     assert shown.splitlines()[1].split()[:3] == ["deployment/chat-v1", "v1", "2/2"]

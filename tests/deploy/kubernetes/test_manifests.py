@@ -200,6 +200,22 @@ def test_weights_of_versions(rendered: Render, traffic: str) -> None:
         assert backends[1]["name"] == found["Deployment"]["metadata"]["name"]
 
 
+def test_others_reach_the_port_of_the_server_alone(rendered: Render) -> None:
+    for words, proxy in (((), False), (FULL, True)):
+        run, _, files = rendered(*words, "job.port=8123")
+        found = manifests_of(files)
+        policy, workload = found["NetworkPolicy"]["spec"], found["Deployment"]
+        assert (
+            policy["podSelector"]["matchLabels"].items() <= workload["spec"]["template"]["metadata"]["labels"].items()
+        )
+        (allowed,) = policy["ingress"]
+        ports = {each["port"] for each in allowed["ports"]}
+        assert run.job.port in ports
+        assert len(ports) == (5 if proxy else 1)
+        assert 29500 not in ports
+        assert "from" not in allowed
+
+
 HOSTS = ("deploy.gateway=a/b", "deploy.hostnames=[m.example.org]")
 REFUSED = {
     "weights": (

@@ -39,7 +39,6 @@ SLOW_IMPORTS = (
     "launcher.profiling.profiler",
     "torch.distributed.checkpoint",
     "torch._dynamo",
-    "torch._inductor.compile_fx",
     "transformers.generation.utils",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
@@ -53,6 +52,9 @@ class QuietClock:
     def phase(self, name: str) -> Iterator[None]:
         yield
 
+
+COMPILER = "torch._inductor.compile_fx"
+"""Takes a second, and only where some case compiles or is DeepSpeed's."""
 
 DEEPSPEED_IMPORTS = (
     "launcher.utils.deepspeed_library",
@@ -252,13 +254,17 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
 def main(cases_file: str, output: str) -> None:
     given = json.loads(Path(cases_file).read_text())
     kinds = {case["run"]["parallel"]["kind"] for case in given["cases"]}
-    for name in SLOW_IMPORTS:  # once, before forking
+    is_deepspeed = bool(kinds & {"zero", "deepspeed_pipeline"})
+    compiles = is_deepspeed or any(case["run"].get("compile") for case in given["cases"])
+    for name in (*SLOW_IMPORTS, *([COMPILER] if compiles else [])):  # once, before forking
         importlib.import_module(name)
-    for name in DEEPSPEED_IMPORTS if kinds & {"zero", "deepspeed_pipeline"} else ():
+    for name in DEEPSPEED_IMPORTS if is_deepspeed else ():
         with suppress(ModuleNotFoundError):  # of another version
             importlib.import_module(name)
     for case in given["cases"]:  # what the configuration imports
         make_context(case, given["weights"], Path(output), rank=0)
+    for family in {case.get("family", "gpt2") for case in given["cases"]}:
+        warm_up(family, given["weights"], Path(output))
     gc.freeze()  # else every collection in a child touches, and so copies, all that was imported
 
     ranks = set()
@@ -272,6 +278,14 @@ def main(cases_file: str, output: str) -> None:
         ranks.remove(ended)
         if status:
             os.killpg(os.getpgrp(), signal.SIGKILL)  # the others wait for it, in children of their own
+
+
+def warm_up(family: str, weights: dict[str, str], output: Path) -> None:
+    """Build a model once before forking: what torch and Transformers keep then is a fifth of a small case."""
+    from launcher.engines.model import build_run_model
+
+    case = {"name": "warm_up", "world": 1, "family": family if family in weights else "gpt2", "run": {}}
+    build_run_model(make_context(case, weights, output, rank=0), device=torch.device("cpu"))
 
 
 def take_cases(given: dict[str, Any], output: Path, rank: int) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from launcher.config.run import Run
+from launcher.config.run import BatchedJob, Run
 from launcher.doctor.protocol import PACKAGES, Contact, GroupMeasurement, HostFacts, PairMeasurement, PluginFacts
 from launcher.doctor.report import Finding, error, warning
 from launcher.errors import ConfigError
@@ -349,11 +349,11 @@ def validate_shared_run_dir(
     why = f"not all hosts share {folder} ({', '.join(apart[:_SHOWN])}{more}), and "
     shared = "set run.root to a folder that all of them share"
     off = "checkpoint.every=0 checkpoint.at_end=false"
-    policy = run.checkpoint
+    policy, saves = run.checkpoint, isinstance(run.job, BatchedJob) and run.job.trains
     for option, value in (("checkpoint.every", policy.every), ("checkpoint.at_end", policy.at_end or None)):
-        if value:
+        if value and saves:
             whose = "each would keep only its own part of a checkpoint"
             yield ConfigError(option, value, why=why + whose, fix=f"{shared}, or {off}")
     if run.backend.restarts:
-        needs = "a restart would find no whole checkpoint"
+        needs = f"a restart would not find {'a whole checkpoint' if saves else 'what every rank has written'}"
         yield ConfigError("backend.restarts", run.backend.restarts, why=why + needs, fix=f"{shared}, or 0")

@@ -34,6 +34,13 @@ def test_a_run_that_wants_none_may_start(facts_of: FactsOf) -> None:
     assert refused(facts_of, "checkpoint.every=0", "checkpoint.at_end=false", node2={"is_shared": False}) == []
 
 
+def test_a_job_that_saves_no_checkpoint_may_start(facts_of: FactsOf) -> None:
+    generates = ("job=generate", "checkpoint.at_end=true")
+    assert refused(facts_of, *generates, node2={"is_shared": False}) == []
+    (restarts,) = refused(facts_of, *generates, "backend.restarts=2", node2={"is_shared": False})
+    assert "would not find what every rank has written" in restarts
+
+
 @pytest.mark.parametrize("num_hosts", [1, 3])
 def test_shared_or_alone(facts_of: FactsOf, num_hosts: int) -> None:
     apart = {"node1": {"is_shared": False}} if num_hosts == 1 else {}

@@ -120,6 +120,9 @@ class Job(Component):
     resumes: ClassVar[bool] = False
     """Whether it loads the checkpoint that ``checkpoint.resume`` names."""
 
+    reads_other_ranks_files: ClassVar[bool] = False
+    """Whether ranks read what others wrote into the run directory, which all hosts must share then."""
+
     handles_preemption: ClassVar[bool] = False
     """Whether ranks handle SIGTERM and SIGUSR1: save, and exit with the resume code."""
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
-from launcher.config.run import BatchedJob, Run
+from launcher.config.run import Run
 from launcher.doctor.protocol import PACKAGES, Contact, GroupMeasurement, HostFacts, PairMeasurement, PluginFacts
 from launcher.doctor.report import Finding, error, warning
 from launcher.errors import ConfigError
@@ -331,7 +331,7 @@ def group_rules(group: Mapping[str, GroupMeasurement], *, silent: Mapping[str, s
 def validate_shared_run_dir(
     run: Run, hosts: Sequence[Host], facts: Mapping[str, HostFacts], *, folder: str
 ) -> Iterator[ConfigError]:
-    """Yield errors for checkpoints that would be spread over the local disks of hosts.
+    """Yield errors for checkpoints, and files that ranks read, spread over the local disks of hosts.
 
     A single host holds whole checkpoints; so do hosts that share a file server this machine is not connected to.
 
@@ -349,11 +349,14 @@ def validate_shared_run_dir(
     why = f"not all hosts share {folder} ({', '.join(apart[:_SHOWN])}{more}), and "
     shared = "set run.root to a folder that all of them share"
     off = "checkpoint.every=0 checkpoint.at_end=false"
-    policy, saves = run.checkpoint, isinstance(run.job, BatchedJob) and run.job.trains
+    policy, saves = run.checkpoint, run.job.saves
     for option, value in (("checkpoint.every", policy.every), ("checkpoint.at_end", policy.at_end or None)):
         if value and saves:
             whose = "each would keep only its own part of a checkpoint"
             yield ConfigError(option, value, why=why + whose, fix=f"{shared}, or {off}")
+    if run.job.reads_other_ranks_files:
+        reads = "ranks of this job read what the ranks of other hosts write there"
+        yield ConfigError("job", run.job.kind, why=why + reads, fix=f"{shared}, or use one host")
     if run.backend.restarts:
         needs = f"a restart would not find {'a whole checkpoint' if saves else 'what every rank has written'}"
         yield ConfigError("backend.restarts", run.backend.restarts, why=why + needs, fix=f"{shared}, or 0")

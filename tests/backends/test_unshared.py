@@ -12,7 +12,6 @@ import pytest
 
 from launcher.utils.files import read_json, sha256_of
 from tests.conftest import REPOSITORY
-from tests.torchless import ECHO
 
 SMALL = (
     *("backend.threads=1", "data=synthetic", "job.log_every=1", "job.eval_every=0", "job.steps=4"),
@@ -43,12 +42,8 @@ def lab(plain_lab, fork_on):
 FOR_EVER = ("job.steps=1000000", *WITHOUT_CHECKPOINTS)
 
 
-def on(lab):
-    return ("backend=ssh", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}")
-
-
 def over_ssh(lab, *words):
-    return (*on(lab), *SMALL, *words)
+    return ("backend=ssh", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}", *SMALL, *words)
 
 
 def lines_without_times(run_dir):
@@ -147,19 +142,18 @@ def test_the_working_tree_is_sent(plain_lab, launch, tmp_path):
     git = ("git", "-C", tree, "-c", "user.name=x", "-c", "user.email=x@example.org")
     for words in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "all")):
         subprocess.run([*git, *words], check=True)
-    with (tree / "launcher" / "config" / "job" / "generate.py").open("a") as file:
+    with (tree / "launcher" / "config" / "job" / "train.py").open("a") as file:
         file.write("\nprint('edited and not committed')\n")
     python = stranger(plain_lab.folder / "stranger")
-    words = (*on(plain_lab), *ECHO, "backend.code=sent", f"backend.python={python}")
+    words = ("backend.code=sent", f"backend.python={python}", "tracker=local", *WITHOUT_CHECKPOINTS)
     env = {"PYTHONPATH": str(tree)}
-    ended = launch(*words, "run.dir=sent", env=env).expect(0)
+    ended = launch(*over_ssh(plain_lab, *words, "run.dir=sent"), env=env).expect(0)
     for log in ("node1.0.log", "node2.1.log"):
         assert "edited and not committed" in (tmp_path / "sent" / "logs" / log).read_text()
-    shown = launch("plan", *words, "run.dir=other", env=env).expect(0).stdout
+    shown = launch("plan", *over_ssh(plain_lab, *words, "run.dir=other"), env=env).expect(0).stdout
     (code,) = {word for line in events(tmp_path / "sent") for word in line.split() if word.startswith("/tmp/cache/")}
     assert f"SHA-256 {Path(code).name}" in shown
-    result = read_json(tmp_path / "sent" / "result.json")
-    assert (result["status"], result["metrics"]["generate/errors"]) == ("completed", 0)
+    assert read_json(tmp_path / "sent" / "result.json")["metrics"]["train/step"] == 4
     assert not ended.stderr.count("error")
 
 

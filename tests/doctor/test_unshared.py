@@ -35,10 +35,17 @@ def test_a_run_that_wants_none_may_start(facts_of: FactsOf) -> None:
 
 
 def test_a_job_that_saves_no_checkpoint_may_start(facts_of: FactsOf) -> None:
-    generates = ("job=generate", "checkpoint.at_end=true")
-    assert refused(facts_of, *generates, node2={"is_shared": False}) == []
-    (restarts,) = refused(facts_of, *generates, "backend.restarts=2", node2={"is_shared": False})
+    serves = ("job=serve", "checkpoint.at_end=true")
+    assert refused(facts_of, *serves, node2={"is_shared": False}) == []
+    (restarts,) = refused(facts_of, *serves, "backend.restarts=2", node2={"is_shared": False})
     assert "would not find what every rank has written" in restarts
+
+
+@pytest.mark.parametrize("kind", ["generate", "verify"])
+def test_a_job_whose_ranks_read_the_files_of_others_is_refused(facts_of: FactsOf, kind: str) -> None:
+    (refusal,) = refused(facts_of, f"job={kind}", node2={"is_shared": False})
+    assert refusal.startswith(f"job={kind}: not all hosts share /runs/x (node2), and ranks of this job read")
+    assert refused(facts_of, f"job={kind}") == []
 
 
 @pytest.mark.parametrize("num_hosts", [1, 3])

@@ -50,6 +50,7 @@ class Generate(GeneratingJob):
 
     kind: ClassVar[str] = "generate"
     handles_preemption: ClassVar[bool] = True
+    reads_other_ranks_files: ClassVar[bool] = True
 
     input: PathText = SAMPLE_INPUT
     """File of prompts; ``sample`` is a file of 16 prompts that comes with the program.

@@ -292,6 +292,7 @@ class Verify(LearningJob):
     """The same few optimizer steps under many strategies, each compared with one process."""
 
     kind: ClassVar[str] = "verify"
+    reads_other_ranks_files: ClassVar[bool] = True
 
     steps: int = 10
     """Optimizer steps that every strategy takes."""

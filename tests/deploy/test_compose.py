@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from compose_spec import PyCompose
@@ -17,7 +20,12 @@ from launcher.config.snapshot import load_run
 from launcher.deploy.prepare import prepare
 from launcher.deploy.registry import render
 from launcher.errors import ConfigErrors
+from tests.conftest import Start
+from tests.deploy.containers import Container
+from tests.deploy.monitoring.rendered import PROMTOOL
 from tests.deploy.proxies import SERVER, check_command
+from tests.helpers import wait_for
+from tests.ports import free_port
 
 GOLDEN = Path(__file__).parent.parent / "golden/deploy/compose.yaml"
 EVERYTHING = (
@@ -124,6 +132,75 @@ def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     file.write_text(text.replace('"/tmp', f'"{tmp_path}'))
     done = subprocess.run(check_command("nginx", file), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_of_a_server_starts_one_that_is_healthy(tmp_path: Path, preloading: Start) -> None:
+    port = free_port()
+    files = rendered(f"job.port={port}", "job.engine=echo", "job.tokenizer=bytes", f"deploy.python={sys.executable}")
+    service = yaml.safe_load(files["compose.yaml"])["services"]["server-1"]
+    mounts = {each["target"]: each["source"] for each in service["volumes"]}
+    container = Container(tmp_path / "root", tuple(mounts))
+    (snapshot,) = (target for target, source in mounts.items() if source == "./server")
+    container.write_run(f"{snapshot}/run.yaml", files["server/run.yaml"])
+    kind, *check = service["healthcheck"]["test"]
+    assert kind == "CMD"
+
+    def is_healthy() -> bool:
+        return subprocess.run(check, capture_output=True, check=False).returncode == 0
+
+    assert not is_healthy()
+    environment = {**service["environment"], "HOME": str(tmp_path)}
+    with container.running(service["command"], environment, cwd="/runs", start_process=preloading) as process:
+        wait_for(is_healthy, process=process, shown=lambda: container.log)
+        body = {"model": "gpt2_tiny", "prompt": "abc", "max_tokens": 4}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers={"host": "server-1"})
+        assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(float(service["stop_grace_period"].removesuffix("s"))) == 0
+
+
+def test_promtool_accepts_what_prometheus_reads(everything: dict[str, str], tmp_path: Path) -> None:
+    if PROMTOOL is None:
+        pytest.skip("Debian's prometheus is not installed")
+    volumes = yaml.safe_load(everything["compose.yaml"])["services"]["prometheus"]["volumes"]
+    for mount in volumes:
+        if mount["type"] == "bind":
+            source, target = mount["source"].removeprefix("./"), tmp_path / mount["target"].lstrip("/")
+            for path, text in everything.items():
+                if path == source or path.startswith(f"{source}/"):
+                    place = Path(f"{target}{path.removeprefix(source)}")
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_text(text)
+    file = tmp_path / "etc/prometheus/prometheus.yml"
+    found = subprocess.run([PROMTOOL, "check", "config", file], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "1 rule files found" in found.stdout, found.stdout
+    file.write_text(everything["prometheus.yml"].replace("scrape_configs", "scrape_config"))
+    assert subprocess.run([PROMTOOL, "check", "config", file], capture_output=True, check=False).returncode != 0
+
+
+def test_grafana_is_provisioned_with_fields_that_it_knows(everything: dict[str, str]) -> None:
+    """The fields are those of Grafana's page on provisioning; it ignores others without a word."""
+    folder = "grafana/provisioning"
+    (provider,) = (providers := yaml.safe_load(everything[f"{folder}/dashboards/launcher.yaml"]))["providers"]
+    (source,) = (sources := yaml.safe_load(everything[f"{folder}/datasources/prometheus.yaml"]))["datasources"]
+    assert (providers.keys(), sources.keys()) == ({"apiVersion", "providers"}, {"apiVersion", "datasources"})
+    assert providers["apiVersion"] == sources["apiVersion"] == 1
+    known = {"name", "orgId", "folder", "folderUid", "type", "disableDeletion", "updateIntervalSeconds"}
+    assert {"name", "type", "options"} <= provider.keys() <= known | {"allowUiUpdates", "options"}
+    assert provider["type"] == "file"
+    known = {"name", "type", "access", "orgId", "uid", "url", "user", "database", "basicAuth", "basicAuthUser"}
+    known |= {"withCredentials", "isDefault", "jsonData", "secureJsonData", "version", "editable"}
+    assert {"name", "type", "url", "uid"} <= source.keys() <= known
+    assert (source["type"], source["access"]) == ("prometheus", "proxy")
+    volumes = yaml.safe_load(everything["compose.yaml"])["services"]["grafana"]["volumes"]
+    targets = {each["target"]: each["source"] for each in volumes}
+    assert targets["/etc/grafana/provisioning"] == f"./{folder}"
+    assert any(path.startswith(f"{targets[provider['options']['path']]}/".removeprefix("./")) for path in everything)
+    board = json.loads(everything["grafana/dashboards/serving.json"])
+    assert {panel["datasource"]["uid"] for panel in board["panels"] if "datasource" in panel} == {"${datasource}"}
+    (chosen,) = (each for each in board["templating"]["list"] if each["name"] == "datasource")
+    assert (chosen["type"], chosen["query"]) == ("datasource", source["type"])  # the one that is there
 
 
 def test_prometheus_and_grafana_find_each_other(everything: dict[str, str]) -> None:

@@ -50,7 +50,8 @@ def horizontal_pod_autoscaler(server: Server) -> Manifest:
 def scaled_object(server: Server) -> Manifest:
     """Return an autoscaler on the requests of all pods, and on those that wait at the gateway."""
     deploy = server.deploy
-    labels = f'namespace="{deploy.namespace}",pod=~"{server.versioned}-.*"'
+    ends = "[0-9]+" if server.is_stateful else "[^-]+-[^-]+"  # as controllers name pods
+    labels = f'namespace="{deploy.namespace}",pod=~"{server.versioned}-{ends}"'
     requests = f"(sum({NUM_RUNNING}{{{labels}}}) or vector(0)) + (sum({NUM_WAITING}{{{labels}}}) or vector(0))"
     queries = [requests, *([deploy.queue_query] if deploy.queue_query else [])]
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ CASES = {
     "monitored": ("deploy.monitoring=true", "deploy.traffic=gateway", *ROUTES),
     "stateful": ("deploy.workload=stateful_set", "deploy.replicas=2"),
     "claim": ("deploy.model_from=claim", "deploy.model_source=models", "deploy.model_subpath=team/chat"),
+    "image": ("deploy.model_from=image", "deploy.model_path=/opt/model"),
     "image volume": ("deploy.model_from=image_volume", "deploy.model_source=registry.example/model:1"),
     "shared cache": ("deploy.cache_claim=hub", "deploy.workload=stateful_set"),
 }
@@ -139,6 +141,9 @@ def test_times_follow_from_the_drain_and_the_measured_load(rendered: Render) -> 
     assert probe["httpGet"]["path"] == container["readinessProbe"]["httpGet"]["path"] == "/health/ready"
     assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
     scaled = manifests_of(files)["ScaledObject"]["spec"]
+    (pods,) = re.findall(r'pod=~"(.*?)"', scaled["triggers"][0]["metadata"]["query"].partition(" or ")[0])
+    names = {"gpt2-tiny-v1-5d8f7c9b6-x2x4z": True, "gpt2-tiny-v1-b-5d8f7c9b6-x2x4z": False, "gpt2-tiny-v1-0": False}
+    assert {name: bool(re.fullmatch(pods, name)) for name in names} == names  # not those of a version v1-b
     assert min(scaled["cooldownPeriod"], scaled["initialCooldownPeriod"]) > 300  # a loading pod does not count as idle
     assert "replicas" not in manifests_of(files)["Deployment"]["spec"]
 
@@ -172,6 +177,16 @@ def test_the_model_is_mounted_where_the_snapshot_looks_for_it(rendered: Render) 
     assert mount == {"name": "model", "mountPath": "/models", "readOnly": True, "subPath": "team/chat"}
     started = yaml.safe_load(manifests_of(files)["ConfigMap"]["data"]["run.yaml"])
     assert started["model"]["weights"] == "/models"
+    _, _, files = rendered(*CASES["image"])
+    assert "model" not in {each["name"] for each in pod_of(files)["volumes"]}
+    started = yaml.safe_load(manifests_of(files)["ConfigMap"]["data"]["run.yaml"])
+    assert started["model"]["weights"] == "/opt/model"
+    _, _, files = rendered(*CASES["image volume"])
+    (volume,) = (each for each in pod_of(files)["volumes"] if each["name"] == "model")
+    assert volume["image"]["reference"] == "registry.example/model:1"
+    for case, cache in (("smallest", "emptyDir"), ("shared cache", "persistentVolumeClaim")):
+        (volume,) = (each for each in pod_of(rendered(*CASES[case])[2])["volumes"] if each["name"] == "cache")
+        assert cache in volume
     _, _, files = rendered(*FULL)
     init = pod_of(files)["initContainers"][0]
     assert init["command"][1:] == ["-m", "launcher.deploy.fetch", "s3://models/chat", "/models"]

@@ -73,9 +73,10 @@ class MonitoringDeploy(MonitoredDeploy):
     alertmanagers: tuple[str, ...] = ()
     """Addresses of Alertmanagers that get the alerts, ``host:port`` each."""
 
-    stalled_s: int = 600
+    stalled_s: int = 300
     """Seconds without a step after which training counts as stalled.
-    Evaluations and saves must take less."""
+    Evaluations and saves must take less. A run without any progress ends after ``backend.stall_timeout_s`` (600), so
+    a longer time is for runs with long evaluations."""
 
     goodput_share: float = 0.5
     """Share of half an hour below which steps take too little of the time of a training run."""

@@ -199,7 +199,11 @@ def training_alerts(run: Run) -> Iterator[Alert]:
     )
     yield Alert(
         name="TrainingGoodputLow",
-        expr=f"{GOODPUT} < {deploy.goodput_share:g} and on (run_id) launcher:train_step offset 30m",
+        # Runs of at least half an hour that have not ended: in a window that outlasts a run its share only falls.
+        expr=(
+            f"{GOODPUT} < {deploy.goodput_share:g} and on (run_id) launcher:train_step offset 30m "
+            "and on (run_id) launcher:train_step"
+        ),
         lasts="15m",
         severity="ticket",
         summary=f"{who}: steps take less than {_percent(deploy.goodput_share)} of the time",

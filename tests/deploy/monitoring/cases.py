@@ -85,7 +85,7 @@ SERVING = (
 
 TRAINING = (
     _run("TrainingStalled", fires=True, train_last_step_timestamp_seconds="0+60x50 3000+0x25"),
-    _run("TrainingStalled", fires=False, train_last_step_timestamp_seconds="0+60x65 3900+0x10"),
+    _run("TrainingStalled", fires=False, train_last_step_timestamp_seconds="0+60x66 3960+0x9"),
     _run("TrainingStalled", fires=False, train_last_step_timestamp_seconds="0+60x50 3000+0x25", run_exit_code="0+0x75"),
     _run("TrainingLossNotFinite", fires=True, train_nonfinite_steps_total="0+0x60 1+0x15"),
     _run("TrainingLossNotFinite", fires=False, train_nonfinite_steps_total="1+0x75"),
@@ -94,11 +94,12 @@ TRAINING = (
     _run("TrainingGoodputLow", fires=True, forward="0+6x75", data="0+50x75", train_step="0+1x75"),
     _run("TrainingGoodputLow", fires=False, forward="0+50x75", data="0+6x75", train_step="0+1x75"),
     _run("TrainingGoodputLow", fires=False, forward="_x53 0+40x22", train_step="_x53 0+1x22"),
+    _run("TrainingGoodputLow", fires=False, forward="0+40x45 stale", data="0+15x45 stale", train_step="0+1x45 stale"),
     _run("TrainingFailed", fires=True, run_exit_code="_x65 1 _x9"),
     _run("TrainingFailed", fires=False, run_exit_code="_x65 0 _x9"),
     _run("TrainingFailed", fires=False, run_exit_code="_x65 75 _x9"),
 )
-"""With the default thresholds: 600 s without a step, half of the time in steps."""
+"""With the default thresholds: 300 s without a step, half of the time in steps."""
 
 VLLM = (
     Case(

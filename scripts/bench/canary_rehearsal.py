@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +22,15 @@ from pathlib import Path
 from harness import print_machine
 from load_balancer import KINDS, SERVER, LoadBalancer
 from load_balancing import Stream
+from monitored_runs import monitoring_folder, running_prometheus
 from soak_server import SoakServer
 
-from launcher.deploy.folder import write
-from launcher.deploy.prepare import prepare
-from launcher.deploy.registry import render
 from launcher.utils.system import free_port
 
 BAD_STEP_S, GOOD_STEP_S = 1.0, 0.02
 """Seconds for each token of a version."""
 GATES = ("deploy.canary_tokens_per_s=3", "deploy.canary_slowdown=null", "deploy.canary_ttft_p95_s=null")
 """A good version keeps far above these, on a busy machine too."""
-_START_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,35 +48,9 @@ class Promotion:
 def scraping(folder: Path, ports: Sequence[int]) -> Iterator[str]:
     """Run Prometheus with what ``deploy=monitoring`` renders; yield its address."""
     targets = f"deploy.targets=[{','.join(f'127.0.0.1:{port}' for port in ports)}]"
-    words = (*SERVER, "deploy=monitoring", f"deploy.out={folder}", "deploy.scrape_every_s=1", targets)
-    write(folder, render(*prepare(words)))
-    program = shutil.which("prometheus")
-    if program is None:
-        raise FileNotFoundError("prometheus is not installed: apt-get install prometheus")
-    port = free_port()
-    options = ("--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address=127.0.0.1:{port}")
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(
-            [program, *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        until = time.monotonic() + _START_S
-        while not _answers(f"http://127.0.0.1:{port}/-/ready"):
-            if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"Prometheus does not start:\n{(folder / 'prometheus.log').read_text()}")
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 (this machine)
-            return True
-    except OSError:
-        return False
+    monitoring_folder(folder, ((*SERVER, "deploy.scrape_every_s=1", targets),))
+    with running_prometheus(folder) as address:
+        yield address
 
 
 def rehearse(

@@ -13,14 +13,18 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
 _COLUMNS, _WIDTH, _HEIGHT = 3, 320, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 26, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 26, 34
+_FOOT = 20
 _POINTS = 120
-_MAX_LEGENDS = 4
+_MAX_LEGENDS, _LEGEND = 4, 24
+_TITLE = 40
+"""Characters of a title in its usual size; a longer one is smaller."""
 _COLORS = ("#3274d9", "#e0752d", "#37872d", "#c4162a", "#8f3bb8", "#7a6a00", "#0a8a8a", "#8a8a8a")
 
 
@@ -43,15 +47,16 @@ def main() -> None:
     arguments = parser.parse_args()
     board, end = json.loads(arguments.board.read_text(encoding="utf-8")), time.time()
     begin = end - 60 * arguments.minutes
-    drawn = [
-        (
-            panel["title"],
-            panel["fieldConfig"]["defaults"]["unit"],
-            list(lines_of(arguments.prometheus, panel, begin, end)),
-        )
+    arguments.out.write_text(drawn(arguments.prometheus, board, begin=begin, end=end), encoding="utf-8")
+
+
+def drawn(prometheus: str, board: Mapping[str, Any], *, begin: float, end: float) -> str:
+    """Return the SVG of all panels of a dashboard over a time."""
+    panels = [
+        (panel["title"], panel["fieldConfig"]["defaults"]["unit"], list(lines_of(prometheus, panel, begin, end)))
         for panel in board["panels"]
     ]
-    arguments.out.write_text(draw(drawn, begin=begin, end=end), encoding="utf-8")
+    return draw(panels, begin=begin, end=end)
 
 
 def lines_of(prometheus: str, panel: Mapping[str, Any], begin: float, end: float) -> Iterator[Line]:
@@ -74,16 +79,19 @@ def lines_of(prometheus: str, panel: Mapping[str, Any], begin: float, end: float
 
 def draw(panels: Sequence[tuple[str, str, Sequence[Line]]], *, begin: float, end: float) -> str:
     """Return the SVG of panels, each with its title, unit and series."""
-    height = -(-len(panels) // _COLUMNS) * _HEIGHT
+    height = -(-len(panels) // _COLUMNS) * _HEIGHT + _FOOT
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_COLUMNS * _WIDTH} {height}" font-family="sans-serif">'
     )
+    first, last = (datetime.fromtimestamp(at, UTC) for at in (begin, end))
+    foot = f"From {first:%Y-%m-%d %H:%M:%S} to {last:%H:%M:%S} UTC. Drawn by draw_panels.py, not by Grafana."
+    note = f'<text x="{_LEFT}" y="{height - 6}" font-size="10">{foot}</text>'
     cells = []
     for number, (title, unit, lines) in enumerate(panels):
         place = f"translate({number % _COLUMNS * _WIDTH} {number // _COLUMNS * _HEIGHT})"
         inner = "\n".join(_panel(title, unit, lines, begin, end))
         cells.append(f'<g transform="{place}">\n{inner}\n</g>')
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *cells, "</svg>", ""])
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *cells, note, "</svg>", ""])
 
 
 def _panel(title: str, unit: str, lines: Sequence[Line], begin: float, end: float) -> Iterator[str]:
@@ -92,11 +100,12 @@ def _panel(title: str, unit: str, lines: Sequence[Line], begin: float, end: floa
     low, high = min([0.0, *values]), max(values, default=1.0)
     if high <= low:
         high = low + 1
-    yield f'<text x="{_LEFT}" y="16" font-size="11" font-weight="bold">{escape(title[:44])}</text>'
+    size = 11 * min(1.0, _TITLE / len(title))
+    yield f'<text x="{_LEFT}" y="16" font-size="{size:.3g}" font-weight="bold">{escape(title)}</text>'
     yield f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="#999" stroke-width="0.7"/>'
     for value, y in ((high, _TOP + 8), (low, bottom)):
         yield f'<text x="{_LEFT - 4}" y="{y}" font-size="9" text-anchor="end">{shown(value, unit)}</text>'
-    for number, line in enumerate(lines):
+    for number, (line, name) in enumerate(zip(lines, legends([line.name for line in lines]), strict=True)):
         color = _COLORS[number % len(_COLORS)]
         points = " ".join(
             f"{_LEFT + (right - _LEFT) * (at - begin) / (end - begin):.1f},"
@@ -106,9 +115,16 @@ def _panel(title: str, unit: str, lines: Sequence[Line], begin: float, end: floa
         yield f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.2"/>'
         if number < _MAX_LEGENDS:
             x, y = _LEFT + number % 2 * 132, bottom + 12 + number // 2 * 12
-            yield f'<text x="{x}" y="{y}" font-size="9" fill="{color}">{escape(line.name[-26:])}</text>'
+            yield f'<text x="{x}" y="{y}" font-size="9" fill="{color}">{escape(name[-_LEGEND:])}</text>'
     if not values:
         yield f'<text x="{_LEFT + 8}" y="{bottom - 8}" font-size="10">no data</text>'
+
+
+def legends(names: Sequence[str]) -> list[str]:
+    """Return names without the first word, where all have the same one and more words."""
+    cut = [name.partition(" ") for name in names]
+    is_shared = len({first for first, _, _ in cut}) == 1 and all(rest for _, _, rest in cut)
+    return [rest for _, _, rest in cut] if is_shared else list(names)
 
 
 def shown(value: float, unit: str) -> str:
@@ -117,6 +133,8 @@ def shown(value: float, unit: str) -> str:
         return f"{100 * value:.3g} %"
     if unit == "bytes":
         return f"{value / 2**20:.4g} MiB"
+    if value >= 1000:
+        return f"{value:,.0f}"
     return f"{value:.3g}{ {'s': ' s', 'reqps': '/s'}.get(unit, '') }"
 
 

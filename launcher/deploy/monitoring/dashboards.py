@@ -10,7 +10,7 @@ from launcher.config.deploy.monitoring import MonitoredDeploy
 from launcher.config.job.train import Train
 from launcher.config.run import Run
 from launcher.deploy.monitoring.queries import queries_of
-from launcher.deploy.monitoring.rules import FAILURE_SHARE, GOODPUT, SLOW_SHARE
+from launcher.deploy.monitoring.rules import FAILURE_SHARE, GOODPUT, SLOW_SHARE, step_seconds
 from launcher.protocol.serving_metrics import (
     KV_CACHE_USAGE,
     NUM_RUNNING,
@@ -147,7 +147,8 @@ def _times(run: Run, title: str, histogram: str) -> Panel:
 
 def training_panels() -> Iterator[Panel]:
     """Yield the graphs of training runs."""
-    runs = '{run_name=~"$run_name", run_id=~"$run_id"}'
+    chosen = 'run_name=~"$run_name", run_id=~"$run_id"'
+    runs = f"{{{chosen}}}"
 
     def gauge(title: str, unit: Unit, *names: str) -> Panel:
         queries = tuple((f"launcher:{name}{runs}", f"{{{{run_id}}}} {name}") for name in names)
@@ -162,7 +163,13 @@ def training_panels() -> Iterator[Panel]:
     yield gauge("Model FLOP/s utilisation", "percentunit", "perf_mfu")
     phases = f"sum by (run_id, phase) (rate(launcher:train_phase_seconds_total{runs}[{_RATE}]))"
     yield Panel(title="Time by phase", unit="percentunit", queries=((phases, "{{run_id}} {{phase}}"),))
-    yield Panel(title="Goodput", unit="percentunit", queries=((f"{GOODPUT}{runs}", "{{run_id}}"),))
+    now = f"sum by (run_id) (rate({step_seconds(chosen)}[{_RATE}]))"
+    yield Panel(
+        title="Goodput: share of time in steps",
+        unit="percentunit",
+        queries=((now, "{{run_id}} now"), (f"{GOODPUT}{runs}", "{{run_id}} half an hour")),
+        description="The mean over half an hour counts the time before a younger run began as lost.",
+    )
     since = f"time() - launcher:train_last_step_timestamp_seconds{runs}"
     yield Panel(title="Time since the last step", unit="s", queries=((since, "{{run_id}}"),))
     bad = tuple(

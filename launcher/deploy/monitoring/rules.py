@@ -160,9 +160,14 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
+def step_seconds(*matchers: str) -> str:
+    """Return the counters of rank 0's seconds in phases that compute steps."""
+    chosen = ", ".join((f'phase!~"{_OVERHEAD}"', *matchers))
+    return f"launcher:train_phase_seconds_total{{{chosen}}}"
+
+
 def _training_records() -> Iterator[Rule]:
-    seconds = f'launcher:train_phase_seconds_total{{phase!~"{_OVERHEAD}"}}'
-    yield _record(GOODPUT, f"sum without (phase) (rate({seconds}[30m]))")
+    yield _record(GOODPUT, f"sum without (phase) (rate({step_seconds()}[30m]))")
 
 
 def training_alerts(run: Run) -> Iterator[Alert]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import draw_panels
 import httpx
 import pytest
-import yaml
+from monitored_runs import monitoring_folder, running_prometheus
 
 from tests.conftest import Background, Start, running_in_background
-from tests.deploy.monitoring.rendered import PROMETHEUS, SERVER, TRAINING_RUN, rendered, written
+from tests.deploy.monitoring.rendered import PROMETHEUS, SERVER, TRAINING_RUN
 from tests.helpers import wait_for
 from tests.inference.server.conftest import Served, _starter
 from tests.ports import free_port
@@ -56,30 +56,6 @@ class Scraped:
 
 
 @contextmanager
-def prometheus(folder: Path) -> Iterator[httpx.Client]:
-    """Run Prometheus with the configuration in ``folder``."""
-    assert PROMETHEUS is not None
-    port = free_port()
-    words = ("--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address=127.0.0.1:{port}")
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen([PROMETHEUS, *words], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as api:
-
-            def ready() -> bool:
-                try:
-                    return api.get("/-/ready").status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            wait_for(ready, process=process, shown=(folder / "prometheus.log").read_text)
-            yield api
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextmanager
 def traffic(server: Served) -> Iterator[None]:
     """Send the server requests, of which every other one is answered from its result cache."""
     ended = threading.Event()
@@ -102,7 +78,7 @@ def traffic(server: Served) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory, preloading: Start) -> Iterator[Scraped]:
-    """Serve and train until the tests are over; an alert need not last before it fires."""
+    """Serve and train until the tests are over."""
     folder = tmp_path_factory.mktemp("monitoring")
     port = free_port()
     tracker = ("tracker=prometheus", f"tracker.port={port}", "run.name=tiny")
@@ -111,18 +87,13 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, preloading: Start) -> Iter
         training = launch(*tracker, *SMALL)
         server = next(starter)(*ENGINE)
         every = "deploy.scrape_every_s=1"
-        _, serving_files = rendered(
-            *SERVER, every, "deploy.slo_ttft_s=0.001", f"deploy.targets=[127.0.0.1:{server.port}]"
+        serving = (*SERVER, every, "deploy.slo_ttft_s=0.001", f"deploy.targets=[127.0.0.1:{server.port}]")
+        monitoring_folder(
+            folder, (serving, (*TRAINING_RUN, every, "deploy.name=training", f"tracker.port={port}")), divide=60
         )
-        _, training_files = rendered(*TRAINING_RUN, every, "deploy.name=training", f"tracker.port={port}")
-        configs = [yaml.safe_load(files["prometheus.yml"]) for files in (serving_files, training_files)]
-        configs[0]["scrape_configs"] += configs[1]["scrape_configs"]
-        files = {**serving_files, **training_files, "prometheus.yml": yaml.safe_dump(configs[0])}
-        lasting = {name: text.replace("for: 2m", "for: 0m") for name, text in files.items()}
-        written(lasting, folder)
-        boards = {name: json.loads(text) for name, text in files.items() if name.endswith(".json")}
+        boards = {path.stem: json.loads(path.read_text()) for path in folder.glob("grafana/dashboards/*.json")}
         training.wait_for_output("step 1/")
-        with prometheus(folder) as api, traffic(server):
+        with running_prometheus(folder) as url, httpx.Client(base_url=url, timeout=30) as api, traffic(server):
             yield Scraped(api, server, training, boards)
     next(starter, None)
 
@@ -143,25 +114,34 @@ def test_every_query_of_every_panel_returns_data(scraped: Scraped) -> None:
                 del missing[expr]
         return not missing
 
+    begin = time.time()
     wait_for(complete, seconds=180, shown=lambda: missing)
+    for board in scraped.boards.values():
+        picture = draw_panels.drawn(str(scraped.api.base_url), board, begin=begin - 5, end=time.time())
+        assert "no data" not in picture
+        assert all(panel["title"] in picture for panel in board["panels"])
     for board in scraped.boards.values():
         for variable in board["templating"]["list"][1:]:
             metric, label = variable["query"]["query"].removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
             assert all(labels[label] for labels, _ in scraped.query(metric)), variable
 
 
-def test_alerts_fire_on_what_they_are_about(scraped: Scraped) -> None:
-    """First tokens that take over a millisecond; an engine, a rank and then a server that are killed."""
+def test_alerts_fire_on_what_they_are_about_and_end(scraped: Scraped) -> None:
+    """First tokens that take over a millisecond; an engine, a rank and then a server that are killed.
 
-    def fires(alert: str) -> None:
-        wait_for(lambda: alert in scraped.firing(), seconds=180, shown=scraped.firing)
+    Windows and waits are 60 times shorter than rendered.
+    """
 
-    fires("ServingTtftBudgetBurnsFast")
+    def becomes(alert: str, *, fires: bool) -> None:
+        wait_for(lambda: (alert in scraped.firing()) is fires, seconds=180, shown=scraped.firing)
+
+    becomes("ServingTtftBudgetBurnsFast", fires=True)
     unprovoked = {"ServingRestarts", "ServingDown", "ServingErrorBudgetBurnsFast", "TrainingFailed", "TrainingStalled"}
     assert not scraped.firing() & unprovoked
     scraped.server.replicas()[0].kill()
-    fires("ServingRestarts")
+    becomes("ServingRestarts", fires=True)
     scraped.training.ranks()[0].kill()
-    fires("TrainingFailed")
+    becomes("TrainingFailed", fires=True)
+    becomes("ServingRestarts", fires=False)
     scraped.server.process.send_signal(signal.SIGKILL)
-    fires("ServingDown")
+    becomes("ServingDown", fires=True)

@@ -44,6 +44,7 @@ _BY_PLACE = (
     *((f"inference/test_{name}.py*", "process") for name in ("detokenizer", "transformers_engine", "vllm_engine")),
     ("inference/server/*", "process"),
     # Whole files that start processes by themselves.
+    ("backends/slurm/test_setup.py*", "process"),
     *(
         (f"{name}.py*", "process")
         for name in ("planning/test_agents", "utils/test_build_once", "test_layers", "test_package")

@@ -22,6 +22,13 @@ def endless(folder: Path) -> tuple[str, ...]:
     return (*ECHO, f"job.input={prompts}", "job.max_tokens=1", "job.max_num_seqs=2", "job.echo_step_s=0.2")
 
 
+def brief(folder: Path) -> tuple[str, ...]:
+    """Return the overrides of a run that ends by itself; its prompts are written into ``folder``."""
+    prompts = folder / "few.txt"
+    prompts.write_text("x\n" * 4)
+    return (*ECHO, f"job.input={prompts}", "job.max_tokens=1")
+
+
 def wait_for_answers(run_dir: Path, *, ranks: int = 2, seconds: float = 120) -> None:
     """Wait until every rank has written an answer."""
     parts = [run_dir / "generated" / f"rank{rank}.part" for rank in range(ranks)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from launcher.backends.registry import executor_of
 from launcher.cli.arguments import Arguments
-from launcher.execution.sweep import plan_sweep, run_sweep
+from launcher.execution.sweep import plan_sweep, render_arrays, run_sweep
+from launcher.utils.text import printable
 
 
 def run(arguments: Arguments) -> int:
@@ -13,5 +14,7 @@ def run(arguments: Arguments) -> int:
     if arguments.dry_run:
         for trial in trials:
             print(f"{trial.prepared.plan.run_dir}  {' '.join(trial.words)}")
+        if text := render_arrays(trials, executor_of):
+            print(printable(f"\n{text}"), end="")
         return 0
     return run_sweep(sweep, trials, executor_of)

@@ -239,7 +239,9 @@ Exit codes: 0 the hosts are fit (there may be warnings), 69 a host is not fit, 2
 """,
         notes="""\
 All runs are checked before the first one starts. When a run fails, the others still run; the exit code is that of the
-first failed run. The table is printed at the end and kept in sweep.json beside the runs.""",
+first failed run. The table is printed at the end and kept in sweep.json beside the runs.
+
+With backend=slurm the runs are tasks of a job array. The command returns once it is queued (backend.wait=false).""",
     ),
     "runs": Verb(
         summary="list runs and their states, the most recently started first",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 from launcher.config.activation import OffloadCheckpointing
@@ -25,7 +26,7 @@ from launcher.config.quantization import METHODS
 from launcher.config.run import BatchedJob, Benchmark, LearningJob, Run, run_to_tree
 from launcher.config.supported_models import packing_error, unsupported_attention, validate_family
 from launcher.errors import ConfigError
-from launcher.errors.secrets import is_secret_argument, is_secret_value, secret_variable_in
+from launcher.errors.secrets import is_secret, is_secret_argument, is_secret_value, secret_variable_in
 from launcher.protocol.plan import Host, first_ranks
 from launcher.protocol.rundir import RUN_INDEX
 
@@ -36,6 +37,8 @@ _WHOLE_MODEL = ("single", "ddp")
 
 _ARGUMENTS = ("ssh_options", "sbatch_options")
 """Options of backends whose words are passed to other programs."""
+_READ_BY_SHELL = re.compile(r"\w+=\"?\$[\w({]")
+"""An assignment in a line of shell whose value only the shell knows."""
 _NO_CHECKPOINTS = ("0", "false", "default")
 """Values of the group checkpoint that ask for none."""
 
@@ -85,6 +88,11 @@ def _validate_secrets(run: Run) -> Iterator[ConfigError]:
             why = "holds a secret (a password or token), and run.yaml is written to disk"
             fix = "leave it out: name a file or an agent that holds it (ssh: a key, -i FILE, or ssh-agent)"
             yield ConfigError(f"backend.{name}", why=why, fix=fix)
+    for line in getattr(run.backend, "setup", ()):
+        if is_secret("", _READ_BY_SHELL.sub("", line)) and not is_secret_value(line):
+            why = "assigns a secret (a password or token), and run.yaml is written to disk"
+            fix = "export it in your shell and name it in backend.forward, or read it from a file: NAME=$(cat FILE)"
+            yield ConfigError("backend.setup", why=why, fix=fix)
 
 
 def _validate_name(run: Run) -> Iterator[ConfigError]:

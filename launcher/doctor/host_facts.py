@@ -65,7 +65,7 @@ def collect_host_facts(
         address=own_address(environ.get("SSH_CONNECTION")),
         architecture=platform.machine(),
         boot_id=_boot_id(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=_cores(environ),
         memory_bytes=memory,
         free_memory_bytes=min(memory, psutil.virtual_memory().available),
         computes_bf16=cpu_computes_bf16(),
@@ -75,6 +75,16 @@ def collect_host_facts(
         software=collect_software(plugins),
         storage=examine_storage(run_dir, token=token),
     )
+
+
+def _cores(environ: Mapping[str, str]) -> int:
+    """Return the number of cores that this process may use.
+
+    Clusters that bind no processes say only in a variable how many Slurm has allocated.
+    """
+    allocated = environ.get("SLURM_CPUS_ON_NODE", "")
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, int(allocated)) if allocated.isdigit() and int(allocated) else cores
 
 
 def _boot_id(file: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from launcher.config.backend.base import Backend
@@ -60,6 +61,49 @@ class Executor(ABC, Generic[B]):
         """Start ``plan``, wait until all of its processes have exited, and return the outcome.
 
         It writes no result files: ``submit_with_restarts`` does, after the last attempt.
+        """
+
+
+class ArrayExecutor(Executor[B]):
+    """Executor of a cluster that queues many runs as one job array, each run a task of it."""
+
+    @property
+    def uses_arrays(self) -> bool:
+        """Whether the runs of a sweep are queued so."""
+        return True
+
+    @abstractmethod
+    def render_array(self, plan: Plan, *, folder: Path, tasks: Sequence[int]) -> str:
+        """Return the submission of an array as text.
+
+        Runs may be tasks of one array if their texts are equal for the same ``tasks``.
+
+        Args:
+            plan: of any of its runs.
+            folder: the directory of the sweep.
+            tasks: the numbers of its runs.
+        """
+
+    @abstractmethod
+    def submit_array(self, plans: Mapping[int, Plan], *, folder: Path) -> str:
+        """Queue one array and return its id.
+
+        Args:
+            plans: by the numbers of the tasks; their directories are staged.
+            folder: the directory of the sweep.
+
+        Raises:
+            LauncherError: it is rejected; nothing was queued.
+        """
+
+    @abstractmethod
+    def follow_arrays(self, arrays: Mapping[str, Mapping[int, Plan]]) -> dict[int, int]:
+        """Wait until all tasks have ended, and return their exit codes by number.
+
+        The first signal cancels the arrays.
+
+        Args:
+            arrays: the plans by number, by id of the array.
         """
 
 

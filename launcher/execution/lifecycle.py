@@ -6,17 +6,19 @@ and the entry point on the far side calls ``execute_run`` with an executor of it
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from launcher.config.parallel.zero import Zero
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
-from launcher.execution.executor import AnyExecutor
+from launcher.execution.executor import AnyExecutor, ArrayExecutor
 from launcher.execution.held_checkpoints import keep_checkpoints, loads_once
 from launcher.execution.prepare import PreparedRun
-from launcher.execution.restart import PORT_TRIES, submit_with_restarts
+from launcher.execution.restart import PORT_TRIES, submit_with_restarts, write_run_files
 from launcher.execution.summary import closing_text, opening_lines
 from launcher.execution.validate import validate_memlock, validate_nvme_space, validate_run_dir
 from launcher.protocol.outcome import RunOutcome
@@ -39,6 +41,37 @@ def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
         from launcher.execution.probe import probe_and_replan
 
         prepared = probe_and_replan(prepared, executor)
+    with _staged(prepared):
+        executor.check_submission(prepared.plan)
+        return execute_run(prepared, executor).exit_code
+
+
+def start_together(prepared: Mapping[int, PreparedRun], executor: ArrayExecutor[Any], folder: Path) -> str:
+    """Stage the directories of several runs, queue them as one job array, and return its id.
+
+    Args:
+        prepared: the runs by their number, each below ``folder``.
+        executor: of one of them; all have the same options of the job.
+        folder: the directory of their sweep.
+
+    Raises:
+        LauncherError: the array is rejected; nothing was queued, and no run directory is left.
+    """
+    executor.check_submission(next(iter(prepared.values())).plan)
+    with contextlib.ExitStack() as stack:
+        for each in prepared.values():
+            stack.enter_context(_staged(each))
+            write_run_files(each)
+        return executor.submit_array({number: each.plan for number, each in prepared.items()}, folder=folder)
+
+
+@contextlib.contextmanager
+def _staged(prepared: PreparedRun) -> Iterator[None]:
+    """Make, lock and check the run directory and list the run; undo it if nothing starts.
+
+    Raises:
+        LauncherError: the directory is not fit for the run, or the block raises it.
+    """
     directory, staged = prepared.directory, StagedFiles()
     with _lock_run_dir(directory, staged, is_detached=prepared.run.backend.is_detached) as lock:
         staged.remember(directory.snapshot, directory.plan)
@@ -47,9 +80,8 @@ def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
         try:
             _remove_nvme_leftovers(prepared)
             _check_staged(prepared)
-            executor.check_submission(prepared.plan)
             is_indexed = _index(prepared, staged)
-            return execute_run(prepared, executor).exit_code
+            yield
         except LauncherError:
             if _stamp(directory.session) == session:  # nothing was started
                 if is_indexed:

@@ -36,7 +36,7 @@ def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor, *, port_t
     """
     backend = prepared.run.backend
     restarts, tries = 0 if backend.restarts_itself else backend.restarts, port_tries
-    _write(prepared)
+    write_run_files(prepared)
     while True:
         outcome = executor.submit(prepared.plan)
         if outcome.port_taken and backend.port == "auto" and tries > 1:
@@ -56,7 +56,7 @@ def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor, *, port_t
     return outcome
 
 
-def _write(prepared: PreparedRun) -> None:
+def write_run_files(prepared: PreparedRun) -> None:
     """Write run.yaml and plan.json.
 
     Raises:
@@ -74,7 +74,7 @@ def _write(prepared: PreparedRun) -> None:
 def _is_written(prepared: PreparedRun) -> bool:
     """Write the files of another attempt; return False, with a message, if the disk is full."""
     try:
-        _write(prepared)
+        write_run_files(prepared)
     except EnvironmentProblem as problem:
         print(f"not restarted: {problem}", flush=True)
         return False

@@ -17,11 +17,12 @@ from launcher.config.folders import groups
 from launcher.config.overrides import parse_overrides
 from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
-from launcher.execution.executor import AnyExecutor
+from launcher.execution.executor import AnyExecutor, ArrayExecutor
 from launcher.execution.held_checkpoints import keep_checkpoints
-from launcher.execution.lifecycle import start_run
+from launcher.execution.lifecycle import start_run, start_together
 from launcher.execution.prepare import PreparedRun, prepare
 from launcher.protocol.rundir import RunDir, new_run_id
+from launcher.runs.sweeps import SUBMITTED, SWEEP_FILE, trial_folder
 from launcher.supervision.finalize import try_to_write
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import build
@@ -114,34 +115,98 @@ def _without_sweeps(words: Sequence[str], config_dir: Path | None) -> list[str]:
 def _placed(composed: Composition, base: Composition, sweep_id: str, number: int) -> Composition:
     """Return a trial with its own directory below the sweep's."""
     where = composed.run.run
-    folder = Path(where.root) / base.run.run.name / sweep_id / f"{number:03d}"
+    folder = trial_folder(Path(where.root) / base.run.run.name / sweep_id, number)
     return replace(composed, run=replace(composed.run, run=replace(where, dir=str(folder))))
 
 
 def run_sweep(sweep: SweepConfig, trials: Sequence[Trial], executor_of: Callable[[Run], AnyExecutor]) -> int:
-    """Run the trials in turn and return 0, or the exit code of the first that failed.
+    """Run the trials and return 0, or the exit code of the first that failed.
 
-    A trial that the user interrupts ends the sweep; one that fails does not.
+    They run one after the other, or as the tasks of a job array. A trial that the user interrupts ends the sweep; one
+    that fails does not.
     """
+    executors = [executor_of(trial.prepared.run) for trial in trials]
+    arrays = [executor for executor in executors if isinstance(executor, ArrayExecutor) and executor.uses_arrays]
+    if len(arrays) == len(trials):
+        return _run_in_arrays(sweep, trials, arrays)
     first_failure, rows = 0, []
-    folder = trials[0].prepared.directory.path.parent
-    for number, trial in enumerate(trials, start=1):
+    folder = _folder_of(trials)
+    for number, (trial, executor) in enumerate(zip(trials, executors, strict=True), start=1):
         print(f"trial {number}/{len(trials)}: {' '.join(trial.words)}", flush=True)
         try:
-            code = start_run(trial.prepared, executor_of(trial.prepared.run))
+            code = start_run(trial.prepared, executor)
         except LauncherError as problem:  # raised at its start: the other trials may still work
             print(problem, file=sys.stderr, flush=True)
             code = problem.exit_code
         first_failure = first_failure or code
         rows.append(_row(trial, code, sweep.metric))
-        table = {"metric": sweep.metric, "goal": sweep.goal, "trials": rows}
-        for line in try_to_write(folder / "sweep.json", partial(_keep, folder / "sweep.json", table)):
-            print(line, file=sys.stderr, flush=True)
+        _keep_rows(sweep, rows, folder)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, 128 + signal.SIGQUIT):
             print(f"sweep interrupted after {number} of {len(trials)} trials", flush=True)
             break
     print(render_sweep(sweep, rows, folder))
     return first_failure
+
+
+def _run_in_arrays(sweep: SweepConfig, trials: Sequence[Trial], executors: Sequence[ArrayExecutor[Any]]) -> int:
+    """Queue the trials as job arrays; wait for them where ``backend.wait`` says so."""
+    folder = _folder_of(trials)
+    codes: dict[int, int] = {}
+
+    def keep() -> list[dict[str, Any]]:
+        rows = [_row(trial, codes.get(number, 0), sweep.metric) for number, trial in enumerate(trials)]
+        _keep_rows(sweep, rows, folder)
+        return rows
+
+    keep()  # before a task may end: it writes its result here
+    queued: dict[str, dict[int, PreparedRun]] = {}
+    for group in group_by_array([trial.prepared for trial in trials], executors, folder):
+        try:
+            queued[start_together(group, executors[next(iter(group))], folder)] = group
+        except LauncherError as problem:  # the other arrays may still work
+            print(problem, file=sys.stderr, flush=True)
+            codes |= dict.fromkeys(group, problem.exit_code)
+    waits = [number for group in queued.values() for number in group if executors[number].backend.wait]
+    if waits:
+        plans = {job: {number: each.plan for number, each in group.items()} for job, group in queued.items()}
+        codes |= executors[waits[0]].follow_arrays(plans)
+    print(render_sweep(sweep, keep(), folder))
+    return next(filter(None, (codes.get(number, 0) for number in range(len(trials)))), 0)
+
+
+def group_by_array(
+    prepared: Sequence[PreparedRun], executors: Sequence[ArrayExecutor[Any]], folder: Path
+) -> list[dict[int, PreparedRun]]:
+    """Return the runs by number, in one group for each array: options of its job are the same."""
+    groups: dict[str, dict[int, PreparedRun]] = {}
+    for number, (each, executor) in enumerate(zip(prepared, executors, strict=True)):
+        text = executor.render_array(each.plan, folder=folder, tasks=())
+        groups.setdefault(text, {})[number] = each
+    return list(groups.values())
+
+
+def render_arrays(trials: Sequence[Trial], executor_of: Callable[[Run], AnyExecutor]) -> str:
+    """Return the submissions of a sweep whose trials are tasks of arrays; empty if they are not."""
+    executors = [executor_of(trial.prepared.run) for trial in trials]
+    arrays = [executor for executor in executors if isinstance(executor, ArrayExecutor) and executor.uses_arrays]
+    if len(arrays) != len(trials):
+        return ""
+    folder = _folder_of(trials)
+    texts = []
+    for group in group_by_array([trial.prepared for trial in trials], arrays, folder):
+        first = next(iter(group))
+        texts.append(arrays[first].render_array(group[first].plan, folder=folder, tasks=tuple(group)))
+    return "\n".join(texts)
+
+
+def _folder_of(trials: Sequence[Trial]) -> Path:
+    return trials[0].prepared.directory.path.parent
+
+
+def _keep_rows(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    table = {"metric": sweep.metric, "goal": sweep.goal, "trials": rows}
+    for line in try_to_write(folder / SWEEP_FILE, partial(_keep, folder / SWEEP_FILE, table)):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _keep(file: Path, table: Mapping[str, Any]) -> None:
@@ -151,8 +216,8 @@ def _keep(file: Path, table: Mapping[str, Any]) -> None:
 
 def _row(trial: Trial, code: int, metric: str) -> dict[str, Any]:
     directory = RunDir(trial.prepared.directory.path)
-    ended = directory.result.is_file()
-    result: dict[str, Any] = read_json(directory.result) if ended else {"status": "failed", "metrics": {}}
+    without = {"status": "failed" if code else SUBMITTED, "metrics": {}}
+    result: dict[str, Any] = read_json(directory.result) if directory.result.is_file() else without
     return {
         "overrides": list(trial.words),
         "run_dir": str(directory.path),
@@ -174,4 +239,4 @@ def render_sweep(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], folder: 
         mark = " ← best" if row is best else ""
         lines.append(f"{shown:>12}  {row['status']:10} {' '.join(row['overrides'])}{mark}")
     report = shell_command(["launch", "report", short_path(folder)])
-    return "\n".join([*lines, f"table: {folder / 'sweep.json'}", f"next: {report}"])
+    return "\n".join([*lines, f"table: {folder / SWEEP_FILE}", f"next: {report}"])

@@ -19,6 +19,7 @@ from launcher.checkpoint.resume import (
 )
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
+from launcher.config.backend.containers import validate_mounted
 from launcher.config.job.generate import Generate
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
@@ -66,6 +67,8 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
     if isinstance(run.job, BatchedJob | GeneratingJob):
         yield from _validate_missing_tools(run, hosts)
     yield from _validate_taken_port(run.backend)
+    if getattr(run.backend, "container", "none") != "none":
+        yield from validate_mounted([("run.dir", str(run_dir)), *run.paths()])
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _validate_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,14 @@ from typing import Any
 from launcher.config.paths import is_named_path
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
-from launcher.utils.files import is_regular, read_object
+from launcher.runs.lock import RunLock
+from launcher.utils.files import is_regular, read_object, write_json
 
-_SWEEP_FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
+SUBMITTED = "submitted"
+"""Status of a trial that waits in a queue, or runs there: its own files say more."""
+_LOCK_S = 10.0
+"""Time to wait for another task of the sweep that writes the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +64,9 @@ def find_sweep(word: str, root: Path) -> Path | None:
     Raises:
         ConfigError: it names several sweeps.
     """
-    if is_named_path("run", word) and (Path(word) / _SWEEP_FILE).is_file():
+    if is_named_path("run", word) and (Path(word) / SWEEP_FILE).is_file():
         return Path(word).absolute()
-    known = [path.parent for path in root.glob(f"*/sweep-*/{_SWEEP_FILE}") if is_regular(path)]
+    known = [path.parent for path in root.glob(f"*/sweep-*/{SWEEP_FILE}") if is_regular(path)]
     meant = [path for path in known if path.name.startswith(word) or f"{path.parent.name}/{path.name}".startswith(word)]
     if "sweep-" not in word or not meant:
         return None
@@ -76,19 +84,69 @@ def read_sweep(folder: Path) -> SweepResult:
         ConfigError: the file has unexpected content.
     """
     try:
-        tree = read_object(folder / _SWEEP_FILE)
+        tree = read_object(folder / SWEEP_FILE)
         metric = str(tree["metric"])
         trials = tuple(_read_trial(folder, row, metric) for row in tree["trials"])
         return SweepResult(folder=folder, metric=metric, goal=str(tree["goal"]), trials=trials)
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"is not a valid sweep.json ({type(error).__name__}: {error})"
-        raise ConfigError(_SWEEP_FILE, folder / _SWEEP_FILE, why=why, fix="name its runs one by one") from error
+        raise ConfigError(SWEEP_FILE, folder / SWEEP_FILE, why=why, fix="name its runs one by one") from error
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Return the run directory of a trial, which counts from 0, below its sweep's."""
+    return folder / f"{number:03d}"
+
+
+def collect_results(folder: Path) -> None:
+    """Write the results of ended trials into ``sweep.json``; call it when one ends.
+
+    Trials on several machines may end at once, so one of them at a time reads the results and writes the file.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: it has unexpected content.
+    """
+    with _write_lock(folder):
+        tree = read_object(folder / SWEEP_FILE)
+        rows = [_with_result(folder, row, str(tree["metric"])) for row in tree["trials"]]
+        write_json(folder / SWEEP_FILE, {**tree, "trials": rows})
+
+
+@contextlib.contextmanager
+def _write_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock on a sweep's file.
+
+    It goes on without after ``_LOCK_S``: each writer reads all results.
+    """
+    lock, deadline = RunLock(folder, name=".sweep.lock"), time.monotonic() + _LOCK_S
+    while time.monotonic() < deadline:
+        try:
+            lock.acquire()
+            break
+        except ConfigError:
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _with_result(folder: Path, row: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Return a row, with the result of its run if it was only submitted and has ended since."""
+    result = folder / Path(row["run_dir"]).name / "result.json"
+    if row["status"] != SUBMITTED or not is_regular(result):
+        return row
+    ended = read_object(result)
+    code, status = int(ended["exit_code"]), str(ended["status"])
+    return {**row, "exit_code": code, "status": status, metric: ended.get("metrics", {}).get(metric)}
 
 
 def _read_trial(folder: Path, row: dict[str, Any], metric: str) -> TrialResult:
     name = Path(row["run_dir"]).name  # a sweep may have been moved, and its file may name other folders
     if name in ("", "..") or (folder / name).is_symlink():
         raise ValueError(f"its trial {name!r} is not a folder of the sweep")
+    row = _with_result(folder, row, metric)
     value = row.get(metric)
     return TrialResult(
         run_dir=RunDir(folder / name),

@@ -152,8 +152,8 @@ def test_a_bare_name_suggests_the_option(capsys: pytest.CaptureFixture[str], wor
         (["optimizer.betas=0.9"], "is a number; give a list of 2 values, each a number"),
         (["optimizer.betas=[0.9]"], "is a list of 1; give a list of 2 values, each a number"),
         (
-            ["backend=slurm", "backend.sbatch_options=[--mail-type=FAIL,END,--exclusive]"],
-            "write \"backend.sbatch_options=['--mail-type=FAIL,END','--exclusive']\"",
+            ["backend=slurm", "backend.sbatch_options=[--mail-type=FAIL,END,--contiguous]"],
+            "write \"backend.sbatch_options=['--mail-type=FAIL,END','--contiguous']\"",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -239,6 +239,28 @@ def test_an_argument_of_another_program_holds_no_secret(
 
 
 @pytest.mark.parametrize(
+    ("line", "is_secret_here"),
+    [
+        ("export MY_TOKEN=hunter22", True),
+        ("env WANDB_API_KEY='hunter22' x", True),
+        ("curl https://me:hunter22@host/x", True),
+        ("export MY_TOKEN=$(cat ~/.token)", False),
+        ('export MY_TOKEN="$OTHER"', False),
+        ("module load cuda/12.4; export OMP_PROC_BIND=close", False),
+    ],
+)
+def test_a_line_of_setup_holds_no_secret(plan_of: Callable[..., Plan], line: str, is_secret_here: bool) -> None:
+    words = ("backend=slurm", *shlex.split(quoted_word("backend.setup", [line])))
+    if not is_secret_here:
+        assert plan_of(*words)
+        return
+    with pytest.raises(ConfigErrors) as refused:
+        plan_of(*words)
+    assert [error.option for error in refused.value.errors] == ["backend.setup"]
+    assert "hunter22" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     "word",
     [
         *("-oStrictHostKeyChecking=accept-new", "-oPasswordAuthentication=no", "-oHostKeyAlias=gate", "-A", "-p2222"),

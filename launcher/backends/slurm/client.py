@@ -117,10 +117,28 @@ def job_state(job_id: str) -> JobState:
     Raises:
         EnvironmentProblem: it does not answer after several tries.
     """
+    name, _, reason = "".join(_squeue(job_id, "--format=%T|%r")).strip().partition("|")
+    return JobState(name=name, reason=reason.replace("None", ""))
+
+
+def array_states(job_id: str) -> dict[str, JobState]:
+    """Return the states of the tasks of a job array by their id (``JOB_TASK``).
+
+    Slurm forgets tasks that ended minutes ago.
+
+    Raises:
+        EnvironmentProblem: Slurm's controller does not answer after several tries.
+    """
+    lines = _squeue(job_id, "--array", "--format=%i|%T|%r")
+    found = [line.strip().split("|", 2) for line in lines if line.strip()]
+    return {task: JobState(name=name, reason=reason.replace("None", "")) for task, name, reason in found}
+
+
+def _squeue(job_id: str, *options: str) -> list[str]:
+    """Return the lines of squeue about a job, none for a forgotten one; ask until it answers."""
     for pause_s in (1.0, 5.0, 20.0, 60.0, 0.0):
-        answer = run_slurm(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r"])
+        answer = run_slurm(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", *options])
         if answer.returncode == 0 or "Invalid job id" in answer.stderr:
-            name, _, reason = answer.stdout.strip().partition("|")
-            return JobState(name=name, reason=reason.replace("None", ""))
+            return answer.stdout.splitlines()
         time.sleep(pause_s)
     raise EnvironmentProblem(f"Slurm no longer answers, and job {job_id} continues: {error_text(answer.stderr)}")

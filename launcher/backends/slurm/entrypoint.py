@@ -1,17 +1,18 @@
 """Entry point of a Slurm job: the batch process on the first node.
 
-``python -m launcher.backends.slurm.entrypoint RUN_DIR``. It reads the job's nodes from Slurm, plans the run
-on them and executes it, with an agent on each node behind srun. A preempted run is requeued, and then resumes in the
-same directory under the same id.
+``python -m launcher.backends.slurm.entrypoint RUN_DIR``, or ``--array SWEEP_DIR`` in a task of a job array. It reads
+the job's nodes from Slurm, plans the run on them and executes it, with an agent on each node behind srun. A preempted
+run is requeued, and then resumes in the same directory under the same id.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,38 +20,52 @@ from types import FrameType
 
 from launcher.backends.base import AgentExecutor
 from launcher.backends.slurm.client import error_text, run_slurm
+from launcher.backends.slurm.sbatch import ARRAY_FLAG
+from launcher.backends.slurm.setup import FAILED_FLAG
+from launcher.backends.slurm.steps import step_command
 from launcher.checkpoint.resume import find_checkpoint
 from launcher.checkpoint.store import silent
+from launcher.config.backend.containers import container_folders
 from launcher.config.backend.slurm import SlurmAllocation, SlurmBackend
 from launcher.config.run import Run
 from launcher.config.snapshot import load_run
-from launcher.errors import EXIT_PREEMPTED, EnvironmentProblem, LauncherError
+from launcher.errors import EXIT_PREEMPTED, EXIT_UNFIT, EnvironmentProblem, LauncherError
+from launcher.errors.secrets import redact
 from launcher.execution.lifecycle import execute_run
 from launcher.execution.prepare import PreparedRun, replan
 from launcher.execution.probe import probe_and_replan
+from launcher.plugins.loading import PLUGIN_PATH
+from launcher.protocol.outcome import Failure
 from launcher.protocol.plan import Host
 from launcher.protocol.results import write_result
 from launcher.protocol.rundir import RunDir
 from launcher.remote.command import RemoteCommand
 from launcher.runs.lock import RunLock
+from launcher.runs.sweeps import SWEEP_FILE, collect_results, trial_folder
 from launcher.supervision.finalize import remove_previous_result
-from launcher.utils.files import read_json
+from launcher.utils.files import read_json, write_json
 
 _REQUEUE_S = 60.0
 """Time for Slurm to end a job after requeueing it."""
 
 
 class AllocationExecutor(AgentExecutor[SlurmAllocation]):
-    """Starts ranks on the nodes of the job that this process runs in."""
+    """Starts ranks on the nodes of the job that this process runs in.
+
+    Args:
+        backend: options of the job.
+        plugins: modules of the plugins that the run uses.
+        folders: what containers must see.
+    """
+
+    def __init__(self, backend: SlurmAllocation, *, plugins: Sequence[str] = (), folders: Sequence[Path] = ()) -> None:
+        super().__init__(backend, plugins=plugins)
+        self._folders = tuple(folders)
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
-        """Return the srun command that runs ``module`` on a node of this job.
-
-        It is a separate job step that shares the resources of the job. Not ``--unbuffered``, which inserts a terminal
-        that changes bytes. No binding: the ranks together use every core of the node.
-        """
-        step = ("--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--cpu-bind=none", "--mpi=none")
-        return RemoteCommand(argv=("srun", "--quiet", *step, "--export=ALL", host.python, "-m", module))
+        """Return the srun command that runs ``module`` on a node of this job."""
+        command = (host.python, "-m", module)
+        return RemoteCommand(argv=step_command(self.backend, host.name, command, folders=self._folders, cwd=Path.cwd()))
 
     @property
     def job(self) -> dict[str, str]:
@@ -63,8 +78,52 @@ class _PreemptedBeforeStart(Exception):
 
 
 def main() -> None:
-    """Execute the run whose directory is the first argument."""
-    run_dir = RunDir(Path(sys.argv[1]))
+    """Execute the run that the arguments name."""
+    run_dir, setup_failure = _parse(sys.argv[1:])
+    try:
+        if setup_failure is not None:
+            record_setup_failure(run_dir, setup_failure)
+        else:
+            _execute(run_dir)
+    finally:
+        _collect(run_dir)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[RunDir, str | None]:
+    """Return the run directory, and the message about a failed line of ``backend.setup``."""
+    left = list(arguments)
+    folder = trial_folder(Path(left[1]), _array_task()) if left[0] == ARRAY_FLAG else Path(left[0])
+    message = left[left.index(FAILED_FLAG) + 1] if FAILED_FLAG in left else None
+    return RunDir(folder), message
+
+
+def _collect(run_dir: RunDir) -> None:
+    """Write the result of a task of an array into its sweep's table."""
+    folder = run_dir.path.parent
+    if "SLURM_ARRAY_TASK_ID" not in os.environ or not (folder / SWEEP_FILE).is_file():
+        return
+    try:
+        collect_results(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{folder / SWEEP_FILE} is not updated: {error}", file=sys.stderr, flush=True)
+
+
+def record_setup_failure(run_dir: RunDir, message: str) -> None:
+    """Write the result of a run whose ``backend.setup`` failed.
+
+    The batch script has printed the message.
+    """
+    remove_previous_result(run_dir)
+    log = str(run_dir.logs / f"slurm.{job_id()}.log")
+    name = socket.gethostname()
+    failure = Failure(
+        host=name, rank=None, exit_code=EXIT_UNFIT, signal=None, reason=message, log=log, time=time.time()
+    )
+    write_json(run_dir.failure, redact(failure.tree(), os.environ))
+    write_result(run_dir, status="failed", exit_code=EXIT_UNFIT, run_id=_run_id(run_dir))
+
+
+def _execute(run_dir: RunDir) -> None:
     # programs installed beside this interpreter (ninja) are found as in an activated environment
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # delivered once `run` says whether to requeue
@@ -92,12 +151,21 @@ def run_on_nodes(run: Run, run_dir: RunDir) -> int:
         LauncherError: the run cannot start on these nodes.
     """
     assert isinstance(run.backend, SlurmBackend), "its batch script started this"
-    executor = AllocationExecutor(SlurmAllocation(**vars(run.backend)), plugins=run.plugins)
+    backend = SlurmAllocation(**vars(run.backend))
+    folders = _container_folders(run, run_dir) if backend.container != "none" else ()
+    executor = AllocationExecutor(backend, plugins=run.plugins, folders=folders)
     run = replace(run, backend=executor.backend)
     with _failure_recorded(run_dir):
         planned = plan_on_nodes(run, run_dir, run_id=_run_id(run_dir))
         prepared = probe_and_replan(planned, executor, is_fresh=False)
     return execute_run(prepared, executor, on_end=_ignore_preemption).exit_code
+
+
+def _container_folders(run: Run, run_dir: RunDir) -> tuple[Path, ...]:
+    """Return what containers of the run must see: what it names, and its plugins."""
+    plugins = os.environ.get(PLUGIN_PATH, "").split(os.pathsep)
+    paths = [("run.dir", str(run_dir.path)), *run.paths(), *(("plugins", folder) for folder in plugins)]
+    return container_folders(paths, cwd=Path.cwd(), environ=os.environ)
 
 
 @contextmanager
@@ -155,8 +223,15 @@ def node_addresses() -> dict[str, str]:
 
 
 def job_id() -> str:
-    """Return the id of the job that this process runs in."""
+    """Return the id of the job that this process runs in; ``JOB_TASK`` in a job array."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{_array_task()}"
     return os.environ["SLURM_JOB_ID"]
+
+
+def _array_task() -> int:
+    """Return the number of the task of a job array that this process executes."""
+    return int(os.environ["SLURM_ARRAY_TASK_ID"])
 
 
 def requeue() -> None:

@@ -9,11 +9,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from launcher.backends.slurm.client import JobState, SlurmPartition, error_text, job_state, partitions, run_slurm
-from launcher.backends.slurm.sbatch import render_sbatch, slurm_log_path
+from launcher.backends.slurm.client import (
+    JobState,
+    SlurmPartition,
+    array_states,
+    error_text,
+    job_state,
+    partitions,
+    run_slurm,
+)
+from launcher.backends.slurm.sbatch import render_array, render_sbatch, slurm_log_path
 from launcher.config.backend.slurm import SlurmBackend
 from launcher.errors import EXIT_PREEMPTED, EXIT_STALLED, ConfigError, ConfigErrors, EnvironmentProblem
-from launcher.execution.executor import Executor
+from launcher.execution.executor import ArrayExecutor
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.plan import Host, Plan
 from launcher.protocol.rundir import RunDir
@@ -22,7 +30,7 @@ from launcher.remote.command import RemoteCommand
 from launcher.supervision.finalize import result_files
 from launcher.utils.files import StagedFiles, read_json
 from launcher.utils.processes import collect_signals
-from launcher.utils.text import printable
+from launcher.utils.text import counted, printable
 
 _HABITS = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT")
 """SBATCH_… variables that apply where the option of ours is not set.
@@ -48,7 +56,7 @@ _OPTION_BY_MESSAGE = {
 """Our options by words of Slurm's messages; the first match is used."""
 
 
-class SlurmExecutor(Executor[SlurmBackend]):
+class SlurmExecutor(ArrayExecutor[SlurmBackend]):
     """Queues a batch job, whose entry point executes the run on the nodes that Slurm chooses."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
@@ -82,6 +90,43 @@ class SlurmExecutor(Executor[SlurmBackend]):
         """
         job_id = submit_job(self.backend, plan, plugins=self.plugins)
         return RunOutcome(status="submitted", exit_code=follow(plan, job_id) if self.backend.wait else 0)
+
+    @property
+    def uses_arrays(self) -> bool:
+        """Whether the runs of a sweep are tasks of job arrays."""
+        return self.backend.array
+
+    def render_array(self, plan: Plan, *, folder: Path, tasks: Sequence[int]) -> str:
+        """Return the batch script of an array."""
+        return render_array(self.backend, plan, folder=folder, tasks=tasks, plugins=self.plugins)
+
+    def submit_array(self, plans: Mapping[int, Plan], *, folder: Path) -> str:
+        """Queue an array whose tasks execute ``plans``; return its job id.
+
+        Raises:
+            ConfigError: Slurm rejects it; the message says why.
+            EnvironmentProblem: Slurm is not installed here, or does not answer.
+        """
+        tasks = tuple(plans)
+        text = self.render_array(plans[tasks[0]], folder=folder, tasks=tasks)
+        file, staged = folder / f"array_{tasks[0]:03d}.sbatch", StagedFiles()
+        try:
+            staged.write(file, text)
+            job_id = _sbatch(self.backend, file)
+        except (ConfigError, EnvironmentProblem):
+            staged.undo()
+            raise
+        limit = f", at most {self.backend.max_parallel} at a time" if self.backend.max_parallel else ""
+        print(f"job array {job_id} is queued: {counted(len(tasks), 'run')}{limit}", flush=True)
+        for number, plan in plans.items():
+            run_dir = RunDir(Path(plan.run_dir))
+            _record(run_dir, f"{job_id}_{number}")
+            print(f"  {job_id}_{number}  {run_dir.path}", flush=True)
+        return job_id
+
+    def follow_arrays(self, arrays: Mapping[str, Mapping[int, Plan]]) -> dict[int, int]:
+        """Wait until all tasks have ended, and return their exit codes by number."""
+        return follow_arrays(arrays)
 
 
 def submit_job(backend: SlurmBackend, plan: Plan, *, plugins: Sequence[str] = ()) -> str:
@@ -117,6 +162,8 @@ def check_submission(backend: SlurmBackend, plan: Plan) -> None:
         EnvironmentProblem: Slurm is not installed here, or does not answer.
     """
     _check_not_queued(RunDir(Path(plan.run_dir)))
+    if backend.image is not None and backend.image.startswith("/") and not Path(backend.image).exists():
+        raise backend.error("image", "there is no such file", "name a file that the nodes see at this path, too")
     if mistakes := list(validate_partitions(backend, partitions())):
         raise ConfigErrors(mistakes)
 
@@ -184,6 +231,9 @@ def _sbatch(backend: SlurmBackend, file: Path) -> str:
 def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
     """Return sbatch's message as the error of the option that it names, if it names one."""
     lower = words.lower()
+    if "array" in lower:
+        fix = "give fewer runs (`scontrol show config` shows MaxArraySize), or set backend.array=false"
+        return ConfigError("sweep", why=f"Slurm reports: {words}", fix=fix)
     for about, option in _OPTION_BY_MESSAGE.items():
         if about in lower:
             fix = (
@@ -247,6 +297,38 @@ def follow(plan: Plan, job_id: str) -> int:
             time.sleep(_TICK_S)
     printed.show()
     return _exit_code(run_dir, state, cancelled_by)
+
+
+def follow_arrays(arrays: Mapping[str, Mapping[int, Plan]]) -> dict[int, int]:
+    """Print each task of job arrays as it ends; return the exit codes of their runs by number.
+
+    The first signal cancels the arrays; this function still waits until they have ended.
+    """
+    codes: dict[int, int] = {}
+    cancelled_by = None
+    with collect_signals() as arrived:
+        while left := {job: [n for n in plans if n not in codes] for job, plans in arrays.items()}:
+            left = {job: numbers for job, numbers in left.items() if numbers}
+            if not left:
+                break
+            for job, numbers in left.items():
+                states = array_states(job)
+                for number in numbers:
+                    state = states.get(f"{job}_{number}", JobState(name=""))
+                    if not state.is_over:
+                        continue
+                    run_dir = RunDir(Path(arrays[job][number].run_dir))
+                    codes[number] = _exit_code(run_dir, state, cancelled_by)
+                    print(f"{run_dir.path} ended with exit code {codes[number]}", flush=True)
+            again_at = time.monotonic() + _ASK_S
+            while time.monotonic() < again_at and len(codes) < sum(map(len, arrays.values())):
+                if arrived and cancelled_by is None:
+                    cancelled_by = arrived[0]
+                    print(f"cancelling job {', '.join(left)}", flush=True)
+                    run_slurm(["scancel", "--", *left])
+                    break
+                time.sleep(_TICK_S)
+    return codes
 
 
 def _exit_code(run_dir: RunDir, state: JobState, cancelled_by: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from launcher.config.backend.base import (
     forwarded_names,
     plausible_memory,
 )
+from launcher.config.backend.containers import ContainerKind, validate_container
 from launcher.config.option_text import quoted_word
+from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host
 from launcher.utils.text import bytes_text
@@ -37,12 +40,14 @@ _OWNED = {
     **dict.fromkeys(("output", "error", "open-mode"), "run.dir"),
     **dict.fromkeys(("wait", "parsable"), "backend.wait"),
     **{name: f"backend.{name}" for name in ("partition", "account", "qos", "time", "mem", "constraint")},
-    **{name: f"backend.{name}" for name in ("reservation", "exclude", "nodelist")},
+    **{name: f"backend.{name}" for name in ("reservation", "exclude", "nodelist", "exclusive")},
+    **dict.fromkeys(("mem-per-cpu", "mem-per-gpu"), "backend.mem"),
+    **dict.fromkeys(("container-image", "container-mounts", "container-workdir"), "backend.container"),
     "cpus-per-task": "backend.cpus_per_task",
     "signal": "backend.signal_lead_s",
     "job-name": "run.name",
     "ntasks-per-node": "backend.ranks",
-    "array": "a sweep (-m)",
+    "array": "a sweep (-m) and backend.max_parallel",
     "wrap": "job",
     "input": "job",
     "test-only": "dry_run",
@@ -82,6 +87,9 @@ class SlurmBackend(Backend):
     mem: str | None = None
     """Memory to request on each node (``64G``; megabytes without a unit); 0 requests all of it."""
 
+    exclusive: bool = False
+    """Allocate whole nodes, on which no other job runs."""
+
     constraint: str | None = None
     """Features that the nodes must have."""
 
@@ -105,6 +113,31 @@ class SlurmBackend(Backend):
     """Show the job's output until it ends; Ctrl-C cancels it.
     Otherwise the command returns once the job is queued."""
 
+    array: bool = True
+    """Queue the runs of a sweep as one job array (one for each set of sbatch options).
+    Otherwise each run is a job, queued in turn."""
+
+    max_parallel: int | None = None
+    """Most runs of a sweep's job array that run at the same time."""
+
+    setup: tuple[str, ...] = ()
+    """Lines of bash that prepare the job's environment (``module load cuda/12.4``).
+    They run first in the batch script, and on every node before its agent; a line that fails ends the job."""
+
+    container: ContainerKind = "none"
+    """What runs agents and ranks in a container: Slurm's plugin pyxis, or apptainer.
+    The session runs outside of it."""
+
+    image: PathText | None = None
+    """Image of the container, with this program in it: a file on the shared disk, or an address."""
+
+    python: str | None = None
+    """The interpreter in the container; ``null`` is ``python``."""
+
+    container_mounts: tuple[str, ...] = ()
+    """More folders that containers see (``/scratch``, ``/data:/mnt:ro``).
+    The working directory, the run directory, paths of options and caches are mounted without it."""
+
     forward: tuple[str, ...] = ()
     """Further environment variables that the job gets, as globs (``MY_*``)."""
 
@@ -117,11 +150,16 @@ class SlurmBackend(Backend):
     def validate(self) -> Iterator[ConfigError]:
         """Reject what sbatch would refuse or misread, and times that do not fit together."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "nodes", "gpus_per_node", "cpus_per_task", "signal_lead_s")
+        yield from self.validate_minimum(1, "nodes", "gpus_per_node", "cpus_per_task", "signal_lead_s", "max_parallel")
         yield from self.validate_minimum(2, "heartbeat_timeout_s")  # signs of life are a second apart
         yield from self._validate_control_characters()
         yield from self._validate_times()
         yield from self._validate_memory()
+        yield from validate_container(
+            self.container, image=self.image, python=self.python, mounts=self.container_mounts
+        )
+        for line in self.setup:
+            yield from self._validate_line(line)
         for word in self.sbatch_options:
             yield from self._validate_word(word)
 
@@ -139,7 +177,7 @@ class SlurmBackend(Backend):
                 devices=("GPU",) * gpus,
                 device_ids=tuple(map(str, range(gpus))),
                 cores=self.cpus_per_task or 1,
-                python=sys.executable,
+                python=sys.executable if self.container == "none" else self.python or "python",
             )
             for number in range(self.nodes)
         )
@@ -189,6 +227,19 @@ class SlurmBackend(Backend):
             why = f"the ranks are signalled {self.signal_lead_s} s before the limit (backend.signal_lead_s)"
             yield self.error("time", why, "set a longer backend.time")
 
+    def _validate_line(self, line: str) -> Iterator[ConfigError]:
+        """Reject a line of ``setup`` that would not stay one line of the script."""
+        if not line.strip() or not all(letter.isprintable() or letter == "\t" for letter in line):
+            why = "is empty, or holds a line break or another control character"
+            yield ConfigError("backend.setup", repr(line), why=why, fix="give each command as an entry of its own")
+        elif re.search(r"(?<!\\)(?:\\\\)*\\$", line):
+            why = "ends in a backslash, which would join it with the next line"
+            yield ConfigError("backend.setup", repr(line), why=why, fix="write the command as one entry")
+        elif not _has_closed_quotes(line):
+            why = "has a quote that is not closed"
+            fix = "close it, or write the commands into a file and source it"
+            yield ConfigError("backend.setup", repr(line), why=why, fix=fix)
+
     def _validate_word(self, word: str) -> Iterator[ConfigError]:
         found = _WORD.fullmatch(word)
         option = "backend.sbatch_options"
@@ -206,6 +257,14 @@ class SlurmBackend(Backend):
             if name.startswith(found[1]):  # sbatch takes the beginning of a name for the name
                 yield ConfigError(option, word, why=f"--{name} is set by {ours}", fix=f"set {ours} instead")
                 return
+
+
+def _has_closed_quotes(line: str) -> bool:
+    try:
+        shlex.split(line, comments=True)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from launcher.backends.slurm.client import SlurmPartition, error_text
 from launcher.backends.slurm.sbatch import render_sbatch
 from launcher.backends.slurm.submit import sbatch_error, submission_env, validate_partitions
 from launcher.config.backend.slurm import SlurmBackend
+from launcher.doctor.host_facts import _cores
 from launcher.errors import ConfigErrors
 from tests.conftest import REPOSITORY
 
@@ -36,7 +37,26 @@ SHORT = SlurmPartition(name="short", is_default=False, limit="5:00", num_nodes=2
         ({"sbatch_options": ("-p main",)}, "backend.sbatch_options='-p main'"),
         ({"sbatch_options": ("--partition=x",)}, "set backend.partition instead"),
         ({"sbatch_options": ("--part=x",)}, "set backend.partition instead"),
-        ({"sbatch_options": ("--array=1-9",)}, "--array is set by"),
+        ({"sbatch_options": ("--array=1-9",)}, "--array is set by a sweep (-m) and backend.max_parallel"),
+        ({"sbatch_options": ("--exclusive",)}, "set backend.exclusive instead"),
+        ({"sbatch_options": ("--mem-per-cpu=4G",)}, "set backend.mem instead"),
+        ({"sbatch_options": ("--container-image=x",)}, "set backend.container instead"),
+        ({"max_parallel": 0}, "backend.max_parallel=0: must be at least 1"),
+        ({"setup": ("",)}, "backend.setup='': is empty"),
+        ({"setup": ("true", "a\nb")}, "backend.setup='a\\nb': is empty, or holds a line break"),
+        ({"setup": ("module load \\",)}, "ends in a backslash"),
+        ({"setup": ("echo 'a",)}, "has a quote that is not closed"),
+        ({"image": "x.sif"}, "backend.image=x.sif: ranks run in no container"),
+        ({"python": "python3"}, "backend.python=python3: ranks run in no container"),
+        ({"container_mounts": ("/a",)}, "backend.container_mounts=/a: ranks run in no container"),
+        ({"container": "pyxis"}, "backend.container=pyxis: needs an image"),
+        ({"container": "apptainer", "image": "--writable"}, "backend.image='--writable': is empty, begins with a dash"),
+        ({"container": "apptainer", "image": "x", "python": " "}, "backend.python=' ': is empty"),
+        ({"container": "pyxis", "image": "x", "container_mounts": ("data",)}, "backend.container_mounts='data'"),
+        (
+            {"container": "pyxis", "image": "x", "container_mounts": ("/a:/b:rx",)},
+            "backend.container_mounts='/a:/b:rx'",
+        ),
         ({"sbatch_options": ("--comment=a\n#SBATCH --uid=0",)}, "is not one word"),
     ],
 )
@@ -120,14 +140,26 @@ def test_the_script(plan_of):
         constraint="a100&ib",
         exclude="n[7-9]",
         requeue=False,
-        sbatch_options=("--mail-type=FAIL", "--exclusive", '--comment=it\'s a "test" \\ # $HOME'),
+        exclusive=True,
+        setup=("module load cuda/12.4  # the driver's", "source '/opt/my env.sh'"),
+        sbatch_options=("--mail-type=FAIL", '--comment=it\'s a "test" \\ # $HOME'),
     )
     plan = plan_of("tracker=local", "run.name=my run", "backend.ranks=8", hosts=backend.hosts(max_ranks=None))
-    text = render_sbatch(backend, plan).replace(shlex.quote(plan.hosts[0].host.python), "/venv/bin/python")
+    text = render_sbatch(backend, plan).replace(shlex.quote(sys.executable), "/venv/bin/python")
     file = GOLDEN / "job.sbatch"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8")
+
+
+def test_a_line_of_setup_may_hold_tabs_comments_and_escaped_quotes():
+    assert SlurmBackend(setup=("a\tb", "echo it\\'s # don't", "echo a\\\\")).setup
+
+
+def test_cores_are_those_that_slurm_allocates():
+    here = len(os.sched_getaffinity(0))
+    assert _cores({}) == _cores({"SLURM_CPUS_ON_NODE": "4096"}) == _cores({"SLURM_CPUS_ON_NODE": "x"}) == here
+    assert _cores({"SLURM_CPUS_ON_NODE": "1"}) == 1
 
 
 def test_a_job_preempted_while_run_yaml_loads_is_queued_again(tmp_path, monkeypatch):

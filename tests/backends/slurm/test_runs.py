@@ -1,8 +1,11 @@
 """Whole runs as jobs of a real Slurm."""
 
 import json
+import os
 import re
+import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
 from tests.backends import contract
 from tests.helpers import wait_for
-from tests.torchless import endless, wait_for_answers
+from tests.torchless import brief, endless, wait_for_answers
 
 from .conftest import SMALL
 
@@ -200,3 +203,119 @@ def test_a_node_that_dies_is_named_at_once(doomed_cluster, launch_forked, tmp_pa
     failure = read_json(run_dir / "failure.json")
     assert failure["host"] == "n2"
     wait_for(lambda: not doomed_cluster.working(), seconds=30)
+
+
+def test_a_sweep_is_one_array_whose_results_are_collected(cluster, launch_forked, tmp_path):
+    words = ("backend=slurm", *brief(tmp_path), "backend.max_parallel=2", "job.seed=1,2,3", "run.name=grid")
+    ended = launch_forked("-m", *words, "backend.wait=true", env=cluster.env).expect(0)
+    (folder,) = tmp_path.glob("runs/grid/sweep-*")
+    (script,) = folder.glob("*.sbatch")
+    assert "#SBATCH --array=0-2%2\n" in script.read_text()
+    runs = [folder / f"{number:03d}" for number in range(3)]
+    jobs = [cluster.job(run_dir) for run_dir in runs]
+    array = jobs[0].removesuffix("_0")
+    assert jobs == [f"{array}_{number}" for number in range(3)]
+    for job, run_dir in zip(jobs, runs, strict=True):
+        assert read_json(run_dir / "result.json")["status"] == "completed"
+        assert f"slurm.{job}.log" in [path.name for path in run_dir.glob("logs/slurm.*")]
+    assert statuses(folder) == ["completed"] * 3
+    assert f"job array {array} is queued: 3 runs, at most 2 at a time" in ended.stdout
+
+
+def statuses(sweep: Path) -> list[str]:
+    """Return the statuses of the runs in the table of a sweep."""
+    return [trial["status"] for trial in read_json(sweep / "sweep.json")["trials"]]
+
+
+def test_one_task_of_an_array_is_cancelled_and_another_one_queued_again(cluster, launch_forked, tmp_path):
+    words = ("backend=slurm", *endless(tmp_path), "job.seed=1,2", "run.name=grid")
+    launch_forked("-m", *words, env=cluster.env, timeout=60).expect(0)
+    (folder,) = tmp_path.glob("runs/grid/sweep-*")
+    runs = first, second = folder / "000", folder / "001"
+    for run_dir in runs:
+        wait_for_answers(run_dir, ranks=1)
+    job = cluster.job(first)
+    assert f"squeue --jobs={job}" in launch_forked("status", str(first), env=cluster.env).expect(0).stdout
+    assert statuses(folder) == ["submitted"] * 2
+    launch_forked("cancel", str(first), env=cluster.env).expect(0)
+    wait_for((first / "result.json").exists)
+    wait_for(lambda: statuses(folder) == ["preempted", "submitted"], seconds=30)  # its answers are kept
+    assert cluster.state_of(cluster.job(second)) == "RUNNING"
+    cluster.ask("scancel", "--signal=USR1", "--batch", cluster.job(second))
+    log = second / "logs" / f"slurm.{cluster.job(second)}.log"
+    wait_for(lambda: f"job {cluster.job(second)} is requeued" in log.read_text())
+    answers = second / "generated" / "rank0.part"
+    num_bytes = answers.stat().st_size
+    wait_for(lambda: answers.stat().st_size > num_bytes, seconds=240)
+    launch_forked("cancel", str(second), env=cluster.env).expect(0)
+    wait_for(lambda: is_over(cluster, second))
+    wait_for(lambda: statuses(folder) == ["preempted"] * 2, seconds=30)
+
+
+def test_setup_prepares_every_node_and_a_line_that_fails_ends_the_job(cluster, launch_forked, tmp_path):
+    words = ("backend=slurm", *brief(tmp_path), "backend.wait=true")
+    marks = tmp_path / "marks"
+    lines = f"['export MARK=kept','echo $MARK on $(hostname) >> {marks}']"
+    launch_forked(*words, "backend.nodes=2", f"backend.setup={lines}", "run.dir=good", env=cluster.env).expect(0)
+    assert {"kept on n1", "kept on n2"} == set(marks.read_text().splitlines())
+    ended = launch_forked(*words, "backend.setup=['true','ls /nothing/of/this']", "run.dir=bad", env=cluster.env)
+    ended.expect(69)
+    message = "backend.setup: this line ended with exit code 2: ls /nothing/of/this"
+    assert ended.stdout.count(message) == 1
+    assert read_json(tmp_path / "bad" / "result.json")["status"] == "failed"
+    assert read_json(tmp_path / "bad" / "failure.json")["reason"] == message
+    assert message in launch_forked("status", "bad").expect(0).stdout
+    assert not (tmp_path / "bad" / "logs" / "n1.0.log").exists()
+
+
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_agents_and_ranks_run_in_a_container(kind, cluster, launch_forked, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "image").touch()
+    program = tmp_path / "bin" / {"pyxis": "srun", "apptainer": "apptainer"}[kind]
+    program.write_text(
+        {"pyxis": SRUN_WITH_PYXIS, "apptainer": APPTAINER}[kind].replace("REAL", shutil.which("srun") or "")
+    )
+    program.chmod(0o755)
+    env = {**cluster.env, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    inside = (f"backend.container={kind}", f"backend.image={tmp_path}/image", f"backend.python={sys.executable}")
+    more = f"backend.container_mounts=['{tmp_path}/bin:/opt:ro']"
+    words = ("backend=slurm", *brief(tmp_path), "backend.nodes=2", "backend.wait=true", "run.dir=held")
+    launch_forked(*words, *inside, more, env=env).expect(0)
+    calls = [line.split("|") for line in (tmp_path / "bin" / "calls").read_text().splitlines()]
+    assert {node for node, *_ in calls} == {"n1", "n2"}
+    for _, image, mounts, workdir, command in calls:
+        assert (image, workdir) == (f"{tmp_path}/image", str(tmp_path))
+        assert {f"{tmp_path}:{tmp_path}", f"{tmp_path}/bin:/opt:ro"} <= set(mounts.split(","))
+        assert command.startswith(f"{sys.executable} -m launcher.")
+    modules = {command.split()[2] for *_, command in calls}
+    assert "launcher.supervision.agent_supervisor" in modules
+    assert "launcher.backends.slurm.entrypoint" not in modules
+
+
+APPTAINER = """#!/bin/sh
+[ "$1" = exec ] && [ "$2" = --bind ] && [ "$4" = --pwd ] || exit 90
+mounts=$3 workdir=$5 image=$6
+shift 6
+[ -e "$image" ] && cd "$workdir" || exit 91
+echo "$SLURMD_NODENAME|$image|$mounts|$workdir|$*" >> "${0%/*}/calls"
+exec "$@"
+"""
+"""What ``apptainer exec`` does, without a container."""
+SRUN_WITH_PYXIS = """#!/bin/bash
+for word; do
+    case $word in
+        --container-image=*) image=${word#*=} ;;
+        --container-mounts=*) mounts=${word#*=} ;;
+        --container-workdir=*) workdir=${word#*=} ;;
+        --nodelist=*) node=${word#*=} rest+=("$word") ;;
+        -*) rest+=("$word") ;;
+        *) break ;;
+    esac
+    shift
+done
+[ -e "$image" ] && cd "$workdir" || exit 91
+echo "$node|$image|$mounts|$workdir|$*" >> "${0%/*}/calls"
+exec REAL "${rest[@]}" "$@"
+"""
+"""srun with the options that pyxis adds to it."""

@@ -94,13 +94,13 @@ SLOW = {
     ),
     **dict.fromkeys(
         (
-            "launch deploy +exp=serve_smollm2 deploy=nginx deploy.out=lb "
+            "launch deploy +exp=serve_smollm2 deploy=nginx deploy.out=nginx "
             "deploy.upstreams=[10.0.0.1:8000,10.0.0.2:8000]",
-            "launch deploy +exp=serve_smollm2 deploy=haproxy deploy.out=lb "
+            "launch deploy +exp=serve_smollm2 deploy=haproxy deploy.out=haproxy "
             "deploy.upstreams=[10.0.0.1:8000,10.0.0.2:8000]",
             "launch deploy +exp=serve_smollm2 deploy=compose deploy.out=stack deploy.image=launcher:1 deploy.servers=2",
-            "nginx -t -c $PWD/lb/nginx.conf",
-            "haproxy -c -f lb/haproxy.cfg",
+            "nginx -t -c $PWD/nginx/nginx.conf",
+            "haproxy -c -f haproxy/haproxy.cfg",
         ),
         "deploy/test_proxies.py::test_the_commands_of_the_page",
     ),
@@ -112,6 +112,12 @@ SLOW = {
     ),
     "python scripts/bench/canary_rehearsal.py --kind haproxy": (
         "deploy/test_canary_proxies.py::test_a_bad_version_is_rolled_back_and_a_good_one_promoted"
+    ),
+    "python scripts/bench/provoke_alerts.py": (
+        "deploy/monitoring/test_prometheus.py::test_alerts_fire_on_what_they_are_about_and_end"
+    ),
+    "python scripts/bench/draw_dashboards.py docs/images --seconds 120": (
+        "deploy/monitoring/test_prometheus.py::test_every_query_of_every_panel_returns_data"
     ),
     "scripts/test": "scripts/test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }

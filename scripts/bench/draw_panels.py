@@ -96,6 +96,8 @@ def draw(panels: Sequence[tuple[str, str, Sequence[Line]]], *, begin: float, end
 
 def _panel(title: str, unit: str, lines: Sequence[Line], begin: float, end: float) -> Iterator[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    if len(lines) > _MAX_LEGENDS:  # the largest have legends
+        lines = sorted(lines, key=lambda line: -max((value for _, value in line.points), default=0.0))
     values = [value for line in lines for _, value in line.points]
     low, high = min([0.0, *values]), max(values, default=1.0)
     if high <= low:

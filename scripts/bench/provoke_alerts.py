@@ -157,7 +157,7 @@ class Watch:
         self._wait(lambda: all(self.provoked[name].ended is not None for name in alerts), alerts)
 
     def _wait(self, condition: Callable[[], bool], alerts: Sequence[str]) -> None:
-        wait_until(condition, seconds=_WAIT_S, shown=lambda: f"waited in vain for {alerts}; active: {self._seen}")
+        wait_until(condition, seconds=_WAIT_S, shown=lambda: f"waited too long for {alerts}; active: {self._seen}")
 
     def table(self) -> Iterator[str]:
         """Yield the lines of a Markdown table."""

@@ -367,10 +367,13 @@ def test_haproxy_exports_metrics(kind: str, begin: Begin, listen: Listen) -> Non
         assert wanted in response.read()
 
 
-def test_the_commands_of_the_page(kind: str, launch_in_process: Launch, tmp_path: Path) -> None:
+def test_the_commands_of_the_page(launch_in_process: Launch, tmp_path: Path) -> None:
+    """In their order, in one folder."""
     both = "deploy.upstreams=[10.0.0.1:8000,10.0.0.2:8000]"
-    launch_in_process("deploy", "+exp=serve_smollm2", f"deploy={kind}", "deploy.out=lb", both).expect(0)
-    subprocess.run(check_command(kind, tmp_path / "lb" / FILES[kind]), check=True, capture_output=True)
+    for kind in KINDS:
+        launch_in_process("deploy", "+exp=serve_smollm2", f"deploy={kind}", f"deploy.out={kind}", both).expect(0)
+    for kind in KINDS:
+        subprocess.run(check_command(kind, tmp_path / kind / FILES[kind]), check=True, capture_output=True)
     words = ("deploy=compose", "deploy.out=stack", "deploy.image=launcher:1", "deploy.servers=2")
     launch_in_process("deploy", "+exp=serve_smollm2", *words).expect(0)
     assert (tmp_path / "stack/compose.yaml").is_file()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.backends.slurm.setup import setup_in_batch_script
+from launcher.backends.slurm.steps import describe_steps
 from launcher.config.backend.slurm import SlurmBackend
 from launcher.plugins.loading import path_environment
 from launcher.protocol.plan import Plan
@@ -32,7 +33,8 @@ def render_sbatch(backend: SlurmBackend, plan: Plan, *, plugins: Sequence[str] =
     """
     output = str(slurm_log_path(plan, "%j"))
     directives = [_set("job-name", plan.name), *_directives(backend, plan, output)]
-    return _script(backend, directives, (plan.run_dir,), plugins)
+    comment = backend.describe_memory(plan.hosts[0].host, plan.memory)
+    return _script(backend, directives, (plan.run_dir,), plugins, comment=comment)
 
 
 def render_array(
@@ -55,20 +57,31 @@ def render_array(
     return _script(backend, directives, (ARRAY_FLAG, str(folder)), plugins)
 
 
-def _script(backend: SlurmBackend, directives: Sequence[str], arguments: Sequence[str], plugins: Sequence[str]) -> str:
+def _script(
+    backend: SlurmBackend,
+    directives: Sequence[str],
+    arguments: Sequence[str],
+    plugins: Sequence[str],
+    *,
+    comment: str = "",
+) -> str:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in path_environment(plugins).items()]
     command = shlex.join([sys.executable, "-P", "-m", "launcher.backends.slurm.entrypoint", *arguments])
     setup = setup_in_batch_script(backend.setup, on_failure=command)
     shell = "#!/bin/bash" if backend.setup else "#!/bin/sh"
     options = [f"#SBATCH --{line}" for line in directives]
+    options += [f"# {line}" for line in (comment, describe_steps(backend)) if line]
     return "\n".join([shell, *options, "", *exports, *setup, f"exec {command}", ""])
 
 
 def _directives(backend: SlurmBackend, plan: Plan, output: str) -> Iterator[str]:
     yield _set("nodes", backend.nodes)
     yield "ntasks-per-node=1"  # that node's agent
-    for option in ("cpus_per_task", "gpus_per_node", "mem", "time"):
+    for option in ("cpus_per_task", "gpus_per_node"):
         yield from _set_if_given(backend, option)
+    if backend.mem is not None:
+        yield _set("mem", backend.memory_text(plan.hosts[0].host))
+    yield from _set_if_given(backend, "time")
     if backend.exclusive:
         yield "exclusive"
     for option in ("partition", "account", "qos", "reservation", "constraint", "nodelist", "exclude"):

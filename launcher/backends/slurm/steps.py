@@ -41,3 +41,15 @@ def step_command(
         inside = ("apptainer", "exec", *gpus, "--bind", mounts, "--pwd", str(cwd), str(backend.image))
         return (*step, f"--export=ALL,{unset}", *setup_on_node(backend.setup), *inside, *module)
     return (*step, "--export=ALL", *setup_on_node(backend.setup), *module)
+
+
+def describe_steps(backend: SlurmBackend) -> str:
+    """Return which container the steps of a job run in; empty without one."""
+    if backend.container == "none":
+        return ""
+    python = backend.python or "python"
+    command = f"srun --container-image={backend.image} {python}"
+    if backend.container == "apptainer":
+        command = f"srun apptainer exec {backend.image} {python}"
+    mounts = "working directory, run directory, paths of options, plugins, caches"
+    return f"agents and ranks: {command}; mounts: {', '.join((mounts, *backend.container_mounts))}"

@@ -200,6 +200,15 @@ def needed_ram(host: Host, memory: MemoryEstimate) -> int:
     return state + host.slots * PROCESS_BYTES + _LAUNCHER_BYTES
 
 
+def requested_ram(host: Host, memory: MemoryEstimate) -> int:
+    """Return the bytes of RAM to ask a cluster for; a quarter more for ranks on the CPU.
+
+    The quarter is for activations, which the estimate leaves out.
+    """
+    needed = needed_ram(host, memory)
+    return needed if host.devices else needed + needed // 4
+
+
 def needed_ram_text(host: Host, memory: MemoryEstimate) -> str:
     """Return that sum in words."""
     copies = f" with copies for checkpoints ({bytes_text(host.slots * memory.checkpoint_copies)})"

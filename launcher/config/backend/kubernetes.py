@@ -16,6 +16,7 @@ from launcher.config.backend.base import (
     needed_ram,
     needed_ram_text,
     plausible_memory,
+    requested_ram,
 )
 from launcher.config.kubernetes_objects import (
     GPU,
@@ -288,10 +289,8 @@ class KubernetesBackend(Backend):
     def _auto_bytes(self, host: Host, memory: MemoryEstimate | None) -> int:
         if memory is None:
             return _UNKNOWN_BYTES
-        needed = needed_ram(host, memory)
-        activations = 0 if host.devices else needed // 4
         shared = parse_quantity(self.shared_memory) or 0
-        return -(-(needed + activations + shared) // _GIB) * _GIB
+        return -(-(requested_ram(host, memory) + shared) // _GIB) * _GIB
 
     def validate_memory(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[ConfigError]:
         """Yield an error if a pod has less RAM than the plan's estimate for its ranks."""

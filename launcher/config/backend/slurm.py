@@ -5,22 +5,26 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from launcher.config.backend.base import (
     DEFAULT_GLOBS,
     LEAST_MEMORY_BYTES,
+    PROCESS_BYTES,
     Backend,
     forwarded_names,
+    needed_ram,
+    needed_ram_text,
     plausible_memory,
+    requested_ram,
 )
 from launcher.config.backend.containers import ContainerKind, validate_container
 from launcher.config.option_text import quoted_word
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
-from launcher.protocol.plan import Host
+from launcher.protocol.plan import Host, MemoryEstimate
 from launcher.utils.text import bytes_text
 
 _SHARED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
@@ -29,6 +33,8 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
 _MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _WORD = re.compile(r"--([a-z][a-z-]*)(?:=.*)?", re.DOTALL)
+_FROM_PLAN = "plan"
+"""Value of ``mem`` that requests what the estimate needs."""
 _MARGIN_S = 10
 """Beyond the time to save: for what the launcher itself does until the job is queued again."""
 
@@ -85,7 +91,8 @@ class SlurmBackend(Backend):
     """Cores to request on each node, for all of its ranks together."""
 
     mem: str | None = None
-    """Memory to request on each node (``64G``; megabytes without a unit); 0 requests all of it."""
+    """Memory to request on each node (``64G``; megabytes without a unit); 0 requests all of it.
+    ``plan`` requests what the plan's estimate needs, in whole GiB; ``null`` leaves it to Slurm's default."""
 
     exclusive: bool = False
     """Allocate whole nodes, on which no other job runs."""
@@ -201,14 +208,54 @@ class SlurmBackend(Backend):
                 why = "is empty" if not value else "holds a line break or another control character"
                 yield self.error(field, why, "name one, or leave it out")
 
+    def _mem_bytes(self) -> int:
+        """Return the amount in ``mem``; 0 where it names none, or all of a node's."""
+        found = _MEMORY.fullmatch(self.mem or "")
+        return int(found["number"]) * _UNITS[found["unit"] or "M"] if found else 0
+
+    def sized_hosts(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Sequence[Host]:
+        """Return ``hosts`` with the RAM that ``mem=plan`` asks for, in whole GiB."""
+        if self.mem != _FROM_PLAN or memory is None:
+            return hosts
+        return tuple(replace(host, memory_bytes=_whole_gib(requested_ram(_known(host), memory))) for host in hosts)
+
+    def memory_text(self, host: Host) -> str | None:
+        """Return the memory to request on a node, which is ``host`` of the plan, as sbatch takes it."""
+        return f"{host.memory_bytes // _UNITS['G']}G" if self.mem == _FROM_PLAN else self.mem
+
+    def describe_memory(self, host: Host, memory: MemoryEstimate | None) -> str:
+        """Return how the memory of a node follows from the estimate; empty if it does not."""
+        if self.mem != _FROM_PLAN or memory is None:
+            return ""
+        more = "" if host.devices else ", and a quarter more for activations"
+        return f"--mem: {needed_ram_text(_known(host), memory)}{more}"
+
+    def validate_memory(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[ConfigError]:
+        """Yield an error if the memory is below the estimate, or needs one and there is none."""
+        if memory is None:
+            if self.mem == _FROM_PLAN:
+                why = (
+                    "there is no estimate: the job has none, or the model's sizes are known only once it is downloaded"
+                )
+                yield self.error("mem", why, "set backend.mem=64G, or another amount")
+            return
+        given = self._mem_bytes()
+        for host in map(_known, hosts[:1]):  # all nodes have the same number of ranks
+            least = needed_ram(host, memory) - host.slots * (PROCESS_BYTES - LEAST_MEMORY_BYTES)
+            if 0 < given < least:
+                why = f"is {bytes_text(given)}, and a node needs at least {bytes_text(least)}"
+                text = needed_ram_text(host, memory)
+                fix = f"set backend.mem=plan, which requests {_whole_gib(requested_ram(host, memory)) >> 30}G ({text})"
+                yield self.error("mem", why, fix)
+
     def _validate_memory(self) -> Iterator[ConfigError]:
-        if self.mem is None:
+        if self.mem in (None, _FROM_PLAN):
             return
         found = _MEMORY.fullmatch(self.mem)
         if found is None:
-            yield self.error("mem", "is not an amount of memory", "set backend.mem=64G (K, M, G or T)")
+            yield self.error("mem", "is not an amount of memory", "set backend.mem=64G (K, M, G or T), or plan")
             return
-        size = int(found["number"]) * _UNITS[found["unit"] or "M"]
+        size = self._mem_bytes()
         if 0 < size < LEAST_MEMORY_BYTES:  # 0 is all of a node's
             unit = "" if found["unit"] else " (a number without a unit counts megabytes)"
             why = f"is {bytes_text(size)}{unit}, too little for any run"
@@ -259,6 +306,15 @@ class SlurmBackend(Backend):
                 return
 
 
+def _known(host: Host) -> Host:
+    """Return a placeholder as a host whose devices are those that the job asks for."""
+    return replace(host, is_probed=True)
+
+
+def _whole_gib(num_bytes: int) -> int:
+    return -(-num_bytes // _UNITS["G"]) * _UNITS["G"]
+
+
 def _has_closed_quotes(line: str) -> bool:
     try:
         shlex.split(line, comments=True)
@@ -273,3 +329,7 @@ class SlurmAllocation(SlurmBackend):
 
     probes_hosts: ClassVar[bool] = True
     is_detached: ClassVar[bool] = False
+
+    def sized_hosts(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Sequence[Host]:
+        """Return ``hosts`` with the RAM that was found there."""
+        return hosts

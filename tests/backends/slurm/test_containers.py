@@ -49,7 +49,9 @@ def test_ranks_in_a_container_have_its_python_and_the_session_has_its_own(plan_o
     backend = SlurmBackend(container="apptainer", image="/i.sif")
     plan = plan_of("tracker=local", "backend.ranks=1", hosts=backend.hosts(max_ranks=None))
     assert plan.hosts[0].host.python == "python"
-    assert f"exec {shlex.quote(sys.executable)} -P -m launcher.backends" in render_sbatch(backend, plan)
+    text = render_sbatch(backend, plan)
+    assert f"exec {shlex.quote(sys.executable)} -P -m launcher.backends" in text
+    assert "\n# agents and ranks: srun apptainer exec /i.sif python; mounts: working directory, run" in text
     named = SlurmBackend(container="pyxis", image="/i.sqsh", python="/opt/bin/python3").hosts(max_ranks=None)
     assert named[0].python == "/opt/bin/python3"
 

@@ -156,6 +156,36 @@ def test_a_line_of_setup_may_hold_tabs_comments_and_escaped_quotes():
     assert SlurmBackend(setup=("a\tb", "echo it\\'s # don't", "echo a\\\\")).setup
 
 
+def script_of(plan_of, backend, *words):
+    plan = plan_of("backend=slurm", "tracker=local", *words, hosts=backend.hosts(max_ranks=None))
+    return plan, render_sbatch(backend, plan)
+
+
+def test_memory_follows_from_the_plan(plan_of):
+    on_cpu = ("model=gpt2_xl", "backend.mem=plan", "backend.ranks=2")
+    plan, text = script_of(plan_of, SlurmBackend(mem="plan", ranks=2), *on_cpu)
+    assert plan.memory is not None
+    state = 2 * (plan.memory.per_rank.device + plan.memory.checkpoint_copies)  # a node without GPUs holds all of it
+    gib = -(-(state + (5 << 30)) * 5 // 4 // (1 << 30))
+    assert f"#SBATCH --mem={gib}G\n" in text
+    assert plan.hosts[0].host.memory_bytes == gib << 30
+    assert "2.00 GiB for each of 2 ranks, and 1.00 GiB for the launcher, and a quarter more for activations\n" in text
+    on_gpu = (*on_cpu, "backend.gpus_per_node=2")
+    plan, text = script_of(plan_of, SlurmBackend(mem="plan", ranks=2, gpus_per_node=2), *on_gpu)
+    assert plan.memory is not None
+    assert f"#SBATCH --mem={5 + -(-2 * plan.memory.checkpoint_copies // (1 << 30))}G\n" in text
+    assert "quarter" not in text
+
+
+def test_too_little_memory_for_the_plan_is_refused(plan_of):
+    with pytest.raises(ConfigErrors, match=r"backend\.mem=2G: is 2\.00 GiB, and a node needs at least 24\.\d+ GiB"):
+        script_of(plan_of, SlurmBackend(), "model=gpt2_xl", "backend.mem=2G")
+    for enough in ("backend.mem=200G", "backend.mem=0", "backend.mem=null"):
+        assert "--mem=plan" not in script_of(plan_of, SlurmBackend(), "model=gpt2_xl", enough)[1]
+    with pytest.raises(ConfigErrors, match=r"backend\.mem=plan: there is no estimate"):
+        script_of(plan_of, SlurmBackend(), "model=hf", "model.name=a/b", "backend.mem=plan")
+
+
 def test_cores_are_those_that_slurm_allocates():
     here = len(os.sched_getaffinity(0))
     assert _cores({}) == _cores({"SLURM_CPUS_ON_NODE": "4096"}) == _cores({"SLURM_CPUS_ON_NODE": "x"}) == here

@@ -64,6 +64,7 @@ _BY_PLACE = (
     *((f"deploy/test_{name}.py*", "process") for name in ("canary_proxies", "proxies", "load_balancing")),
     *((f"deploy/test_docker.py::test_{name}", "process") for name in ("hadolint_*", "the_wheel_*")),
     ("deploy/test_checkov.py*", "process"),
+    ("deploy/kubernetes/test_group.py::test_the_pods_*", "cluster"),
     *((f"deploy/test_compose.py::test_{name}_accepts_*", "process") for name in ("nginx", "promtool")),
     ("deploy/test_canary_gates.py::test_promtool_accepts_every_query", "process"),
     ("data/test_example_encoding.py*", "process"),

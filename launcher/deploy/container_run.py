@@ -47,7 +47,7 @@ def container_run(run: Run, *, names: Sequence[str] = (), has_keys: bool = False
         job = replace(job, served_model_name=served)
     deploy = run.deploy
     assert isinstance(deploy, ContainerDeploy), "other kinds start no container"
-    (host,) = deploy.hosts(run)
+    host, *_ = deploy.hosts(run)  # all are alike
     threads = max(1, deploy.cpus // host.slots) if run.backend.threads == "auto" else run.backend.threads
     # a container sees every core of its node, and may use deploy.cpus of them
     backend = replace(run.backend, ranks=host.slots, threads=threads)

@@ -130,7 +130,7 @@ class ContainerDeploy(RenderedDeploy):
         """Return the RAM that the container needs; ``None`` where the model's size is unknown."""
         if plan.memory is None:
             return None
-        num_engines = max(getattr(run.job, "replicas", 1), plan.world_size)
+        num_engines = max(getattr(run.job, "replicas", 1), plan.world_size // len(plan.hosts))
         needed = num_engines * PROCESS_BYTES + _SERVER_BYTES
         if self.gpus:
             return needed

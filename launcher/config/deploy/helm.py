@@ -25,6 +25,9 @@ class HelmDeploy(KubernetesDeploy):
     def validate(self) -> Iterator[ConfigError]:
         """Reject a second version beside the first: a release has one."""
         yield from super().validate()
+        if self.pods_per_engine > 1:
+            why = "the values of a chart would change the number of its pods alone"
+            yield self.error("pods_per_engine", why, "set deploy=kubernetes")
         if self.baseline is not None:
             why = "a release has one version, and an upgrade replaces it"
             yield self.error("baseline", why, "set deploy=kubernetes, which runs two versions side by side")

@@ -23,8 +23,9 @@ from launcher.config.kubernetes_objects import (
     validate_tolerations,
 )
 from launcher.config.run import Run
-from launcher.errors import ConfigError
-from launcher.protocol.plan import Plan
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.protocol.plan import Host, Plan
+from launcher.utils.text import counted
 
 ModelSource = Literal["hub", "image", "claim", "image_volume", "object_store"]
 _MOUNTED = ("claim", "image_volume", "object_store")
@@ -56,7 +57,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     canary_option: ClassVar[str] = "deploy.baseline=VERSION, the version that serves already"
 
     minimums: ClassVar[Mapping[str, int]] = {
-        **dict.fromkeys(("replicas", "max_replicas", "target_requests", "max_unavailable"), 1),
+        **dict.fromkeys(("replicas", "pods_per_engine", "max_replicas", "target_requests", "max_unavailable"), 1),
         **dict.fromkeys(("min_replicas", "pre_stop_s"), 0),
     }
     """Least values of numbers."""
@@ -69,8 +70,15 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
 
     workload: Literal["auto", "deployment", "stateful_set"] = "auto"
     """Kind of workload; ``auto`` is a StatefulSet if an engine has several ranks.
-    Otherwise it is a Deployment. All ranks of an engine are in one pod; each pod of a StatefulSet keeps a cache of
-    model files of its own."""
+    Otherwise it is a Deployment. Each pod of a StatefulSet keeps a cache of model files of its own."""
+
+    pods_per_engine: int = 1
+    """Pods over which the ranks of one engine are divided, each with the same ``gpus``, ``cpus`` and ``memory``.
+    Clients reach the first one. Where one ends, all start again, and an update does that too."""
+
+    pods_secret: str | None = None
+    """An existing Secret for ``pods_per_engine``, with the entry ``key``.
+    By it the pods of an engine know each other."""
 
     replicas: int = 1
     """Pods, each with ``job.replicas`` engines; an autoscaler sets their number itself."""
@@ -224,6 +232,24 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
         """Address of the Prometheus that gates are read from; that of KEDA too."""
         return self.canary_prometheus or self.prometheus
 
+    def hosts(self, run: Run) -> tuple[Host, ...]:
+        """Return each pod of one engine as a host with its share of the ranks.
+
+        Raises:
+            ConfigErrors: the ranks cannot be divided.
+        """
+        (host,) = super().hosts(run)
+        if self.pods_per_engine < 2:
+            return (host,)
+        if host.slots % self.pods_per_engine:
+            why = f"an engine has {counted(host.slots, 'rank')}, which cannot be divided over so many pods"
+            fix = f"set parallel=tensor parallel.tensor={self.pods_per_engine}, or parallel=pipeline; or leave it out"
+            raise ConfigErrors([self.error("pods_per_engine", why, fix)])
+        slots = host.slots // self.pods_per_engine
+        return tuple(
+            replace(host, name=f"{host.name}-{number}", slots=slots) for number in range(self.pods_per_engine)
+        )
+
     def is_stateful(self, plan: Plan) -> bool:
         """Return whether the workload is a StatefulSet."""
         return plan.world_size > 1 if self.workload == "auto" else self.workload == "stateful_set"
@@ -252,13 +278,14 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
                 yield self.error(name, "is not an amount of memory", f"write it like deploy.{name}=2Gi")
         yield from self._validate_model()
         yield from self._validate_mounts()
+        yield from self._validate_group()
         yield from self._validate_autoscaling()
         yield from self._validate_traffic()
 
     def _validate_names(self) -> Iterator[ConfigError]:
         if not is_label(self.namespace):
             yield self.error("namespace", "is not a valid name of a namespace", f"use at most 63 {NAME_RULE}")
-        one = {name: getattr(self, name) for name in ("secret", "keys_from", "cache_claim")}
+        one = {name: getattr(self, name) for name in ("secret", "keys_from", "pods_secret", "cache_claim")}
         many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
         yield from validate_names("deploy", {**{k: (v,) for k, v in one.items() if v is not None}, **many})
         versions = {"version": (self.version,), "weights": tuple(self.weights)}
@@ -306,6 +333,30 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
                 why = f"is the folder of {taken[folder]} in every pod"
                 yield ConfigError(f"deploy.{name}", path, why=why, fix="choose another folder")
             taken.setdefault(folder, f"deploy.{name}")
+
+    def _validate_group(self) -> Iterator[ConfigError]:
+        """Reject what an engine over several pods does not have."""
+        if self.pods_per_engine < 2:
+            if self.pods_secret is not None:
+                why = "an engine is one pod (deploy.pods_per_engine=1)"
+                yield self.error("pods_secret", why, "set deploy.pods_per_engine, or leave it out")
+            return
+        many = f"an engine has {self.pods_per_engine} pods (deploy.pods_per_engine)"
+        if self.pods_secret is None:
+            why = f"{many}, which know each other by a key"
+            fix = "kubectl create secret generic NAME --from-literal=key=$(openssl rand -hex 32), deploy.pods_secret=NAME"
+            yield ConfigError("deploy.pods_secret", why=why, fix=fix)
+        if self.replicas != 1:
+            why = f"{many}, and this is one engine"
+            fix = "leave it out; render further engines under another deploy.name or deploy.version"
+            yield self.error("replicas", why, fix)
+        if self.autoscaling != "none":
+            yield self.error("autoscaling", f"{many}, and their number is fixed", "leave it out")
+        if self.workload == "deployment":
+            yield self.error("workload", f"{many}, which need names of their own", "leave it out")
+        if self.traffic == "gateway":
+            why = f"{many}, and a route to one version would lead to all of them"
+            yield self.error("traffic", why, "set deploy.traffic=istio, whose routes lead to the first one")
 
     def _validate_autoscaling(self) -> Iterator[ConfigError]:
         if self.autoscaling == "none":
@@ -394,9 +445,14 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             why = "deploy.image has this program and no vLLM"
             fix = "set deploy.vllm_image=registry/team/launcher-vllm:tag job.vllm_python=<path in it>"
             yield ConfigError("job.engine", "vllm", why=why, fix=fix)
-        if self.gpus and plan.world_size > self.gpus:
-            why = f"the engine has {plan.world_size} ranks, each on a GPU of its own"
-            yield self.error("gpus", why, f"set deploy.gpus={plan.world_size}")
+        if job.engine == "vllm" and self.pods_per_engine > 1:
+            why = "vLLM is started in one pod"
+            yield self.error("pods_per_engine", why, "leave it out, or set job.engine=paged")
+        ranks = plan.world_size // len(plan.hosts)
+        if self.gpus and ranks > self.gpus:
+            why = f"a pod of the engine has {ranks} ranks, each on a GPU of its own"
+            fix = f"set deploy.gpus={ranks}, or deploy.pods_per_engine where a node has fewer"
+            yield self.error("gpus", why, fix)
         yield from self._validate_paths(run, job)
 
     def _validate_paths(self, run: Run, job: Serve) -> Iterator[ConfigError]:

@@ -19,6 +19,7 @@ from launcher.backends.kubernetes.manifest_parts import (
 )
 from launcher.config.inference import API_KEYS_VARIABLE
 from launcher.deploy.container_run import RUNS_FOLDER, SNAPSHOT_FILE, SNAPSHOT_FOLDER, container_command
+from launcher.deploy.kubernetes.group import GATHER_S, first_pod_probe, group_command, group_volume, index_variable
 from launcher.deploy.kubernetes.server import PORT_NAME, Server
 
 CACHE, CACHE_FOLDER = "cache", "/cache"
@@ -65,15 +66,14 @@ def termination_s(server: Server) -> int:
 
 def _container(server: Server) -> Manifest:
     deploy = server.deploy
-    live, ready = (
-        {"httpGet": {"path": f"/health/{name}", "port": PORT_NAME}, "timeoutSeconds": _PERIOD_S}
-        for name in ("live", "ready")
-    )
+    live, ready = _probe(server, "live"), _probe(server, "ready")
+    command = group_command(deploy) if server.is_group else container_command(deploy)
+    start_s = server.startup_s + (GATHER_S if server.is_group else 0)
     return {
         "name": "server",
         "image": deploy.server_image(server.run),
         "imagePullPolicy": "IfNotPresent",
-        "command": [escape_references(word) for word in container_command(deploy)],
+        "command": [escape_references(word) for word in command],
         "workingDir": RUNS_FOLDER,
         "ports": [{"name": PORT_NAME, "containerPort": server.job.port}],
         **_environment(server),
@@ -82,7 +82,7 @@ def _container(server: Server) -> Manifest:
         "startupProbe": {
             **ready,
             "periodSeconds": _PERIOD_S,
-            "failureThreshold": max(3, math.ceil(server.startup_s / _PERIOD_S)),
+            "failureThreshold": max(3, math.ceil(start_s / _PERIOD_S)),
         },
         "readinessProbe": {**ready, "periodSeconds": 5, "failureThreshold": 2},
         # the process that answers takes no steps: a long step delays nothing here
@@ -91,13 +91,7 @@ def _container(server: Server) -> Manifest:
         "terminationMessagePolicy": "FallbackToLogsOnError",  # so that `kubectl describe` shows the last block
         "securityContext": container_security(),
         "volumeMounts": [
-            # a file of its own: what a whole ConfigMap mounts are links, which are never read as run.yaml
-            {
-                "name": "snapshot",
-                "mountPath": f"{SNAPSHOT_FOLDER}/{SNAPSHOT_FILE}",
-                "subPath": SNAPSHOT_FILE,
-                "readOnly": True,
-            },
+            _snapshot_mount(server),
             {"name": "runs", "mountPath": RUNS_FOLDER},
             {"name": CACHE, "mountPath": CACHE_FOLDER},
             *temporary_mounts(),
@@ -107,11 +101,28 @@ def _container(server: Server) -> Manifest:
     }
 
 
+def _probe(server: Server, name: str) -> Manifest:
+    path = f"/health/{name}"
+    if server.is_group:
+        return first_pod_probe(server.deploy, port=server.job.port, path=path, timeout_s=_PERIOD_S)
+    return {"httpGet": {"path": path, "port": PORT_NAME}, "timeoutSeconds": _PERIOD_S}
+
+
+def _snapshot_mount(server: Server) -> Manifest:
+    mount = {"name": "snapshot", "readOnly": True}
+    if server.is_group:
+        return {**mount, "mountPath": SNAPSHOT_FOLDER}
+    # a file of its own: what a whole ConfigMap mounts are links, which are never read as run.yaml
+    return {**mount, "mountPath": f"{SNAPSHOT_FOLDER}/{SNAPSHOT_FILE}", "subPath": SNAPSHOT_FILE}
+
+
 def _environment(server: Server) -> Manifest:
     """Return a container's variables: folders to write in, and those of Secrets by name."""
     deploy = server.deploy
     plain = folder_variables(CACHE_FOLDER)
     variables: list[Manifest] = [{"name": name, "value": value} for name, value in plain.items()]
+    if server.is_group:
+        variables.append(index_variable())
     if deploy.keys_from is not None:
         key = {"name": deploy.keys_from, "key": API_KEYS_VARIABLE}
         variables.append({"name": API_KEYS_VARIABLE, "valueFrom": {"secretKeyRef": key}})
@@ -151,10 +162,16 @@ def _init_containers(server: Server) -> list[Manifest]:
     ]
 
 
+def _snapshot_volume(server: Server) -> Manifest:
+    if server.is_group:
+        return group_volume(server.deploy, config_name=server.config_name)
+    return {"configMap": {"name": server.config_name}}
+
+
 def _volumes(server: Server) -> list[Manifest]:
     deploy = server.deploy
     volumes: list[Manifest] = [
-        {"name": "snapshot", "configMap": {"name": server.config_name}},
+        {"name": "snapshot", **_snapshot_volume(server)},
         {"name": "runs", "emptyDir": {}},
         *temporary_volumes(shared_memory=deploy.shared_memory),
     ]

@@ -12,6 +12,7 @@ from launcher.config.deploy.kubernetes import KubernetesDeploy
 from launcher.config.job.serve import Serve
 from launcher.config.run import Run
 from launcher.deploy.container_run import container_run, snapshot_with_hash
+from launcher.deploy.kubernetes.group import INDEX_LABEL, run_of_group
 from launcher.protocol.plan import Plan
 
 PORT_NAME = "http"
@@ -78,6 +79,22 @@ class Server:
         return {"name": self.name, "namespace": self.deploy.namespace, "labels": self.shared_labels}
 
     @property
+    def is_group(self) -> bool:
+        """Whether an engine has several pods."""
+        return self.deploy.pods_per_engine > 1
+
+    @property
+    def num_pods(self) -> int:
+        """Pods of the workload."""
+        return self.deploy.replicas * self.deploy.pods_per_engine
+
+    @property
+    def client_selector(self) -> dict[str, str]:
+        """Labels that select the pods of all versions to which clients connect."""
+        first = {INDEX_LABEL: "0"} if self.is_group else {}
+        return {"app.kubernetes.io/name": self.name, **first}
+
+    @property
     def is_stateful(self) -> bool:
         """Whether the workload is a StatefulSet."""
         return self.deploy.is_stateful(self.plan)
@@ -96,12 +113,18 @@ class Server:
         return [*(form.format(name) for name in (self.name, self.versioned) for form in forms), *self.deploy.hostnames]
 
     @cached_property
-    def snapshot(self) -> tuple[str, str]:
-        """The text of the run that a pod starts, and its SHA-256."""
+    def run_in_pod(self) -> Run:
+        """The run that a pod starts."""
         deploy = self.deploy
         path = None if deploy.model_from == "hub" else deploy.model_path
         has_keys = deploy.keys_from is not None
-        return snapshot_with_hash(container_run(self.run, names=self.host_names, has_keys=has_keys, model_path=path))
+        run = container_run(self.run, names=self.host_names, has_keys=has_keys, model_path=path)
+        return run_of_group(run, deploy, memory=self.memory) if self.is_group else run
+
+    @cached_property
+    def snapshot(self) -> tuple[str, str]:
+        """Its text, and its SHA-256."""
+        return snapshot_with_hash(self.run_in_pod)
 
     @property
     def config_name(self) -> str:

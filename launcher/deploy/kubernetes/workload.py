@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from launcher.backends.kubernetes.manifest_parts import Manifest
+from launcher.backends.kubernetes.pod_config import CONFIG_FILE
 from launcher.deploy.container_run import SNAPSHOT_FILE
+from launcher.deploy.kubernetes.group import pod_config
 from launcher.deploy.kubernetes.pod import CACHE, pod_spec
 from launcher.deploy.kubernetes.server import PORT_NAME, Server
 
@@ -17,7 +19,7 @@ def workload_manifests(server: Server) -> list[Manifest]:
     return [
         _service_account(server),
         _config_map(server),
-        service(server.shared_metadata(), server, selector={"app.kubernetes.io/name": server.name}),
+        service(server.shared_metadata(), server, selector=server.client_selector),
         *version_services(server),
         _network_policy(server),
         _disruption_budget(server),
@@ -36,12 +38,15 @@ def _service_account(server: Server) -> Manifest:
 
 def _config_map(server: Server) -> Manifest:
     snapshot, run_hash = server.snapshot
+    files = {SNAPSHOT_FILE: snapshot}
+    if server.is_group:
+        files[CONFIG_FILE] = pod_config(server.run_in_pod, name=server.versioned, run_hash=run_hash)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {**server.metadata(server.config_name), "annotations": {HASH_ANNOTATION: run_hash}},
         "immutable": True,
-        "data": {SNAPSHOT_FILE: snapshot},
+        "data": files,
     }
 
 
@@ -55,7 +60,9 @@ def service(metadata: Manifest, server: Server, *, selector: dict[str, str], is_
         is_headless: whether its name resolves to the pods themselves.
     """
     port = {"name": PORT_NAME, "port": server.deploy.service_port, "targetPort": PORT_NAME, "appProtocol": "http"}
-    headless = {"clusterIP": "None"} if is_headless else {}
+    headless: Manifest = {"clusterIP": "None"} if is_headless else {}
+    if is_headless and server.is_group:
+        headless["publishNotReadyAddresses"] = True  # the pods resolve each other's names before they are ready
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -75,6 +82,7 @@ def version_services(server: Server) -> list[Manifest]:
 def _network_policy(server: Server) -> Manifest:
     """Return what lets others connect to the server's port alone, not to that where ranks meet."""
     ports = [server.job.port, *(_ISTIO_PORTS if server.deploy.traffic == "istio" else ())]
+    of_group = [{"from": [{"podSelector": {"matchLabels": server.selector}}]}] if server.is_group else []
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -82,7 +90,7 @@ def _network_policy(server: Server) -> Manifest:
         "spec": {
             "podSelector": {"matchLabels": server.selector},
             "policyTypes": ["Ingress"],
-            "ingress": [{"ports": [{"protocol": "TCP", "port": port} for port in ports]}],
+            "ingress": [{"ports": [{"protocol": "TCP", "port": port} for port in ports]}, *of_group],
         },
     }
 
@@ -144,7 +152,7 @@ def stateful_set(server: Server) -> Manifest:
 def _spec(server: Server) -> Manifest:
     deploy = server.deploy
     # the autoscaler alone sets the number: an apply would set it back
-    replicas = {"replicas": deploy.replicas} if deploy.autoscaling == "none" else {}
+    replicas = {"replicas": server.num_pods} if deploy.autoscaling == "none" else {}
     return {
         **replicas,
         "revisionHistoryLimit": 3,

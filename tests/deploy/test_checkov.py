@@ -18,6 +18,7 @@ import yaml
 from launcher.deploy.prepare import prepare
 from launcher.deploy.registry import render
 from tests.backends.kubernetes.test_manifests import FULL, SMALL, WORKLOADS, rendered
+from tests.deploy.kubernetes.test_group import WORDS as GROUP
 from tests.deploy.kubernetes.test_manifests import CASES
 
 CHECKOV = os.environ.get("CHECKOV") or shutil.which("checkov")
@@ -53,7 +54,7 @@ def findings(folder: Path) -> dict[str, set[str]]:
 
 
 def test_checkov_finds_nothing_else(tmp_path: Path) -> None:
-    for name, words in CASES.items():
+    for name, words in {**CASES, "group": GROUP}.items():
         for path, text in render(*prepare((*SERVER, "deploy=kubernetes", "deploy.namespace=ml", *words))).items():
             if path.startswith("manifests/"):
                 place = tmp_path / "server" / name / path

@@ -87,6 +87,9 @@ class RenderedDeploy(Deploy):
 class ContainerDeploy(RenderedDeploy):
     """A server in containers, with what each of them gets."""
 
+    own_ranks: ClassVar[str] = "set backend=local, or leave backend out"
+    """What to type instead of a backend."""
+
     image: str
     """Container image with this program in it, and everything a server needs."""
 
@@ -155,7 +158,7 @@ class ContainerDeploy(RenderedDeploy):
             yield ConfigError("job.port", run.job.port, why=why, fix="set job.port=8000")
         if run.backend.kind != "local":
             why = "a container starts its own ranks"
-            yield ConfigError("backend", run.backend.kind, why=why, fix="set backend=local, or leave backend out")
+            yield ConfigError("backend", run.backend.kind, why=why, fix=self.own_ranks)
         needed, given = self.needed_bytes(run, plan), parse_quantity(self.memory)
         if needed is None and given is None:
             why = "the size of the model is known only once its files are downloaded"

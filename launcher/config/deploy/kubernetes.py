@@ -56,6 +56,10 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     summary_fields: ClassVar[tuple[str, ...]] = ("out", "replicas")
     canary_option: ClassVar[str] = "deploy.baseline=VERSION, the version that serves already"
 
+    own_ranks: ClassVar[str] = (
+        "leave backend out; deploy.pods_per_engine divides the ranks of an engine over pods, and so over nodes"
+    )
+
     minimums: ClassVar[Mapping[str, int]] = {
         **dict.fromkeys(("replicas", "pods_per_engine", "max_replicas", "target_requests", "max_unavailable"), 1),
         **dict.fromkeys(("min_replicas", "pre_stop_s"), 0),
@@ -73,7 +77,8 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     Otherwise it is a Deployment. Each pod of a StatefulSet keeps a cache of model files of its own."""
 
     pods_per_engine: int = 1
-    """Pods over which the ranks of one engine are divided, each with the same ``gpus``, ``cpus`` and ``memory``.
+    """Pods over which the ranks of one engine are divided.
+    ``gpus``, ``cpus`` and ``memory`` are those of one.
     Clients reach the first one. Where one ends, all start again, and an update does that too."""
 
     pods_secret: str | None = None
@@ -246,9 +251,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             fix = f"set parallel=tensor parallel.tensor={self.pods_per_engine}, or parallel=pipeline; or leave it out"
             raise ConfigErrors([self.error("pods_per_engine", why, fix)])
         slots = host.slots // self.pods_per_engine
-        return tuple(
-            replace(host, name=f"{host.name}-{number}", slots=slots) for number in range(self.pods_per_engine)
-        )
+        return tuple(replace(host, name=f"{host.name}-{number}", slots=slots) for number in range(self.pods_per_engine))
 
     def is_stateful(self, plan: Plan) -> bool:
         """Return whether the workload is a StatefulSet."""
@@ -344,7 +347,9 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
         many = f"an engine has {self.pods_per_engine} pods (deploy.pods_per_engine)"
         if self.pods_secret is None:
             why = f"{many}, which know each other by a key"
-            fix = "kubectl create secret generic NAME --from-literal=key=$(openssl rand -hex 32), deploy.pods_secret=NAME"
+            fix = (
+                "kubectl create secret generic NAME --from-literal=key=$(openssl rand -hex 32), deploy.pods_secret=NAME"
+            )
             yield ConfigError("deploy.pods_secret", why=why, fix=fix)
         if self.replicas != 1:
             why = f"{many}, and this is one engine"

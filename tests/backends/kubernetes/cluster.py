@@ -90,7 +90,7 @@ class Run:
         return [pod for pod in self.pods if pod.index == index][-1]
 
 
-_SANDBOX = Path(__file__).parent / "programs" / "sandbox.py"
+SANDBOX = Path(__file__).parent / "programs" / "sandbox.py"
 
 
 class Cluster:
@@ -333,7 +333,7 @@ class Cluster:
         file = self.folder / f"{name}.json"
         file.write_text(json.dumps(config))
         log = self.folder / f"{name}.log"
-        command = [sys.executable, str(_SANDBOX), str(file)]
+        command = [sys.executable, str(SANDBOX), str(file)]
         with log.open("wb") as output:
             process = self.start_process(command, cwd=self.folder, env=dict(os.environ), stdout=output, stderr=output)
         labels = {**run.template["metadata"]["labels"], "batch.kubernetes.io/job-completion-index": str(index)}

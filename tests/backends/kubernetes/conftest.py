@@ -17,14 +17,14 @@ from tests.torchless import ECHO, endless
 
 from .cluster import Cluster
 
-_CANNOT = "pods are played in mount, host name and PID namespaces, which needs root (as in a privileged container)"
+NO_NAMESPACES = "pods are played in mount, host name and PID namespaces, which needs root (as in a privileged container)"
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, preloading: Start) -> Iterator[Cluster]:
     """Play manifests here, with pods whose processes are forked from one that has imported torch."""
-    if not _has_namespaces():
-        pytest.skip(_CANNOT)
+    if not has_namespaces():
+        pytest.skip(NO_NAMESPACES)
     folder = tmp_path / "cluster"
     folder.mkdir()
     playing = Cluster(folder)
@@ -95,7 +95,7 @@ def on_pods(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _has_namespaces() -> bool:
+def has_namespaces() -> bool:
     try:
         tried = subprocess.run(
             ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, check=False

@@ -17,8 +17,8 @@ import yaml
 
 from launcher.errors import ConfigErrors
 from launcher.utils.files import sha256_of
-from tests.backends.kubernetes.cluster import _SANDBOX
-from tests.backends.kubernetes.conftest import _CANNOT, _has_namespaces
+from tests.backends.kubernetes.cluster import SANDBOX
+from tests.backends.kubernetes.conftest import NO_NAMESPACES, has_namespaces
 from tests.conftest import REPOSITORY, Start, Started
 from tests.deploy.conftest import Render, manifests_of
 from tests.deploy.containers import Container
@@ -123,14 +123,18 @@ class Group:
         config = {
             "shared": [str(path) for path in shared if Path(path).is_dir()],
             "is_read_only": self.container["securityContext"]["readOnlyRootFilesystem"],
-            **{"mounts": mounts, "hosts": str(hosts), "hostname": f"{self.name}-{number}", "env": env},
-            **{"command": self.container["command"], "cwd": "/"},
+            "mounts": mounts,
+            "hosts": str(hosts),
+            "hostname": f"{self.name}-{number}",
+            "env": env,
+            "command": self.container["command"],
+            "cwd": "/",
         }
         file = self._folder / f"pod{number}.json"
         file.write_text(json.dumps(config))
         with (self._folder / f"pod{number}.log").open("ab") as output:
             return self._start_process(
-                [sys.executable, str(_SANDBOX), str(file)],
+                [sys.executable, str(SANDBOX), str(file)],
                 cwd=self._folder,
                 env=dict(os.environ),
                 stdout=output,
@@ -155,10 +159,11 @@ class Group:
 def test_the_pods_serve_as_one_start_again_as_one_and_drain(
     rendered: Render, preloading: Start, tmp_path: Path
 ) -> None:
-    if not _has_namespaces():
-        pytest.skip(_CANNOT)
+    if not has_namespaces():
+        pytest.skip(NO_NAMESPACES)
     port = free_port()
     words = (f"job.port={port}", f"backend.port={free_port(together=2)}", f"deploy.python={sys.executable}")
+    words = (*words, "job.warm_up=[[1,4]]", "job.kv_cache_tokens=2048")
     group = Group(rendered(*WORDS, *words)[2], tmp_path, preloading)
     body = {"model": "llama_tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}
     answers: list[Any] = []
@@ -166,8 +171,9 @@ def test_the_pods_serve_as_one_start_again_as_one_and_drain(
         for _ in range(2):
             group.start()
             assert not group.is_ready(0)
-            assert group.is_ready(1), "it serves nobody: its end ends all"
-            wait_for(lambda: group.is_ready(0), process=group.pods[0], shown=group.log)
+            assert group.is_ready(1), "no client connects to it"
+            wait_for(lambda: group.log().count("serving") > len(answers), process=group.pods[0], shown=group.log)
+            assert group.is_ready(0)
             answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
             assert answer.is_success, answer.text
             answers.append(answer.json()["choices"])

@@ -121,7 +121,7 @@ class Job(Component):
     """Whether it loads the checkpoint that ``checkpoint.resume`` names."""
 
     reads_other_ranks_files: ClassVar[bool] = False
-    """Whether ranks read what others wrote into the run directory, which all hosts must share then."""
+    """Whether ranks read what others wrote into the run directory: all hosts must share it."""
 
     handles_preemption: ClassVar[bool] = False
     """Whether ranks handle SIGTERM and SIGUSR1: save, and exit with the resume code."""

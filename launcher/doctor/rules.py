@@ -331,7 +331,7 @@ def group_rules(group: Mapping[str, GroupMeasurement], *, silent: Mapping[str, s
 def validate_shared_run_dir(
     run: Run, hosts: Sequence[Host], facts: Mapping[str, HostFacts], *, folder: str
 ) -> Iterator[ConfigError]:
-    """Yield errors for checkpoints, and files that ranks read, spread over the local disks of hosts.
+    """Yield errors for checkpoints and files of other ranks, spread over local disks of hosts.
 
     A single host holds whole checkpoints; so do hosts that share a file server this machine is not connected to.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Container, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from launcher.errors import EnvironmentProblem
 
 _TIMEOUT_S = 120.0
+_UNREACHABLE = re.compile(r"dial tcp [^;\"\n]*")
 _REMEDIES = (
     ("context was not found", "", "`kubectl config get-contexts` lists the existing ones; set backend.context"),
     ("does not exist", "context", "`kubectl config get-contexts` lists the existing ones; set backend.context"),
@@ -77,7 +79,7 @@ class Kubectl:
         except subprocess.TimeoutExpired as error:
             raise EnvironmentProblem(f"`{_shown(argv)}` did not end within {timeout_s:.0f} s") from error
         if done.returncode not in accepts:
-            said = done.stderr.strip() or f"exit code {done.returncode}"
+            said = _once(done.stderr.strip()) or f"exit code {done.returncode}"
             remedy = _remedy(said).replace("backend.", f"{self.group}.")
             raise EnvironmentProblem(f"`{_shown(argv)}` failed: {said}; {remedy}")
         return done.stdout
@@ -104,6 +106,12 @@ def kubectl_missing(group: str = "backend") -> EnvironmentProblem:
 
 def _shown(argv: Sequence[str]) -> str:
     return " ".join(argv)
+
+
+def _once(said: str) -> str:
+    """Return why no cluster answers, which kubectl repeats for each file or attempt; other messages whole."""
+    reasons = set(_UNREACHABLE.findall(said)) if "\n" in said else set()
+    return reasons.pop() if len(reasons) == 1 else said
 
 
 def _remedy(said: str) -> str:

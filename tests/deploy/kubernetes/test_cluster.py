@@ -160,7 +160,7 @@ def test_without_a_cluster_nothing_changes_and_the_remedy_is_named(
     write(folder, rendered()[2])
     for action in ("apply", "status", "delete"):
         failed = launch_in_process("deploy", action, str(folder)).expect(2)
-        assert "refused" in failed.stderr
+        assert failed.stderr.count("refused") == 1, failed.stderr
         assert "check that this is the right cluster (deploy.context)" in failed.stderr
 
 

@@ -17,7 +17,7 @@ from tests.torchless import ECHO, endless
 
 from .cluster import Cluster
 
-NO_NAMESPACES = "pods are played in mount, host name and PID namespaces, which needs root (as in a privileged container)"
+NO_NAMESPACES = "pods are played in mount, host name and PID namespaces, which needs root (a privileged container)"
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ def run(arguments: Arguments) -> int:
     _check(arguments, state)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a rank may print characters that the terminal cannot encode
+    if state.cluster_job is not None:
+        return _of_pods(arguments, state.cluster_job)
     logs = RunLogs(
         run_dir,
         rank=arguments.rank,
@@ -41,6 +43,36 @@ def run(arguments: Arguments) -> int:
         return _follow(logs, state)
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
+
+
+def _of_pods(arguments: Arguments, job: dict[str, str]) -> int:
+    """Print what the pods of a run print, whose files are in the cluster.
+
+    Raises:
+        EnvironmentProblem: the cluster does not answer, or has no pods of the run.
+    """
+    from launcher.backends.kubernetes.cluster_run import ClusterRun
+    from launcher.backends.kubernetes.pod_logs import LogFilter, follow, read_agent_logs, read_logs
+
+    run, last = ClusterRun.of_job(job), arguments.lines
+    wanted = LogFilter(rank=arguments.rank, host=arguments.host)
+    if arguments.agents:
+        if arguments.follow:
+            fix = "leave -f out, or --agents"
+            raise ConfigError("--follow", why="the agents of pods cannot be followed, only ranks", fix=fix)
+        _print(read_agent_logs(run, host=arguments.host, last=last))
+    elif not arguments.follow:
+        _print(read_logs(run, wanted, last=last))
+    else:
+        try:
+            outcome = follow(
+                run, arrived=(), wanted=wanted, last=last, say=lambda text: print(text, file=sys.stderr, flush=True)
+            )
+        except KeyboardInterrupt:
+            return _EXIT_INTERRUPTED
+        assert outcome is not None, "no signal ends the following"
+        return _say_end(outcome.status, outcome.exit_code)
+    return 0
 
 
 def _check(arguments: Arguments, state: RunState) -> None:
@@ -64,8 +96,11 @@ def _follow(logs: RunLogs, state: RunState) -> int:
         time.sleep(_POLL_S)
         state = read_run_state(state.run_dir)
     _print(logs.rest())
-    code = _EXIT_LOST if state.exit_code is None else state.exit_code
-    print(f"the run is {state.status} (exit code {code})" if code else f"the run is {state.status}", file=sys.stderr)
+    return _say_end(state.status, _EXIT_LOST if state.exit_code is None else state.exit_code)
+
+
+def _say_end(status: str, code: int) -> int:
+    print(f"the run is {status} (exit code {code})" if code else f"the run is {status}", file=sys.stderr)
     return code
 
 

@@ -16,7 +16,16 @@ from launcher.runs.checkpoints import kept_checkpoints
 from launcher.runs.index import find_run
 from launcher.runs.logs import host_and_who, tail_lines
 from launcher.runs.state import ELSEWHERE, RUNNING, RunState, continue_command, read_run_state
-from launcher.utils.text import counted, duration_text, format_table, json_text, shell_command, shell_word, short_path
+from launcher.utils.text import (
+    counted,
+    duration_text,
+    format_table,
+    json_text,
+    printable,
+    shell_command,
+    shell_word,
+    short_path,
+)
 
 _LIFE = {True: "alive", False: "gone", None: "unknown from this machine"}
 _MANY = 16
@@ -26,15 +35,38 @@ _MANY = 16
 def run(arguments: Arguments) -> int:
     """Print the state of one run."""
     state = read_run_state(find_run(arguments.run, arguments.root))
+    cluster = _cluster(state)
     if arguments.json:
-        print(json_text(_tree(state)))
+        print(json_text({**_tree(state), "cluster": cluster}))
         return 0
+    progress = _how_far(state) if cluster is None else _in_cluster(state, cluster)
     print(
-        "\n".join(
-            format_table([*_who(state), *_how_far(state), *_kept(state), *_ranks(state), *_end(state), *_next(state)])
-        )
+        "\n".join(format_table([*_who(state), *progress, *_kept(state), *_ranks(state), *_end(state), *_next(state)]))
     )
     return 0
+
+
+def _cluster(state: RunState) -> dict[str, Any] | None:
+    """Return the state of a run whose files only its pods have; ``None`` for other runs."""
+    job = state.cluster_job
+    if job is None or state.result:
+        return None
+    from launcher.backends.kubernetes.cluster_state import read_cluster_state
+
+    return read_cluster_state(job)
+
+
+def _in_cluster(state: RunState, cluster: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    slots, pods, ranks = state.slots, cluster["pods"], cluster["ranks"]
+    yield "ranks", f"{sum(slots)} on {counted(len(slots), 'host')}" if slots else "not known"
+    yield "cluster", printable(f"{cluster['status']}{cluster['said'] and ': '}{cluster['said']}")
+    for pod in pods[:_MANY]:
+        said = f": {pod['said']}" if pod["said"] else ""
+        yield pod["host"], printable(f"pod {pod['name']} {pod['phase']}{pod['node'] and ' on '}{pod['node']}{said}")
+    for said in ranks[:_MANY]:
+        yield f"{said['host']}:{said['rank']}", printable(said["line"])
+    if (left := max(0, len(pods) - _MANY) + max(0, len(ranks) - _MANY)) > 0:
+        yield "…", f"and {left} more: launch status --json"
 
 
 def _who(state: RunState) -> Iterator[tuple[str, str]]:

@@ -272,7 +272,9 @@ Every verb that takes a RUN takes an id, the beginning of one, or a run director
   launch status 20260101               the run whose id begins with 20260101
   launch status runs/gpt2_tiny/2026…   the run in this directory
 """,
-        notes="The exit code is 0 for every run that exists; launch logs -f ends with the exit code of the run.",
+        notes="""\
+The exit code is 0 for every run that exists; launch logs -f ends with the exit code of the run. Of a run in Kubernetes
+whose files only its pods have, kubectl asks for its pods.""",
     ),
     "report": Verb(
         summary="write a run, several runs or a sweep as one self-contained HTML file",
@@ -325,6 +327,7 @@ scripts, and loads nothing from a network.""",
 """,
         notes="""\
 Each line begins with host:rank. Lines that exist already come log by log, new lines in the order of their arrival.
+Of a run in Kubernetes whose files only its pods have, kubectl reads what the first pod prints; others have their agents.
 Ctrl-C ends only this command, not the run.""",
     ),
     "cancel": Verb(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import posixpath
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 
 from launcher.config.activation import OffloadCheckpointing
 from launcher.config.adapter import Lora
@@ -39,6 +41,8 @@ _ARGUMENTS = ("ssh_options", "sbatch_options")
 """Options of backends whose words are passed to other programs."""
 _READ_BY_SHELL = re.compile(r"\w+=\"?\$[\w({]")
 """An assignment in a line of shell whose value only the shell knows."""
+_WRITTEN = ("parallel.nvme_path", "job.output", "data.cache")
+"""Paths that ranks write to."""
 _NO_CHECKPOINTS = ("0", "false", "default")
 """Values of the group checkpoint that ask for none."""
 
@@ -63,6 +67,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _validate_secrets(run)
     yield from _validate_shown_ranks(run, hosts)
     yield from run.backend.validate_hosts(hosts)
+    yield from _validate_written_paths(run)
     yield from _validate_deploy(run)
     yield from _validate_quantization(run)
     yield from _validate_adapter(run, world_size)
@@ -110,6 +115,19 @@ def _validate_name(run: Run) -> Iterator[ConfigError]:
     elif not name.isprintable() or len(name.encode()) > _MAX_NAME_BYTES:
         why = f"holds a control character, or more than {_MAX_NAME_BYTES} bytes"
         yield ConfigError("run.name", name, why=why, fix="set a shorter one of printable characters")
+
+
+def _validate_written_paths(run: Run) -> Iterator[ConfigError]:
+    """Reject folders on hosts that ranks write to and cannot."""
+    folders = run.backend.writable_folders
+    for option, path in run.paths() if folders is not None else ():
+        is_written = option in _WRITTEN and option.partition(".")[0] not in run.job.unused_groups(run)
+        inside = PurePosixPath(posixpath.normpath(path))
+        if is_written and inside.is_absolute() and not any(map(inside.is_relative_to, folders or ())):
+            why = f"is outside of the folders that ranks may write on hosts: {', '.join(folders or ())}"
+            yield ConfigError(
+                option, path, why=why, fix="choose a folder below one of them, or add one to backend.volumes"
+            )
 
 
 def _validate_deploy(run: Run) -> Iterator[ConfigError]:

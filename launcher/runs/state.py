@@ -69,6 +69,17 @@ class RunState:
         return self.session.backend if self.session else written
 
     @property
+    def cluster_job(self) -> dict[str, str] | None:
+        """Names of the job in Kubernetes whose pods alone have the run's files; ``None`` otherwise.
+
+        Where the claim of the pods is mounted on this machine too, the files are here.
+        """
+        session = self.session
+        if session is None or session.backend != "kubernetes" or not session.job or session.invalid_job_names:
+            return None
+        return None if any(self.run_dir.logs.glob("*.log")) else session.job
+
+    @property
     def slots(self) -> list[int]:
         """Number of ranks of each host."""
         return [host["slots"] for host in self.hosts]

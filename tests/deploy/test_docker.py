@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from launcher.config.backend.kubernetes import KubernetesBackend
 from launcher.config.snapshot import load_run
 from launcher.deploy.docker import _quoted
 from launcher.deploy.folder import difference, write
@@ -145,6 +146,17 @@ def test_the_wheel_is_the_program_that_runs_here(tmp_path: Path) -> None:
     assert (target / "launcher/conf/config.yaml").is_file()
     with zipfile.ZipFile(BytesIO(data)) as archive:
         assert not [each for each in archive.namelist() if "__pycache__" in each]
+
+
+def test_the_wheel_and_the_path_of_the_image_start_pods_of_runs(everything: dict[str, Any]) -> None:
+    """backend=kubernetes runs ``python -m launcher.backends.kubernetes.entrypoint`` in it, as user 1000."""
+    (wheel,) = (data for name, data in everything.items() if name.endswith(".whl"))
+    assert "launcher/backends/kubernetes/entrypoint.py" in zipfile.ZipFile(BytesIO(wheel)).namelist()
+    variables = dict(re.findall(r'(\w+)="(.*)"', everything["Containerfile"]))
+    assert variables["PATH"].split(":")[0] == "/opt/launcher/bin"
+    backend = KubernetesBackend(image="launcher")
+    assert (backend.python, backend.run_as_user) == ("python", 1000)
+    assert "\nUSER 1000:1000\n" in rendered()["Containerfile"]
 
 
 def test_folders_hold_bytes_as_they_hold_texts(tmp_path: Path) -> None:

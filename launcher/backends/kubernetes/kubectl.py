@@ -86,12 +86,20 @@ class Kubectl:
 
     def get(self, *words: str) -> Any:
         """Return an object, or a list of objects."""
-        text = self.run("get", *words, "--output=json")
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            said = f"`kubectl get {shlex.join(words)}` printed invalid JSON: {text[:200]!r}"
-            raise EnvironmentProblem(f"{said}; check that kubectl is the program and not a wrapper") from error
+        return _parsed(self.run("get", *words, "--output=json"), words)
+
+    def find(self, what: str) -> Any | None:
+        """Return an object; ``None`` if it does not exist."""
+        text = self.run("get", what, "--ignore-not-found", "--output=json")
+        return _parsed(text, (what,)) if text.strip() else None
+
+
+def _parsed(text: str, words: Sequence[str]) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        said = f"`kubectl get {shlex.join(words)}` printed invalid JSON: {text[:200]!r}"
+        raise EnvironmentProblem(f"{said}; check that kubectl is the program and not a wrapper") from error
 
 
 def kubectl_missing(group: str = "backend") -> EnvironmentProblem:

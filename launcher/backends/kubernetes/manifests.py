@@ -175,7 +175,7 @@ def _volumes(submission: Submission) -> list[Manifest]:
     ]
 
 
-_INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class WorkloadKind:
     """Kubectl's name with the API group, so that an equal name in another group does not match."""
     others: tuple[str, ...] = ()
     """Further resources that ``manifests`` makes."""
-    first_pod: str = f"{_INDEX_LABEL}=0"
+    first_pod: str = f"{INDEX_LABEL}=0"
     """Label of the pod that reports for the run."""
     conditions: tuple[str, str] = ("Complete", "Failed")
     """Its conditions after success and after failure."""

@@ -92,6 +92,11 @@ class Backend(Component):
         return run_dir
 
     @property
+    def writable_folders(self) -> tuple[str, ...] | None:
+        """Folders of the hosts that ranks may write below; ``None`` for any."""
+        return None
+
+    @property
     def rank_launcher(self) -> str:
         """Which command lines of ``launcher.planning.commands`` start the ranks of a host."""
         return self.agent

@@ -250,6 +250,11 @@ class KubernetesBackend(Backend):
             for number in range(self.nodes)
         )
 
+    @property
+    def writable_folders(self) -> tuple[str, ...]:
+        """Volumes of the pods, whose image is read only."""
+        return (self.mount, *self.volumes.values(), "/tmp", "/dev/shm")  # noqa: S108 (paths in pods)
+
     def run_dir_on_hosts(self, run_dir: str) -> str:
         """Return the run directory in pods: the same folder if on the mount, else one named alike."""
         folder = PurePosixPath(run_dir)

@@ -134,6 +134,12 @@ class Cluster:
         (run,) = self.runs.values()
         return run
 
+    def admit(self) -> None:
+        """Do what Kueue does once there is room for the run."""
+        with self._lock:
+            spec = self.the_run().manifest["spec"]
+            spec.get("runPolicy", spec)["suspend"] = False
+
     def evict(self, index: int) -> None:
         """Do what a drained node does: mark the pod and send SIGTERM."""
         with self._lock:
@@ -166,12 +172,19 @@ class Cluster:
                 for manifest in filter(None, yaml.safe_load_all(document)):
                     self._store(manifest, namespace=options["namespace"])
             case "get":
-                return {"out": json.dumps(self._get(names[0], options))}
+                try:
+                    return {"out": json.dumps(self._get("/".join(names), options))}
+                except Refusal:
+                    if "ignore-not-found" not in options:
+                        raise
             case "patch":
                 patch = json.loads(options["patch"])
                 self._object(names[0])["metadata"].update(patch["metadata"])
             case "logs":
                 pod = next(p for run in self.runs.values() for p in run.pods if names[0] == f"pod/{p.name}")
+                shown = pod.log.read_text(errors="replace").splitlines(keepends=True)
+                if "follow" not in options:
+                    return {"out": "".join(shown[-int(options.get("tail", len(shown))) or len(shown) :])}
                 return {"follow": str(pod.log), "until": str(pod.end)}
             case "delete":
                 self._delete(names, options)
@@ -257,9 +270,11 @@ class Cluster:
             time.sleep(0.1)
 
     def _look_after(self, run: Run) -> None:
-        if not run.condition and not run.pods:
-            for index in range(len(run.hostnames)):
-                self._start(run, index)
+        if not run.pods:
+            if not run.condition and not is_suspended(run.manifest):
+                for index in range(len(run.hostnames)):
+                    self._start(run, index)
+            return
         for pod in run.pods:
             if pod.code is None and pod.process.poll() is not None:
                 self._note_end(run, pod)
@@ -336,8 +351,14 @@ class Cluster:
         command = [sys.executable, str(SANDBOX), str(file)]
         with log.open("wb") as output:
             process = self.start_process(command, cwd=self.folder, env=dict(os.environ), stdout=output, stderr=output)
-        labels = {**run.template["metadata"]["labels"], "batch.kubernetes.io/job-completion-index": str(index)}
-        labels["training.kubeflow.org/replica-type"] = "worker" if index else "master"
+        labels = dict(run.template["metadata"]["labels"])
+        if run.manifest["kind"] == "PyTorchJob":
+            replica = ("worker", index - 1) if index else ("master", 0)
+            labels |= {
+                f"training.kubeflow.org/replica-{n}": str(v) for n, v in zip(("type", "index"), replica, strict=True)
+            }
+        else:
+            labels["batch.kubernetes.io/job-completion-index"] = str(index)
         manifest = {
             "metadata": {"name": name, "labels": labels, "creationTimestamp": f"{time.time():.6f}"},
             "status": {"phase": "Running"},
@@ -395,6 +416,12 @@ class Cluster:
         """Return what a ConfigMap or a Secret holds."""
         data: dict[str, str] = self.objects[kind, name]["data"]
         return data if kind == "ConfigMap" else {k: base64.b64decode(v).decode() for k, v in data.items()}
+
+
+def is_suspended(manifest: dict[str, Any]) -> bool:
+    """Return whether a workload waits for a queue."""
+    spec = manifest["spec"]
+    return bool(spec.get("runPolicy", spec).get("suspend"))
 
 
 def expand(text: str, env: dict[str, str]) -> str:

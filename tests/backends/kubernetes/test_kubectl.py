@@ -2,18 +2,15 @@
 
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 
-from launcher.backends.kubernetes import submit as module
+from launcher.backends.kubernetes import pod_logs as module
+from launcher.backends.kubernetes.cluster_run import ClusterRun
 from launcher.backends.kubernetes.kubectl import Kubectl
-from launcher.backends.kubernetes.manifests import submission_of
-from launcher.backends.kubernetes.submit import follow
-from launcher.config.backend.kubernetes import KubernetesBackend
-from launcher.config.compose import compose
+from launcher.backends.kubernetes.manifests import WORKLOADS
+from launcher.backends.kubernetes.pod_logs import follow
 from launcher.errors import EnvironmentProblem
-from launcher.execution.prepare import replan
 
 SAID = (
     ('error: context "far" does not exist', "backend.context"),
@@ -53,15 +50,18 @@ class Scripted(Kubectl):
             raise answer
         return answer
 
+    def find(self, what):
+        return self.get(what)
+
 
 def followed(monkeypatch, *answers):
     monkeypatch.setattr(module, "_LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(Scripted, "answers", list(answers))
-    run = compose(("tracker=local", "backend=kubernetes", "backend.image=x")).run
-    assert isinstance(run.backend, KubernetesBackend)
-    hosts = run.backend.hosts(max_ranks=None)
-    plan = replan(run, hosts, run_id="20260101-120000-abcd", folder=Path("/runs/x/y"), port=29500).plan
-    return follow(submission_of(run.backend, plan), Scripted(namespace="ml", context=None))
+    return follow(scripted_run(), arrived=())
+
+
+def scripted_run():
+    return ClusterRun(kubectl=Scripted(namespace="ml", context=None), kind=WORKLOADS["indexed_job"], job="tiny")
 
 
 def ended(condition):

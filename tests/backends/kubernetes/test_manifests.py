@@ -280,3 +280,21 @@ def test_files_of_pods_are_looked_for_in_the_first_pod(tmp_path):
     assert not list(validate_machine(run, tmp_path / "here" / "x", hosts=()))
     (found,) = validate_machine(run, tmp_path / "mnt" / "x" / "y", hosts=())
     assert str(found).startswith("data.path=/data/of-pods.txt: there is no such file")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("parallel=zero_infinity", "parallel.nvme_path=/nvme"), "parallel.nvme_path=/nvme"),
+        (("data=text", "data.path=/data/a.txt", "data.cache=/cache"), "data.cache=/cache"),
+    ],
+)
+def test_what_ranks_write_is_on_a_volume(words, option):
+    words = (*SMALL, *words)
+    with pytest.raises(ConfigErrors) as caught:
+        rendered(*words)
+    (error,) = caught.value.errors
+    assert re.sub(r" \(.*?\)", "", str(error)).startswith(f"{option}: is outside of the folders that ranks may write")
+    name, _, folder = option.partition("=")
+    rendered(*words, f"backend.volumes={{scratch: {folder}}}")
+    rendered(*words, f"{name}=/tmp{folder}")

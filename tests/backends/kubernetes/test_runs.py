@@ -195,3 +195,28 @@ def test_what_is_in_the_cluster_is_known_to_other_shells(launch_forked, cluster,
     assert f"kubectl --namespace=default get -- jobs.batch {name}" in status.stdout
     launch_forked("cancel", str(ended.run_dir), env=kubectl).expect(0)
     assert not cluster.objects
+
+
+def test_other_shells_see_a_run_whose_files_are_in_the_cluster(launch_forked, cluster, kubectl, echo_run):
+    ended = launch_forked(*echo_run("backend.wait=false", "backend.queue=team-a"), env=kubectl).expect(0)
+    run_dir = str(ended.run_dir)
+    assert not cluster.the_run().pods
+
+    def shell(*words, code=0):
+        return launch_forked(*words, env=kubectl).expect(code)
+
+    name = cluster.the_run().manifest["metadata"]["name"]
+    assert "\ncluster    suspended" in shell("status", run_dir).stdout
+    assert f"{name} has no pods in the namespace default: its queue has not" in shell("logs", run_dir, code=2).output
+    cluster.admit()
+    followed = shell("logs", "-f", "--rank", "0", run_dir)
+    assert "the run is completed" in followed.stderr
+    lines = followed.stdout.splitlines()
+    assert len(lines) > 2
+    assert [line for line in lines if not line.startswith("node0:0 | ")] == []
+    (last,) = shell("logs", "--rank", "0", "-n", "1", run_dir).stdout.splitlines()
+    assert last == lines[-1]
+    assert shell("logs", "--rank", "1", run_dir).stdout == ""
+    said = json.loads(shell("status", "--json", run_dir).stdout)["cluster"]
+    assert (said["status"], [pod["phase"] for pod in said["pods"]]) == ("completed", ["Succeeded", "Succeeded"])
+    assert [f"{each['host']}:{each['rank']} | {each['line']}" for each in said["ranks"]] == [last]

@@ -327,7 +327,7 @@ scripts, and loads nothing from a network.""",
 """,
         notes="""\
 Each line begins with host:rank. Lines that exist already come log by log, new lines in the order of their arrival.
-Of a run in Kubernetes whose files only its pods have, kubectl reads what the first pod prints; others have their agents.
+Of a run in Kubernetes whose files only its pods have, kubectl reads what the first pod prints.
 Ctrl-C ends only this command, not the run.""",
     ),
     "cancel": Verb(

@@ -33,7 +33,7 @@ _TAIL_LINES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class LogFilter:
-    """Which lines of the first pod are wanted; it prints those of all ranks, and the session's own."""
+    """Which lines of the first pod are wanted: it prints those of all ranks and its own."""
 
     rank: int | None = None
     host: str | None = None
@@ -62,7 +62,7 @@ def read_logs(run: ClusterRun, wanted: LogFilter, *, last: int | None = None) ->
 
 
 def read_agent_logs(run: ClusterRun, *, host: str | None = None, last: int | None = None) -> Iterator[str]:
-    """Yield what the session and the agents of pods have printed, each line with the name of its host.
+    """Yield what the session and the agents have printed, each line with its host.
 
     Raises:
         EnvironmentProblem: the cluster does not answer, or has no pods of the run.

@@ -84,10 +84,12 @@ def meta_model(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) 
     Formats are those of ``from_pretrained(dtype=...)``: what a family computes in fp32 (rotary wavelengths, some
     routers) stays in fp32.
     """
+    from transformers.initialization import no_init_weights
+
     own = copy.deepcopy(config)
     own._attn_implementation = attention  # noqa: SLF001  (what from_config sets, which would partition under ZeRO-3)
     own.dtype = dtype
-    with torch.device("meta"), _default_dtype(dtype):
+    with torch.device("meta"), _default_dtype(dtype), no_init_weights():  # there is nothing to draw into
         built = causal_lm_class(own)(own)
     _discard_values(built)
     kept = built._get_dtype_plan(dtype)  # noqa: SLF001  (from_pretrained's own list)

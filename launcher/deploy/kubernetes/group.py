@@ -1,4 +1,4 @@
-"""An engine over several pods: a StatefulSet whose pods run as those of ``backend=kubernetes``.
+"""An engine over several pods: a StatefulSet that runs as ``backend=kubernetes`` does.
 
 Each pod starts ``launcher.backends.kubernetes.entrypoint``, as the pods of a submitted run do. The first one runs the
 session, its ranks and the server; the others connect to it. Where one ends, all end, and the kubelets start all again.

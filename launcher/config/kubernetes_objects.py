@@ -13,6 +13,10 @@ _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*")
 _QUANTITY = re.compile(r"(?P<number>[1-9][0-9]*)(?P<unit>[kMGT]i?|Ki)?")
 _DIGEST = re.compile(r"[^@\s]+@[A-Za-z][A-Za-z0-9]*([+._-][A-Za-z0-9]+)*:[0-9a-fA-F]{32,}")
+_HOST = r"(?:[A-Za-z0-9](?:[-.A-Za-z0-9]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
+_PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::(?P<tag>\w[\w.-]{{0,127}}))?(?:@.*)?", re.ASCII)
+"""An image's name, as registries and container runtimes read it."""
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _TOLERATION_VALUES = {
     "operator": ("Exists", "Equal", "Lt", "Gt"),
@@ -63,9 +67,16 @@ def validate_image(option: str, image: str, *, logins: str) -> Iterator[ConfigEr
         why = "is not a valid image: only a digest (sha256:…) may follow the @"  # its value may hold a password
         fix = f"write it like registry/team/launcher:tag; {logins} names logins of a registry"
         yield ConfigError(option, why=why, fix=fix)
-    elif not image.strip() or "://" in image or any(letter.isspace() for letter in image):
-        fix = "write it like registry/team/launcher:tag"
+    elif not _IMAGE.fullmatch(image):
+        fix = "write it like registry/team/launcher:tag, in lowercase up to the tag"
         yield ConfigError(option, image, why="is not a valid image", fix=fix)
+
+
+def pull_policy(image: str) -> str:
+    """Return when a node pulls an image that it has: never, unless its tag moves."""
+    found = _IMAGE.fullmatch(image)
+    moves = "@" not in image and found is not None and found["tag"] in (None, "latest")
+    return "Always" if moves else "IfNotPresent"
 
 
 def validate_names(group: str, named: Mapping[str, Iterable[str]]) -> Iterator[ConfigError]:
@@ -93,6 +104,11 @@ def validate_tolerations(option: str, tolerations: Iterable[Mapping[str, Any]]) 
             if key not in _TOLERATION_KEYS:
                 fix = did_you_mean(key, _TOLERATION_KEYS)
                 yield ConfigError(option, key, why="is not a field of a toleration", fix=fix)
+
+
+def validate_keys(option: str, keys: Iterable[str]) -> Iterator[ConfigError]:
+    """Yield what is not the key of a label."""
+    yield from (_bad_key(option, key, "label") for key in keys if not _is_key(key))
 
 
 def validate_labels(option: str, labels: Mapping[str, str], *, owned: Mapping[str, str]) -> Iterator[ConfigError]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.config.compose import Composition, compose
+from launcher.config.deploy.base import ContainerDeploy
 from launcher.config.deploy.kubernetes import KubernetesDeploy
 from launcher.config.run import NoDeploy, Run, run_to_tree
 from launcher.config.validate import validate_overrides_used
@@ -85,6 +86,8 @@ def plan_deployment(composed: Composition) -> tuple[Run, Plan]:
         raise ConfigErrors(unreachable)
     run = resolve_run_references(composed)
     hosts = run.deploy.hosts(run)
+    if isinstance(run.deploy, ContainerDeploy) and (errors := list(run.deploy.validate_hosts(hosts))):
+        raise ConfigErrors(errors)
     errors = list(validate_overrides_used(run, [word for word in composed.overrides if "=" in word]))
     folder = Path(run.run.root).absolute() / run.run.name / _RUN_ID
     try:

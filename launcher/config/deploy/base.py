@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -111,6 +111,8 @@ class ContainerDeploy(RenderedDeploy):
         yield from super().validate()
         yield from self.validate_minimum(1, "cpus")
         yield from self.validate_minimum(0, "gpus")
+        if not self.python.strip() or any(letter.isspace() for letter in self.python):
+            yield self.error("python", "is one program of the image, without options", "set deploy.python=python3")
         yield from validate_image("deploy.image", self.image, logins="deploy.image_pull_secrets")
         if self.memory != "auto" and parse_quantity(self.memory) is None:
             yield self.error("memory", "is not an amount of memory", "write it like deploy.memory=64Gi, or auto")
@@ -128,6 +130,13 @@ class ContainerDeploy(RenderedDeploy):
                 python=self.python,
             ),
         )
+
+    def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+        """Reject fewer GPUs than a container has ranks."""
+        ranks = hosts[0].slots
+        if 0 < self.gpus < ranks:
+            why = f"a container of the engine has {ranks} ranks, each on a GPU of its own"
+            yield self.error("gpus", why, f"set deploy.gpus={ranks}")
 
     def needed_bytes(self, run: Run, plan: Plan) -> int | None:
         """Return the RAM that the container needs; ``None`` where the model's size is unknown."""

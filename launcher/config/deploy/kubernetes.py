@@ -19,18 +19,21 @@ from launcher.config.kubernetes_objects import (
     is_subdomain,
     parse_quantity,
     validate_image,
+    validate_keys,
+    validate_labels,
     validate_names,
     validate_tolerations,
 )
 from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.plan import Host, Plan
-from launcher.utils.text import counted
+from launcher.utils.text import bytes_text, counted
 
 ModelSource = Literal["hub", "image", "claim", "image_volume", "object_store"]
 _MOUNTED = ("claim", "image_volume", "object_store")
 _OWN_MOUNTS = ("/run/launcher", "/runs", "/cache", "/tmp", "/dev/shm")  # noqa: S108 (paths in pods)
 _MAX_VERSION = 12
+_GIB = 1 << 30
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 _GATEWAY = re.compile(r"[a-z0-9.-]+(/[a-z0-9.-]+)?")
 _LOCAL_PATHS = (
@@ -271,8 +274,10 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
         yield from validate_tolerations("deploy.tolerations", self.tolerations)
         if self.load_s <= 0:
             yield self.error("load_s", "must be above 0", "set deploy.load_s=120")
+        yield from validate_keys("deploy.spread", self.spread)
+        yield from validate_labels("deploy.node_selector", self.node_selector, owned={})
         if self.run_as_user < 1:
-            why = "is root, which restricted namespaces refuse"
+            why = "must be above 0: restricted namespaces refuse root"
             yield self.error("run_as_user", why, "set deploy.run_as_user=1000")
         if not 0 < self.service_port < 65536:
             yield self.error("service_port", "must lie between 1 and 65535", "set deploy.service_port=80")
@@ -384,7 +389,9 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             elif not PROMETHEUS_ADDRESS.fullmatch(self.prometheus):
                 fix = "write it like http://prometheus.monitoring:9090"
                 yield self.error("prometheus", "is not an address without a login", fix)
-            if self.min_replicas == 0 and self.queue_query is None:
+            if self.queue_query is not None and not self.queue_query.strip():
+                yield self.error("queue_query", "is empty", "give the PromQL of the gateway's queue, or leave it out")
+            elif self.min_replicas == 0 and self.queue_query is None:
                 why = "without pods none of their metrics counts requests, so no pod would ever start"
                 yield self.error("min_replicas", why, "set deploy.queue_query=<PromQL of the gateway's queue>, or 1")
 
@@ -453,11 +460,11 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
         if job.engine == "vllm" and self.pods_per_engine > 1:
             why = "vLLM is started in one pod"
             yield self.error("pods_per_engine", why, "leave it out, or set job.engine=paged")
-        ranks = plan.world_size // len(plan.hosts)
-        if self.gpus and ranks > self.gpus:
-            why = f"a pod of the engine has {ranks} ranks, each on a GPU of its own"
-            fix = f"set deploy.gpus={ranks}, or deploy.pods_per_engine where a node has fewer"
-            yield self.error("gpus", why, fix)
+        memory, shared = self.memory_bytes(run, plan), parse_quantity(self.shared_memory)
+        if shared is not None and 0 < memory <= shared:
+            why = f"is part of the container's memory, which is {bytes_text(memory)}"
+            fix = f"set deploy.memory={-(-(memory + shared) // _GIB)}Gi, or less here"
+            yield self.error("shared_memory", why, fix)
         yield from self._validate_paths(run, job)
 
     def _validate_paths(self, run: Run, job: Serve) -> Iterator[ConfigError]:

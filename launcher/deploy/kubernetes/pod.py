@@ -18,6 +18,7 @@ from launcher.backends.kubernetes.manifest_parts import (
     temporary_volumes,
 )
 from launcher.config.inference import API_KEYS_VARIABLE
+from launcher.config.kubernetes_objects import pull_policy
 from launcher.deploy.container_run import RUNS_FOLDER, SNAPSHOT_FILE, SNAPSHOT_FOLDER, container_command
 from launcher.deploy.kubernetes.group import GATHER_S, first_pod_probe, group_command, group_volume, index_variable
 from launcher.deploy.kubernetes.server import PORT_NAME, Server
@@ -72,7 +73,7 @@ def _container(server: Server) -> Manifest:
     return {
         "name": "server",
         "image": deploy.server_image(server.run),
-        "imagePullPolicy": "IfNotPresent",
+        "imagePullPolicy": pull_policy(deploy.server_image(server.run)),
         "command": [escape_references(word) for word in command],
         "workingDir": RUNS_FOLDER,
         "ports": [{"name": PORT_NAME, "containerPort": server.job.port}],
@@ -148,7 +149,7 @@ def _init_containers(server: Server) -> list[Manifest]:
         {
             "name": "fetch-model",
             "image": deploy.image,
-            "imagePullPolicy": "IfNotPresent",
+            "imagePullPolicy": pull_policy(deploy.image),
             "command": [escape_references(word) for word in command],
             **_environment(server),
             "resources": resources(cpus=1, memory="2Gi"),
@@ -183,7 +184,7 @@ def _volumes(server: Server) -> list[Manifest]:
     if deploy.model_from == "claim":
         volumes.append({"name": _MODEL, "persistentVolumeClaim": {"claimName": source, "readOnly": True}})
     elif deploy.model_from == "image_volume":
-        volumes.append({"name": _MODEL, "image": {"reference": source, "pullPolicy": "IfNotPresent"}})
+        volumes.append({"name": _MODEL, "image": {"reference": source, "pullPolicy": pull_policy(source or "")}})
     elif deploy.model_from == "object_store":
         volumes.append({"name": _MODEL, "emptyDir": {"sizeLimit": deploy.cache_size}})
     return [*volumes, *claim_volumes(deploy.volumes, is_read_only=True)]

@@ -231,6 +231,20 @@ def test_others_reach_the_port_of_the_server_alone(rendered: Render) -> None:
         assert "from" not in allowed
 
 
+@pytest.mark.parametrize(
+    ("image", "policy"),
+    [
+        ("registry.example:5000/team/launcher:1.2_3", "IfNotPresent"),
+        ("launcher@sha256:" + "0" * 64, "IfNotPresent"),
+        ("registry.example:5000/launcher", "Always"),
+        ("LOCALHOST/launcher:latest", "Always"),
+    ],
+)
+def test_an_image_whose_tag_moves_is_pulled_each_time(rendered: Render, image: str, policy: str) -> None:
+    (container,) = pod_of(rendered(f"deploy.image={image}")[2])["containers"]
+    assert (container["image"], container["imagePullPolicy"]) == (image, policy)
+
+
 HOSTS = ("deploy.gateway=a/b", "deploy.hostnames=[m.example.org]")
 REFUSED = {
     "weights": (
@@ -258,6 +272,16 @@ REFUSED = {
     "a toleration": (("deploy.tolerations=[{efect: NoSchedule}]",), "deploy.tolerations=efect"),
     "keys in a file": (("job.api_keys_file=/etc/hostname",), "name in deploy.keys_from a Secret"),
     "adapters here": (("job.adapters={a: /here/a}",), "job.adapters.a=/here/a: is a path of this machine"),
+    "an image": (("deploy.image=registry.example/Team/x:1",), "deploy.image=registry.example/Team/x:1"),
+    "a topology": (("deploy.spread=['a b']",), "deploy.spread=a b"),
+    "a label": (("deploy.node_selector={gpu: 'a b'}",), "deploy.node_selector.gpu=a b"),
+    "an empty query": ((*KEDA, "deploy.min_replicas=0", "deploy.queue_query=''"), "deploy.queue_query=: is empty"),
+    "more than the memory": (("deploy.memory=8Gi", "deploy.shared_memory=8Gi"), "set deploy.memory=16Gi"),
+    "an interpreter with options": (("deploy.python='python3 -u'",), "deploy.python=python3 -u"),
+    "few GPUs": (
+        ("model=llama_tiny", "job.tokenizer=bytes", "parallel=tensor", "parallel.tensor=2", "deploy.gpus=1"),
+        "deploy.gpus=1: a container of the engine has 2 ranks",
+    ),
     "a size": (("deploy.cache_size=big",), "deploy.cache_size=big"),
 }
 

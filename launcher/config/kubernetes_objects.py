@@ -24,6 +24,7 @@ _TOLERATION_VALUES = {
 }
 _TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
 _KEY_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_STORE_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 GPU = "nvidia.com/gpu"
 """Resource of GPUs, as their device plugin names it."""
 NAME_RULE = "lowercase letters, digits and dashes, with a letter or digit at both ends"
@@ -42,6 +43,11 @@ def is_service_name(text: str) -> bool:
 def is_subdomain(text: str) -> bool:
     """Whether ``text`` may name most other things: a claim, a Secret, a service account."""
     return _SUBDOMAIN.fullmatch(text) is not None
+
+
+def is_store_url(text: str) -> bool:
+    """Whether ``text`` may be the URL of a folder in an object store."""
+    return _STORE_URL.fullmatch(text) is not None
 
 
 def dashed(text: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from launcher.backends.kubernetes.manifests import job_reference
 from launcher.backends.kubernetes.pod_config import PodConfig, pod_address
+from launcher.backends.kubernetes.run_store import RunStore
 from launcher.config.backend.kubernetes import KubernetesBackend
 from launcher.config.run import Run
 from launcher.errors import EXIT_PREEMPTED, ConfigError, ConfigErrors
@@ -27,6 +29,9 @@ from launcher.supervision.tcp_connection import MAX_PENDING, AgentListener, Say,
 from launcher.utils.files import read_json
 from launcher.utils.system import raise_open_file_limit
 
+_NOT_STORED = 1
+"""Exit code of a completed run whose directory could not be copied to ``backend.store``."""
+
 
 def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: bytes, say: Say) -> int:
     """Run the session and return the exit code for the pod's controller.
@@ -40,8 +45,11 @@ def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: 
 
     Raises:
         ConfigError: the run cannot work here.
-        EnvironmentProblem: the other pods did not connect.
+        EnvironmentProblem: the other pods did not connect, or the object store cannot be used.
     """
+    store = RunStore(backend.store, RunDir(Path(config.identity.run_dir)), say=say) if backend.store else None
+    if store is not None and (num_files := store.restore()):
+        say(f"{num_files} files of the run are restored from {backend.store}")
     prepared = prepare_in_cluster(run, backend, config)
     run_dir = prepared.directory
     run_dir.logs.mkdir(parents=True, exist_ok=True)
@@ -51,10 +59,11 @@ def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: 
         say(str(problem))
         return EXIT_PREEMPTED
     executor = PodExecutor(backend, config, key=key, say=say)
-    with lock:
+    with lock, store or nullcontext():
         # no retry on another port: the agents of the other pods would have to connect again
         outcome = execute_run(prepared, executor, port_tries=1, prints_summary=False)
-    return _code_for_controller(outcome, executor.agents)
+    code = _code_for_controller(outcome, executor.agents)
+    return code if store is None or not store.problem else code or _NOT_STORED
 
 
 class PodExecutor(Executor[KubernetesBackend]):

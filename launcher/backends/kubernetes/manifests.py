@@ -29,6 +29,7 @@ from launcher.backends.kubernetes.pod_config import (
     PodConfig,
     job_name,
 )
+from launcher.backends.kubernetes.run_store import store_folder
 from launcher.config.backend.kubernetes import QUEUE_LABEL, KubernetesBackend, Workload
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_UNFIT, EXIT_USER_ERROR
 from launcher.plugins.loading import plugins_of
@@ -90,7 +91,7 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
         container: name of the container; some controllers look for a certain one.
         subdomain: name of the headless Service, where the controller does not set it.
     """
-    backend, plan = submission.backend, submission.plan
+    backend = submission.backend
     optional: Manifest = {
         "subdomain": subdomain,
         "serviceAccountName": backend.service_account,
@@ -102,7 +103,7 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
     }
     return {
         "restartPolicy": "Never",  # a pod is replaced, so that its controller counts failures
-        "terminationGracePeriodSeconds": math.ceil(max(plan.grace_s, plan.preempt_grace_s) + _SLACK_S),
+        "terminationGracePeriodSeconds": _grace_s(submission),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # no variables of other services in the namespace
         "securityContext": pod_security(user=backend.run_as_user, group=backend.run_as_group),
@@ -110,6 +111,13 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
         "containers": [_container(submission, container)],
         "volumes": _volumes(submission),
     }
+
+
+def _grace_s(submission: Submission) -> int:
+    """Return the seconds between SIGTERM and SIGKILL of a pod: ranks save, then files are copied."""
+    backend, plan = submission.backend, submission.plan
+    copying_s = backend.store_grace_s if backend.store else 0.0
+    return math.ceil(max(plan.grace_s, plan.preempt_grace_s) + copying_s + _SLACK_S)
 
 
 def _container(submission: Submission, name: str) -> Manifest:
@@ -399,12 +407,11 @@ def render_manifests(submission: Submission, *, snapshot: str) -> str:
 def _remarks(submission: Submission) -> Iterator[str]:
     backend, job = submission.backend, submission.job
     yield f"Run {submission.plan.name} · {submission.plan.run_id} has the name {job} in the cluster."
-    where = (
-        f"on the claim {backend.claim}"
-        if backend.claim
-        else "deleted with the pods (no backend.claim): only logs are kept"
-    )
-    yield f"Run directory in the pods: {submission.config.identity.run_dir}, {where}."
+    run_dir = submission.config.identity.run_dir
+    there = f"with a copy in {store_folder(backend.store, run_dir)}" if backend.store else ""
+    lost = "deleted with the pods (no backend.claim)"
+    kept = f"on the claim {backend.claim}" if backend.claim else lost if there else f"{lost}: only logs are kept"
+    yield f"Run directory in the pods: {', '.join(filter(None, (run_dir, kept, there)))}."
     estimated = "of the estimate" if submission.plan.memory else "of a run without an estimate"
     if backend.memory == "auto":
         yield f"Each pod gets {submission.memory} of RAM, the amount {estimated}; backend.memory sets another."

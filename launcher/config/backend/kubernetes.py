@@ -22,6 +22,7 @@ from launcher.config.kubernetes_objects import (
     GPU,
     NAME_RULE,
     is_label,
+    is_store_url,
     parse_quantity,
     validate_annotations,
     validate_image,
@@ -88,6 +89,14 @@ class KubernetesBackend(Backend):
     claim: str | None = None
     """PersistentVolumeClaim for run directories; several nodes need ReadWriteMany.
     Without one, each pod writes to storage of its own, which is deleted with it: only logs remain."""
+
+    store: str | None = None
+    """Folder of an object store that gets a copy of the run directory: ``s3://bucket/runs``.
+    The first pod copies a checkpoint once it is complete, the rest at the end. Without ``claim`` a new pod continues
+    from the copy."""
+
+    store_grace_s: float = 300.0
+    """Time for the last copy to ``store`` in a pod that is deleted."""
 
     mount: str = "/runs"
     """Where pods mount ``claim``.
@@ -174,6 +183,10 @@ class KubernetesBackend(Backend):
         yield from self.validate_minimum(0, "gpus_per_node", "ttl_s")
         if not self.gather_timeout_s > 0:
             yield self.error("gather_timeout_s", "must be above 0", "set backend.gather_timeout_s=1800")
+        if not self.store_grace_s >= 0:
+            yield self.error("store_grace_s", "must be at least 0", "set backend.store_grace_s=300")
+        if self.store is not None and not is_store_url(self.store):
+            yield self.error("store", "is not the URL of a folder", "write it like s3://bucket/runs")
         yield from self._bad_names()
         yield from self._validate_user()
         yield from self._validate_resources()
@@ -277,9 +290,13 @@ class KubernetesBackend(Backend):
             yield self.error("restarts", why, "set backend.workload=indexed_job, or backend.restarts=0")
         if self.workload == "trainjob" and self.ttl_s is not None:
             yield self.error("ttl_s", "a TrainJob is never deleted automatically", "set backend.ttl_s=null")
-        if self.restarts and self.claim is None:
+        if self.store is not None and self.claim is None and self.nodes > 1:
+            why = "without backend.claim each pod has files of its own, and the first one copies only its own"
+            yield self.error("store", why, "set backend.claim=<PersistentVolumeClaim>, or backend.nodes=1")
+        elif self.restarts and self.claim is None and self.store is None:
             why = "without backend.claim the checkpoints are deleted with the pods"
-            yield self.error("restarts", why, "set backend.claim=<PersistentVolumeClaim>, or backend.restarts=0")
+            fix = "set backend.claim=<PersistentVolumeClaim>, for one pod backend.store=s3://…, or backend.restarts=0"
+            yield self.error("restarts", why, fix)
 
     def sized_hosts(self, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Sequence[Host]:
         """Return ``hosts`` with the RAM that ``memory=auto`` asks for, in whole GiB."""

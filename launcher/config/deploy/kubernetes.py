@@ -16,6 +16,7 @@ from launcher.config.job.serve import Serve
 from launcher.config.kubernetes_objects import (
     NAME_RULE,
     is_label,
+    is_store_url,
     is_subdomain,
     parse_quantity,
     validate_image,
@@ -34,7 +35,6 @@ _MOUNTED = ("claim", "image_volume", "object_store")
 _OWN_MOUNTS = ("/run/launcher", "/runs", "/cache", "/tmp", "/dev/shm")  # noqa: S108 (paths in pods)
 _MAX_VERSION = 12
 _GIB = 1 << 30
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 _GATEWAY = re.compile(r"[a-z0-9.-]+(/[a-z0-9.-]+)?")
 _LOCAL_PATHS = (
     "run.root",
@@ -320,7 +320,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             yield self.error("model_source", "is not a valid name of a claim", f"use {NAME_RULE}, and dots")
         elif self.model_from == "image_volume":
             yield from validate_image("deploy.model_source", source, logins="deploy.image_pull_secrets")
-        elif self.model_from == "object_store" and not _URL.fullmatch(source):
+        elif self.model_from == "object_store" and not is_store_url(source):
             yield self.error("model_source", "is not the URL of a folder", "write it like s3://bucket/model")
         if self.model_subpath and self.model_from not in ("claim", "image_volume"):
             why = f"deploy.model_from={self.model_from} has no folders below its source"

@@ -39,6 +39,8 @@ from launcher.protocol.plan import Host
             "=Exist: is not a valid operator of a toleration; did you mean Exists",
         ),
         ("tolerations", ({"key": "x", "effect": "Evict"},), "=Evict: is not a valid effect of a toleration; "),
+        ("store", "bucket", "is not the URL of a folder; write it like s3://bucket/runs"),
+        ("store_grace_s", -1, "at least 0"),
         ("run_as_user", 0, "is root, which most namespaces refuse; set backend.run_as_user=1000"),
         ("run_as_user", -1, "must be at least 0"),
         ("run_as_group", -1, "at least 0"),
@@ -91,12 +93,18 @@ def test_a_device_is_named_once_and_root_is_for_rdma():
         ({"workload": "pytorchjob", "restarts": 1, "claim": "c"}, "backend.restarts=1: a PyTorchJob"),
         ({"workload": "trainjob", "ttl_s": 60}, "backend.ttl_s=60: a TrainJob"),
         ({"restarts": 2}, "backend.restarts=2: without backend.claim"),
+        (
+            {"store": "s3://a/b", "nodes": 2},
+            "backend.store=s3://a/b: without backend.claim each pod has files of its own",
+        ),
     ],
 )
 def test_what_a_workload_cannot_do(options, said):
     backend = KubernetesBackend(image="launcher", **options)
     assert next(str(error) for error in backend.validate_hosts(())).startswith(said)
     assert not list(KubernetesBackend(image="launcher", claim="c", restarts=2).validate_hosts(()))
+    assert not list(KubernetesBackend(image="launcher", store="s3://a/b", restarts=2).validate_hosts(()))
+    assert not list(KubernetesBackend(image="launcher", store="s3://a/b", claim="c", nodes=2).validate_hosts(()))
 
 
 @pytest.mark.parametrize(

@@ -220,3 +220,21 @@ def test_other_shells_see_a_run_whose_files_are_in_the_cluster(launch_forked, cl
     said = json.loads(shell("status", "--json", run_dir).stdout)["cluster"]
     assert (said["status"], [pod["phase"] for pod in said["pods"]]) == ("completed", ["Succeeded", "Succeeded"])
     assert [f"{each['host']}:{each['rank']} | {each['line']}" for each in said["ranks"]] == [last]
+
+
+def test_a_new_pod_continues_from_the_object_store(launch_with, cluster, small_run, tmp_path):
+    words = ("backend.nodes=1", "backend.claim=null", f"backend.store=file://{tmp_path}/store", GRACE)
+    running = launch_with(*small_run(*words, "job.steps=200", "checkpoint.every=10"))
+    there = tmp_path / "store"
+    wait_for(lambda: list(there.glob("*/*/checkpoints/*/manifest.json")))
+    cluster.evict(0)
+    assert running.wait(timeout=250) == 0, running.output
+    assert [pod.code for pod in cluster.the_run().pods] == [75, 0]
+    assert "files of the run are restored from" in running.output
+    (found,) = there.glob("*/*/")
+    metrics = [json.loads(line) for line in RunDir(found).metrics.read_text().splitlines()]
+    steps = [line["train/step"] for line in metrics if "train/loss" in line]
+    assert (steps[0], steps[-1]) == (1, 200)
+    assert len(steps) < 300, "the second pod went on from a checkpoint"
+    assert json.loads(RunDir(found).result.read_text())["status"] == "completed"
+    assert list(RunDir(found).checkpoints.glob("step_00000200/manifest.json"))

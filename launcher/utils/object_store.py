@@ -1,4 +1,4 @@
-"""Folders of object stores (``s3://``, ``gs://``, …) through fsspec: list, fetch, put and remove files."""
+"""Folders of object stores (``s3://``, ``gs://``, …) through fsspec."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ObjectFolder:
             raise EnvironmentProblem(f"{url} cannot be used: {error}; build the image with that package") from error
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of every file below the folder, by path; none if there is no such folder.
+        """Return the bytes of every file below the folder, by path; none without the folder.
 
         Raises:
             EnvironmentProblem: the store does not answer, or names a file outside of the folder.

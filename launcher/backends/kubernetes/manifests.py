@@ -114,7 +114,10 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
 
 
 def _grace_s(submission: Submission) -> int:
-    """Return the seconds between SIGTERM and SIGKILL of a pod: ranks save, then files are copied."""
+    """Return the seconds between SIGTERM and SIGKILL of a pod.
+
+    Ranks save in them, then files are copied to the store.
+    """
     backend, plan = submission.backend, submission.plan
     copying_s = backend.store_grace_s if backend.store else 0.0
     return math.ceil(max(plan.grace_s, plan.preempt_grace_s) + copying_s + _SLACK_S)

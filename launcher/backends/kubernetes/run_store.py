@@ -1,4 +1,4 @@
-"""The copy of a run directory in an object store: made while the run goes on, restored by a new pod."""
+"""The copy of a run directory in an object store, from which a new pod continues."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LEFT_OUT = ("channel", "server")
 
 
 class RunStore:
-    """Copies the run directory of the first pod to an object store, a checkpoint once it is complete.
+    """Copies the run directory of the first pod to an object store.
 
-    In the store as on the disk, a checkpoint is complete once it has its manifest, which is copied last. Checkpoints
-    that the run removes are removed there too.
+    A checkpoint is copied once it is complete. In the store as on the disk, that is once it has its manifest, which is
+    copied last. Checkpoints that the run removes are removed there too.
 
         store.restore()
         with store:
@@ -51,7 +51,7 @@ class RunStore:
         """Why the last copy failed; empty if it did not."""
 
     def restore(self) -> int:
-        """Fetch the run directory if it is empty; return the number of files, 0 if the store has none.
+        """Fetch the run directory if it is empty; return the number of files.
 
         Parts of checkpoints without a manifest are left out.
 
@@ -72,7 +72,7 @@ class RunStore:
         return num_files
 
     def __enter__(self) -> Self:
-        """Copy what is there, which shows that the store can be written, and start to copy checkpoints.
+        """Copy what is there, and start to copy checkpoints.
 
         Raises:
             EnvironmentProblem: the store cannot be written.

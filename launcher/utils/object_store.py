@@ -46,9 +46,9 @@ class ObjectFolder:
         return {str(self._relative(path)): info["size"] for path, info in found if info["type"] == "file"}
 
     def fetch(self, folder: Path, *, wanted: Callable[[str], bool] = lambda _: True) -> int:
-        """Copy files into ``folder`` and return their number; those that are there with the right size are kept.
+        """Copy files into ``folder`` and return their number.
 
-        Each is copied under a temporary name: a folder that a killed process left behind is completed, not trusted.
+        Those that are there with the right size are kept. Each is copied under a temporary name: a folder that a killed process left behind is completed, not trusted.
 
         Raises:
             EnvironmentProblem: a file cannot be read or written, or does not have its size.

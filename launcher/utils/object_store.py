@@ -48,7 +48,8 @@ class ObjectFolder:
     def fetch(self, folder: Path, *, wanted: Callable[[str], bool] = lambda _: True) -> int:
         """Copy files into ``folder`` and return their number.
 
-        Those that are there with the right size are kept. Each is copied under a temporary name: a folder that a killed process left behind is completed, not trusted.
+        Those that are there with the right size are kept. Each is copied under a temporary name: a folder that a killed
+        process left behind is completed, not trusted.
 
         Raises:
             EnvironmentProblem: a file cannot be read or written, or does not have its size.

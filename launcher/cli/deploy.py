@@ -8,12 +8,12 @@ from pathlib import Path
 from launcher.cli.arguments import Arguments, is_override
 from launcher.config.deploy.base import RenderedDeploy
 from launcher.config.run import Run
-from launcher.deploy.folder import difference, write
+from launcher.deploy.folder import LIST, difference, write
 from launcher.deploy.prepare import prepare, prepare_saved
 from launcher.deploy.registry import render
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Plan
-from launcher.utils.text import counted
+from launcher.utils.text import close_choices, counted, did_you_mean
 
 ACTIONS = ("apply", "status", "promote", "rollback", "delete")
 """First words that act on what a rendered folder is for."""
@@ -114,4 +114,11 @@ def _prepared(arguments: Arguments) -> tuple[Run, Plan]:
         return prepare(arguments.overrides, config_dir=arguments.config_dir)
     from launcher.cli.saved_run import find_run_or_option
 
+    if (Path(first) / LIST).is_file():
+        why = "is a folder that launch deploy rendered, and no run"
+        raise ConfigError(
+            "deploy", first, why=why, fix=f"write launch deploy apply {first}, or {' or '.join(ACTIONS[1:])}"
+        )
+    if rest and close_choices(first, ACTIONS) and not any(map(is_override, rest)):
+        raise ConfigError("deploy", first, why="is no action", fix=did_you_mean(first, ACTIONS))
     return prepare_saved(find_run_or_option(first, arguments), rest)

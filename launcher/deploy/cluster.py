@@ -20,6 +20,7 @@ from launcher.config.deploy.kubernetes import KubernetesDeploy
 from launcher.config.run import Run
 from launcher.config.snapshot import load_run
 from launcher.deploy.container_run import SNAPSHOT_FILE
+from launcher.deploy.folder import listed
 from launcher.deploy.kubernetes.server import VERSION_LABEL
 from launcher.deploy.kubernetes.traffic import ROUTES, route_shares
 from launcher.errors import ConfigError, EnvironmentProblem
@@ -86,6 +87,8 @@ def load_rendered(folder: Path) -> Run:
         ConfigError: it holds none.
     """
     snapshot = folder / SNAPSHOT_FILE
+    if folder.is_file():
+        raise ConfigError("DIR", folder, why="is a file", fix="name the folder that launch deploy wrote, deploy.out")
     if not snapshot.is_file():
         why = f"holds no {SNAPSHOT_FILE}, which launch deploy writes"
         raise ConfigError("DIR", folder, why=why, fix="render it first: launch deploy … deploy.out=DIR")
@@ -102,6 +105,9 @@ def open_deployment(folder: Path) -> Deployment:
     if not isinstance(run.deploy, KubernetesDeploy):
         why = f"holds deploy={run.deploy.kind}, which no cluster takes"
         raise ConfigError("DIR", folder, why=why, fix="name a folder of deploy=kubernetes or deploy=helm")
+    if missing := [path for path in listed(folder) if not (folder / path).is_file()]:
+        why = f"lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}, which launch deploy wrote"
+        raise ConfigError("DIR", folder, why=why, fix="render it again: launch deploy … deploy.out=DIR")
     return Deployment(folder=folder, run=run, deploy=run.deploy)
 
 

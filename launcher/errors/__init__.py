@@ -50,7 +50,8 @@ class ConfigError(LauncherError):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        shown = self.option if self.value is None else f"{self.option}={self.value}"
+        value = f"[{', '.join(map(str, self.value))}]" if isinstance(self.value, tuple) else self.value  # as typed
+        shown = self.option if value is None else f"{self.option}={value}"
         origin = f" ({self.source})" if self.source else ""
         return hide_secrets(f"{shown}{origin}: {self.why}; {self.fix}").translate(_LINE_ENDS)
 

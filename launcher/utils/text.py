@@ -75,12 +75,17 @@ def cut_middle(text: str, *, limit: int) -> str:
     return f"{text[: limit // 2]}\n… {len(text) - limit:,} characters are left out …\n{text[-(limit // 2) :]}"
 
 
+def close_choices(word: str, choices: Iterable[str]) -> list[str]:
+    """Return the choices that ``word`` may be a misspelling of, at most three."""
+    names = sorted(set(choices))
+    same = [name for name in names if name.lower() == word.lower()]
+    return same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return a phrase that ends an error: the closest choices, or all if none is close."""
     names = sorted(set(choices))
-    same = [name for name in names if name.lower() == word.lower()]
-    close = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
-    if close:
+    if close := close_choices(word, names):
         return f"did you mean {' or '.join(close)}?"
     return f"choose from: {', '.join(names)}" if names else "nothing is allowed here"
 

@@ -235,6 +235,7 @@ def test_prometheus_and_grafana_find_each_other(everything: dict[str, str]) -> N
         ("job.port=80", "job.port"),
         ("job.tokenizer=./folder", "job.tokenizer"),
         ("job.tokenizer=/", "job.tokenizer"),
+        ("job.api_keys_file=keys.txt", "job.api_keys_file"),
         ("deploy.name='${HOME}'", "deploy.name"),
     ],
 )

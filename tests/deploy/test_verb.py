@@ -60,6 +60,7 @@ REFUSED = {
     "nothing to deploy": (SERVER, "deploy=none: there is nothing to render; set deploy=kubernetes"),
     "no folder": ((*SERVER, *KUBERNETES), "deploy.out"),
     "no image": ((*SERVER, "deploy=kubernetes", "deploy.out=x"), "deploy.image"),
+    "a list": ((*SERVER, *KUBERNETES, "deploy.out=x", "deploy.canary_steps=[5,50]"), "deploy.canary_steps=[5, 50]"),
     "an unknown kind": ((*SERVER, "deploy=kubernets"), "did you mean kubernetes?"),
     "no server": ((*KUBERNETES, "deploy.out=x"), "job=train: deploy=kubernetes deploys servers"),
     "a port of root": (
@@ -90,6 +91,18 @@ def test_what_cannot_be_deployed_is_refused_by_its_option(
     words, message = REFUSED[case]
     assert message in launch_in_process("deploy", *words).expect(2).stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_wrong_words_about_a_folder_are_answered_with_the_right_ones(launch_in_process: Launch, tmp_path: Path) -> None:
+    launch_in_process("deploy", *SERVER, *KUBERNETES, f"deploy.out={tmp_path}/k").expect(0)
+    folder = f"{tmp_path}/k"
+    assert "write launch deploy apply" in launch_in_process("deploy", folder).expect(2).stderr
+    assert "did you mean apply?" in launch_in_process("deploy", "aply", folder).expect(2).stderr
+    assert "is a file; name the folder" in launch_in_process("deploy", "apply", f"{folder}/run.yaml").expect(2).stderr
+    (tmp_path / "k/manifests/configmap.yaml").unlink()
+    for action in ("apply", "delete"):
+        missing = launch_in_process("deploy", action, folder).expect(2).stderr
+        assert "lacks manifests/configmap.yaml" in missing
 
 
 def test_the_group_has_no_place_in_a_run(launch_in_process: Launch) -> None:

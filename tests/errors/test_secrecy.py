@@ -102,7 +102,7 @@ def test_a_name_like_a_secret_is_none(name: str) -> None:
 def test_no_option_of_ours_has_the_name_of_a_secret() -> None:
     classes = [component_class(group, kind) for group, kinds in KINDS.items() for kind in kinds]
     names = {field.name for field in itertools.chain.from_iterable(map(dataclasses.fields, classes))}
-    names_of_secrets = {"secret", "image_pull_secrets", "keys_from"}
+    names_of_secrets = {"secret", "image_pull_secrets", "keys_from", "pods_secret"}
     assert {name for name in names if is_secret_name(name)} <= names_of_secrets
     assert redact({"backend": {"secret": "tokens"}}, {}) == {"backend": {"secret": "tokens"}}
 

@@ -187,7 +187,7 @@ class MountingDeploy(ContainerDeploy):
         for option, path in (*served_paths(run), *keys_path(run)):
             if path.startswith("/") and posixpath.normpath(path) == "/":
                 yield ConfigError(option, path, why="is the whole file system", fix="name a folder below it")
-            elif path.startswith((".", "~")):
+            elif path.startswith((".", "~")) or (option == "job.api_keys_file" and not path.startswith("/")):
                 why = "is relative, and containers do not start in your folder"
                 yield ConfigError(option, path, why=why, fix="give the whole path, which is mounted at the same place")
 

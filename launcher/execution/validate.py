@@ -68,7 +68,8 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
         yield from _validate_missing_tools(run, hosts)
     yield from _validate_taken_port(run.backend)
     if getattr(run.backend, "container", "none") != "none":
-        yield from validate_mounted([("run.dir", str(run_dir)), *run.paths()])
+        here = ("the working directory", str(Path.cwd()))
+        yield from validate_mounted([("run.dir", str(run_dir)), here, *run.paths()])
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _validate_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
 

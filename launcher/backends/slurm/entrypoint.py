@@ -25,7 +25,7 @@ from launcher.backends.slurm.setup import FAILED_FLAG
 from launcher.backends.slurm.steps import step_command
 from launcher.checkpoint.resume import find_checkpoint
 from launcher.checkpoint.store import silent
-from launcher.config.backend.containers import container_folders
+from launcher.config.backend.containers import container_folders, ops_folder_of_image
 from launcher.config.backend.slurm import SlurmAllocation, SlurmBackend
 from launcher.config.run import Run
 from launcher.config.snapshot import load_run
@@ -152,7 +152,10 @@ def run_on_nodes(run: Run, run_dir: RunDir) -> int:
     """
     assert isinstance(run.backend, SlurmBackend), "its batch script started this"
     backend = SlurmAllocation(**vars(run.backend))
-    folders = _container_folders(run, run_dir) if backend.container != "none" else ()
+    folders: tuple[Path, ...] = ()
+    if backend.container != "none":
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder_of_image(str(backend.image), os.environ)))
+        folders = _container_folders(run, run_dir)
     executor = AllocationExecutor(backend, plugins=run.plugins, folders=folders)
     run = replace(run, backend=executor.backend)
     with _failure_recorded(run_dir):

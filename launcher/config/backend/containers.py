@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,6 +78,15 @@ def container_folders(paths: Iterable[tuple[str, str]], *, cwd: Path, environ: M
         if path != Path("/") and not any(path.is_relative_to(folder) for folder in kept):
             kept.append(path)
     return tuple(kept)
+
+
+def ops_folder_of_image(image: str, environ: Mapping[str, str]) -> Path:
+    """Return the folder of DeepSpeed's native operators that are built in an image.
+
+    The launcher's own is named after the Python of this process, and the image has another one.
+    """
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/tmp"), ".cache"))  # noqa: S108
+    return cache / "launcher" / "ops" / f"image-{hashlib.sha256(image.encode()).hexdigest()[:16]}"
 
 
 def _existing(path: Path) -> Path:

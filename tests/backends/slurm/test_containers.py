@@ -10,7 +10,7 @@ import pytest
 from launcher.backends.slurm.sbatch import render_sbatch
 from launcher.backends.slurm.steps import step_command
 from launcher.backends.slurm.submit import check_submission
-from launcher.config.backend.containers import container_folders, validate_mounted
+from launcher.config.backend.containers import container_folders, ops_folder_of_image, validate_mounted
 from launcher.config.backend.slurm import SlurmBackend
 from launcher.config.compose import compose
 from launcher.errors import ConfigError, ConfigErrors
@@ -69,6 +69,14 @@ def test_what_a_container_sees(tmp_path):
     found = container_folders(paths, cwd=tmp_path / "work", environ=environ)
     inside = ("work", "elsewhere", "far/text.txt", "caches/hub", "home/.cache")
     assert set(found) == {tmp_path / name for name in inside}
+
+
+def test_operators_of_an_image_have_a_folder_of_their_own():
+    environ = {"HOME": "/home/me"}
+    first, other = (ops_folder_of_image(image, environ) for image in ("/a.sif", "/b.sif"))
+    assert first.parent == Path("/home/me/.cache/launcher/ops")
+    assert first != other
+    assert ops_folder_of_image("/a.sif", {"XDG_CACHE_HOME": "/c"}).is_relative_to("/c")
 
 
 def test_a_path_that_no_mount_can_name_is_refused_by_its_option():

@@ -1,6 +1,7 @@
 """Sweeps as job arrays, as text, and the table of their results: no Slurm needed."""
 
 import json
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,16 @@ def test_a_rejected_array_leaves_no_run_and_stops_no_other(tmp_path, monkeypatch
     assert [trial.status for trial in read_sweep(folder).trials] == ["failed", "submitted"]
 
 
+def test_an_array_that_sbatch_rejects_leaves_its_table_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    answering({"sinfo": (0, "main*|infinite|1\n"), "sbatch": (1, "sbatch: error: Invalid account\n")}, monkeypatch)
+    sweep, trials = plan_sweep([*WORDS, "backend.account=x", "job.seed=1,2"], config_dir=None)
+    assert run_sweep(sweep, trials, executor_of) == 2
+    folder = trials[0].prepared.directory.path.parent
+    assert "backend.account=x: Slurm reports: Invalid account" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["sweep.json"]
+
+
 def test_too_many_runs_for_an_array():
     error = sbatch_error(SlurmBackend(), "Batch job submission failed: Invalid job array specification")
     assert str(error).startswith("sweep: Slurm reports: Batch job")
@@ -159,6 +170,22 @@ def test_waiting_ends_with_the_last_task(plan_of, tmp_path, monkeypatch, capsys)
     assert follow_arrays({"7": plans}) == {0: 7, 2: 1, 1: 124}
     assert f"{tmp_path}/000 ended with exit code 7\n" in capsys.readouterr().out
     assert asked == ["7", "7"]
+
+
+def test_a_signal_while_waiting_cancels_every_array(plan_of, tmp_path, monkeypatch):
+    backend = SlurmBackend()
+    plan = plan_of("tracker=local", "backend.ranks=1", hosts=backend.hosts(max_ranks=None))
+    plans = {number: replace(plan, run_dir=str(tmp_path / f"{number:03d}")) for number in range(2)}
+    asked = answering({"scancel": (0, "")}, monkeypatch)
+
+    def states(job):
+        if not asked:
+            signal.raise_signal(signal.SIGINT)
+        return {f"{job}_{number}": JobState(name="CANCELLED" if asked else "RUNNING") for number in range(2)}
+
+    monkeypatch.setattr(submit, "array_states", states)
+    assert follow_arrays({"7": {0: plans[0]}, "8": {1: plans[1]}}) == {0: 130, 1: 130}
+    assert asked == [["scancel", "--", "7", "8"]]
 
 
 def test_states_of_tasks(monkeypatch):

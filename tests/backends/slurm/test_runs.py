@@ -218,6 +218,8 @@ def test_a_sweep_is_one_array_whose_results_are_collected(cluster, launch_forked
     for job, run_dir in zip(jobs, runs, strict=True):
         assert read_json(run_dir / "result.json")["status"] == "completed"
         assert f"slurm.{job}.log" in [path.name for path in run_dir.glob("logs/slurm.*")]
+        (host,) = read_json(run_dir / "plan.json")["hosts"]
+        assert host["host"]["cores"] == 1, "what Slurm allocates by default, however many the machine has"
     assert statuses(folder) == ["completed"] * 3
     assert f"job array {array} is queued: 3 runs, at most 2 at a time" in ended.stdout
 

@@ -117,7 +117,7 @@ def _shown(argv: Sequence[str]) -> str:
 
 
 def _once(said: str) -> str:
-    """Return why no cluster answers, which kubectl repeats for each file or attempt; other messages whole."""
+    """Return once why no cluster answers, which kubectl repeats; other messages whole."""
     reasons = set(_UNREACHABLE.findall(said)) if "\n" in said else set()
     return reasons.pop() if len(reasons) == 1 else said
 

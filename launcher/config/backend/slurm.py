@@ -129,7 +129,7 @@ class SlurmBackend(Backend):
 
     setup: tuple[str, ...] = ()
     """Lines of bash that prepare the job's environment (``module load cuda/12.4``).
-    They run first in the batch script, and on every node before its agent; a line that fails ends the job."""
+    They run first in the batch script, and on every node before its job steps; a line that fails ends the job."""
 
     container: ContainerKind = "none"
     """What runs agents and ranks in a container: Slurm's plugin pyxis, or apptainer.

@@ -258,7 +258,10 @@ def test_setup_prepares_every_node_and_a_line_that_fails_ends_the_job(cluster, l
     words = ("backend=slurm", *brief(tmp_path), "backend.wait=true")
     marks = tmp_path / "marks"
     lines = f"['export MARK=kept','echo $MARK on $(hostname) >> {marks}']"
-    launch_forked(*words, "backend.nodes=2", f"backend.setup={lines}", "run.dir=good", env=cluster.env).expect(0)
+    more = ("backend.nodes=2", "backend.cpus_per_task=2", "run.dir=good")
+    launch_forked(*words, *more, f"backend.setup={lines}", env=cluster.env).expect(0)
+    cores = [host["host"]["cores"] for host in read_json(tmp_path / "good" / "plan.json")["hosts"]]
+    assert cores == [min(2, len(os.sched_getaffinity(0)))] * 2
     assert {"kept on n1", "kept on n2"} == set(marks.read_text().splitlines())
     ended = launch_forked(*words, "backend.setup=['true','ls /nothing/of/this']", "run.dir=bad", env=cluster.env)
     ended.expect(69)

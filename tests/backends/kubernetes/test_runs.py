@@ -226,8 +226,8 @@ def test_a_new_pod_continues_from_the_object_store(launch_with, cluster, small_r
     words = ("backend.nodes=1", "backend.claim=null", f"backend.store=file://{tmp_path}/store", GRACE)
     running = launch_with(*small_run(*words, "job.steps=200", "checkpoint.every=10"))
     there = tmp_path / "store"
-    wait_for(lambda: list(there.glob("*/*/checkpoints/*/manifest.json")))
-    cluster.evict(0)
+    wait_for(lambda: list(cluster.folder.glob("*-runs/*/*/checkpoints/*/manifest.json")))
+    cluster.evict(0)  # what is not copied yet, it copies before it ends
     assert running.wait(timeout=250) == 0, running.output
     assert [pod.code for pod in cluster.the_run().pods] == [75, 0]
     assert "files of the run are restored from" in running.output

@@ -163,7 +163,7 @@ def test_the_pods_serve_as_one_start_again_as_one_and_drain(
         pytest.skip(NO_NAMESPACES)
     port = free_port()
     words = (f"job.port={port}", f"backend.port={free_port(together=2)}", f"deploy.python={sys.executable}")
-    words = (*words, "job.warm_up=[[1,4]]", "job.kv_cache_tokens=2048")
+    words = (*words, "job.warm_up=[[1,4]]", "job.kv_cache_tokens=512", "model.num_hidden_layers=1")
     group = Group(rendered(*WORDS, *words)[2], tmp_path, preloading)
     body = {"model": "llama_tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}
     answers: list[Any] = []

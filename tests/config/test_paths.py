@@ -44,6 +44,7 @@ OPTIONS = {
     "job.api_keys_file": ["job=serve", "job.api_keys_file="],
     "job.vllm_python": ["job=serve", "job.engine=vllm", "job.vllm_python="],
     "backend.hostfile": ["backend=ssh", "backend.hostfile="],
+    "backend.image": ["backend=slurm", "backend.container=apptainer", "backend.image="],
     "backend.ssh_config": ["backend=ssh", "backend.ssh_config="],
     "deploy.out": ["deploy=kubernetes", "deploy.image=x", "deploy.out="],
     "benchmark.tokenizer": ["job=benchmark", "benchmark=batching", "benchmark.tokenizer="],

@@ -7,6 +7,7 @@ import ipaddress
 import os
 import re
 import resource
+import secrets
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from launcher.utils.text import bytes_text
 
 LOOPBACK = "127.0.0.1"
 """Where the ranks of one machine meet: nothing else reaches it."""
+_LEAST_PORT, _USUAL_FIRST_PORT = 10_000, 32_768
+_PORT_TRIES = 100
 
 
 def code_root() -> Path:
@@ -53,11 +56,28 @@ def run_in_foreground(command: Sequence[str]) -> int:
 
 
 def free_port() -> int:
-    """Return a port that is free at this moment."""
+    """Return a port that is free at this moment.
+
+    It is none of those that Linux gives to connections, one of which could take it before a server does, unless other
+    programs have all of the others.
+    """
+    for _ in range(_PORT_TRIES):
+        port = _LEAST_PORT + secrets.randbelow(_first_port_of_connections() - _LEAST_PORT)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        any_port: int = probe.getsockname()[1]
+        return any_port
+
+
+def _first_port_of_connections() -> int:
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):  # not Linux
+        return _USUAL_FIRST_PORT
+    return first if first > _LEAST_PORT else _USUAL_FIRST_PORT
 
 
 def is_loopback(host: str) -> bool:

@@ -163,7 +163,7 @@ def training_panels() -> Iterator[Panel]:
     yield gauge("Model FLOP/s utilisation", "percentunit", "perf_mfu")
     phases = f"sum by (run_id, phase) (rate(launcher:train_phase_seconds_total{runs}[{_RATE}]))"
     yield Panel(title="Time by phase", unit="percentunit", queries=((phases, "{{run_id}} {{phase}}"),))
-    now = f"sum by (run_id) (rate({step_seconds(chosen)}[{_RATE}]))"
+    now = f"clamp_max(sum by (run_id) (rate({step_seconds(chosen)}[{_RATE}])), 1)"  # rate extrapolates
     yield Panel(
         title="Goodput: share of time in steps",
         unit="percentunit",

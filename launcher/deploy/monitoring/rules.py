@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ _BURNS = {
 """Multiples of the budget, each with a short and a long window.
 From "Alerting on SLOs" in The Site Reliability Workbook. The short window lets an alert end soon after its cause."""
 _WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
+_NO_FAILURE = (EXIT_PREEMPTED, *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)))
+"""Exit codes of runs that were preempted or cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +219,7 @@ def training_alerts(run: Run) -> Iterator[Alert]:
     )
     yield Alert(
         name="TrainingFailed",
-        expr=f"max_over_time(launcher:run_exit_code[15m]) > 0 != {EXIT_PREEMPTED}",
+        expr="max_over_time(launcher:run_exit_code[15m]) > 0" + "".join(f" != {code}" for code in _NO_FAILURE),
         lasts="0m",
         severity="page",
         summary=f"{who}: the run failed",

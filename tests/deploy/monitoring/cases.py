@@ -97,7 +97,7 @@ TRAINING = (
     _run("TrainingGoodputLow", fires=False, forward="0+40x45 stale", data="0+15x45 stale", train_step="0+1x45 stale"),
     _run("TrainingFailed", fires=True, run_exit_code="_x65 1 _x9"),
     _run("TrainingFailed", fires=False, run_exit_code="_x65 0 _x9"),
-    _run("TrainingFailed", fires=False, run_exit_code="_x65 75 _x9"),
+    *(_run("TrainingFailed", fires=False, run_exit_code=f"_x65 {code} _x9") for code in (75, 129, 130, 143)),
 )
 """With the default thresholds: 300 s without a step, half of the time in steps."""
 

@@ -72,7 +72,7 @@ class Deployment:
     @property
     def rollout_s(self) -> float:
         """Seconds that a rollout may take: pods are replaced one after the other."""
-        return self.deploy.replicas * (3 * self.deploy.load_s + _SLACK_S)
+        return self.deploy.replicas * (self.deploy.startup_s(self.run) + _SLACK_S)
 
     def argv_of_helm(self, *words: str) -> list[str]:
         """Return a whole command line of helm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,11 @@ _MOUNTED = ("claim", "image_volume", "object_store")
 _OWN_MOUNTS = ("/run/launcher", "/runs", "/cache", "/tmp", "/dev/shm")  # noqa: S108 (paths in pods)
 _MAX_VERSION = 12
 _GIB = 1 << 30
+_STARTS = 3
+"""How many times the measured load time a start may take: a busy node, a cold disk."""
+_LEAST_START_S = 300
+_PARAM_BYTES = 4
+_DOWNLOAD_BYTES_PER_S = 25e6
 _GATEWAY = re.compile(r"[a-z0-9.-]+(/[a-z0-9.-]+)?")
 _LOCAL_PATHS = (
     "run.root",
@@ -125,7 +131,9 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
 
     load_s: float = 120.0
     """Measured seconds from the start of a server until it is ready.
-    A start may take three times as long. A server prints them (``serving … after 41.2 s``); of a saved run they are
+    A start may take three times as long, but at least 300 s, because the first one compiles kernels. Files from the
+    hub or an object store add the time of their download: 4 bytes a parameter at 25 MB/s; of a model whose size is
+    unknown it is that of ``cache_size``. A server prints ``load_s`` (``serving … after 41.2 s``); of a saved run it is
     read from its log."""
 
     pre_stop_s: int = 5
@@ -259,6 +267,22 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     def is_stateful(self, plan: Plan) -> bool:
         """Return whether the workload is a StatefulSet."""
         return plan.world_size > 1 if self.workload == "auto" else self.workload == "stateful_set"
+
+    def startup_s(self, run: Run) -> int:
+        """Return the seconds that a start may take before it counts as failed."""
+        loading_s = max(_LEAST_START_S, _STARTS * self.load_s)
+        return math.ceil(loading_s + self._downloaded_bytes(run) / _DOWNLOAD_BYTES_PER_S)
+
+    def _downloaded_bytes(self, run: Run) -> int:
+        """Return the bytes of the model that a pod downloads at most."""
+        job, shape = run.job, run.model.shape()
+        is_echo = isinstance(job, Serve) and job.engine == "echo"
+        is_on_hub = run.model.weights == "pretrained" and isinstance(run.model.pretrained_source(), str)
+        if self.model_from != "object_store" and (self.model_from != "hub" or is_echo or not is_on_hub):
+            return 0
+        if shape is None:
+            return parse_quantity(self.cache_size) or 0
+        return _PARAM_BYTES * shape.num_params
 
     def server_image(self, run: Run) -> str:
         """Return the image of the server's container."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,6 @@ from launcher.protocol.plan import Plan
 
 PORT_NAME = "http"
 VERSION_LABEL = "app.kubernetes.io/version"
-_STARTS = 3
-"""How many times the measured load time a start may take: a busy node, a cold disk."""
 _GIB = 1 << 30
 
 
@@ -134,7 +131,7 @@ class Server:
     @property
     def startup_s(self) -> int:
         """Seconds that a start may take."""
-        return math.ceil(_STARTS * self.deploy.load_s)
+        return self.deploy.startup_s(self.run)
 
     @property
     def memory(self) -> str:

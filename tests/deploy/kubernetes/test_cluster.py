@@ -131,6 +131,7 @@ def test_new_pods_that_do_not_get_ready_are_taken_back(
     launch_in_process: Launch, rendered: Render, api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "_SLACK_S", 1.0)
+    monkeypatch.setattr("launcher.config.deploy.kubernetes._LEAST_START_S", 0)
     folder = tmp_path / "k8s"
     write(folder, rendered("deploy.name=chat", "deploy.load_s=0.1")[2])
     launch_in_process("deploy", "apply", str(folder)).expect(0)

@@ -148,6 +148,25 @@ def test_times_follow_from_the_drain_and_the_measured_load(rendered: Render) -> 
     assert "replicas" not in manifests_of(files)["Deployment"]["spec"]
 
 
+def test_a_start_may_take_the_time_of_compiling_and_of_a_download(rendered: Render) -> None:
+    def startup_s(*words: str) -> int:
+        probe = pod_of(rendered(*words)[2])["containers"][0]["startupProbe"]
+        return int(probe["periodSeconds"] * probe["failureThreshold"])
+
+    assert startup_s("deploy.load_s=0.5") == 300, "what a warm machine measured is not what a cold pod takes"
+    assert startup_s("deploy.load_s=200") == 600
+    published = ("model=gpt2", "model.weights=pretrained", "job.tokenizer=bytes", "deploy.load_s=0.5")
+    download_s = 124_439_808 * 4 / 25e6
+    assert startup_s(*published) == pytest.approx(300 + download_s, abs=10)  # a whole number of periods
+    assert startup_s(*published, *CASES["image"]) == 300
+    stored = ("deploy.model_from=object_store", "deploy.model_source=s3://models/chat")
+    assert startup_s(*published, *stored) == startup_s(*published)
+    run, _, _ = rendered(*stored, "deploy.load_s=0.5", "deploy.cache_size=100G")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.model), "shape", lambda self: None)
+        assert run.deploy.startup_s(run) == 300 + 100e9 / 25e6, "of unknown size: the whole cache"
+
+
 def test_memory_follows_from_the_plan(rendered: Render) -> None:
     small = pod_of(rendered()[2])["containers"][0]["resources"]["limits"]["memory"]
     cache = pod_of(rendered("job.kv_cache_tokens=4_000_000")[2])["containers"][0]["resources"]["limits"]["memory"]

@@ -61,6 +61,7 @@ _BY_PLACE = (
     ),
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
     ("plugins/test_contracts.py*", "process"),
+    ("backends/kubernetes/test_manifest_text.py::test_kubectl_*", "process"),
     *((f"deploy/test_{name}.py*", "process") for name in ("canary_proxies", "proxies", "load_balancing")),
     *((f"deploy/test_docker.py::test_{name}", "process") for name in ("hadolint_*", "the_wheel_*")),
     ("deploy/test_checkov.py*", "process"),

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import yaml
 
+from launcher.backends.kubernetes.manifest_parts import manifest_text
 from launcher.deploy.folder import write
 from launcher.deploy.prepare import prepare
 from launcher.deploy.registry import render
@@ -40,7 +41,7 @@ def divided(rules: str, by: int) -> str:
         rule["expr"] = _WINDOW.sub(lambda each: _shorter(each[1] or each[3], each[2] or each[4], by), rule["expr"])
         if "for" in rule:
             rule["for"] = _shorter(rule["for"][:-1], rule["for"][-1], by)
-    return yaml.safe_dump(found, sort_keys=False)
+    return manifest_text(found)
 
 
 def _shorter(number: str, unit: str, by: int) -> str:
@@ -61,7 +62,7 @@ def monitoring_folder(folder: Path, renderings: Sequence[Sequence[str]], *, divi
         files |= render(*prepare((*words, "deploy=monitoring", f"deploy.out={folder}")))
         scraped += yaml.safe_load(files["prometheus.yml"])["scrape_configs"]
     config = {**yaml.safe_load(files["prometheus.yml"]), "scrape_configs": scraped}
-    files["prometheus.yml"] = yaml.safe_dump(config, sort_keys=False)
+    files["prometheus.yml"] = manifest_text(config)
     for path in (path for path in files if path.startswith("rules/") and divide > 1):
         files[path] = divided(str(files[path]), divide)
     write(folder, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ from launcher.config.kubernetes_objects import GPU
 
 Manifest = dict[str, Any]
 TMP_FOLDER = "/tmp"  # noqa: S108 (in a pod, whose root is read only)
+_NUMBER = re.compile(r"[-+.]?[0-9._][0-9a-f._:,+\-xotz ]*", re.IGNORECASE)
+"""Numbers and times of YAML 1.1 and 1.2, and of Go's parsers: ``1e3``, ``0o17``, ``.5e1``, ``1_000``, ``12:30:45``."""
+_WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null", "~", "=", "<<"))
+_NO_NUMBERS = frozenset(f"{sign}{word}" for sign in ("", "+", "-") for word in (".inf", ".nan", "inf", "nan"))
 
 
 def escape_references(word: str) -> str:
@@ -109,7 +114,11 @@ def claim_volumes(volumes: Mapping[str, str], *, is_read_only: bool) -> list[Man
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Return a manifest as YAML, texts of several lines as blocks."""
+    """Return a tree as YAML that every parser reads alike.
+
+    Texts of several lines are blocks. A text that any parser could read as something else is quoted: kubectl, helm,
+    Compose, Prometheus and Grafana take more texts for numbers than PyYAML does.
+    """
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -119,9 +128,14 @@ def manifest_text(manifest: Manifest) -> str:
             return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        style = "|" if "\n" in value else None
+        style = "|" if "\n" in value else "'" if _is_ambiguous(value) else None
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)
     dumped: str = yaml.dump(manifest, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return dumped
+
+
+def _is_ambiguous(text: str) -> bool:
+    """Return whether a parser could take an unquoted text for a number, a time, a truth value or null."""
+    return text.lower() in _WORDS | _NO_NUMBERS or _NUMBER.fullmatch(text) is not None

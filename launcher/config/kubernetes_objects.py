@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from launcher.errors import ConfigError
@@ -24,7 +25,6 @@ _TOLERATION_VALUES = {
 }
 _TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
 _KEY_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-_STORE_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 GPU = "nvidia.com/gpu"
 """Resource of GPUs, as their device plugin names it."""
 NAME_RULE = "lowercase letters, digits and dashes, with a letter or digit at both ends"
@@ -43,11 +43,6 @@ def is_service_name(text: str) -> bool:
 def is_subdomain(text: str) -> bool:
     """Whether ``text`` may name most other things: a claim, a Secret, a service account."""
     return _SUBDOMAIN.fullmatch(text) is not None
-
-
-def is_store_url(text: str) -> bool:
-    """Whether ``text`` may be the URL of a folder in an object store."""
-    return _STORE_URL.fullmatch(text) is not None
 
 
 def dashed(text: str) -> str:
@@ -85,6 +80,42 @@ def pull_policy(image: str) -> str:
     return "Always" if moves else "IfNotPresent"
 
 
+def validate_context(option: str, context: str | None) -> Iterator[ConfigError]:
+    """Yield that the name of a context of kubectl is empty, which would be the current one."""
+    if context is not None and not context.strip():
+        fix = f"set {option}=NAME (`kubectl config get-contexts` lists them), or leave it out for the current one"
+        yield ConfigError(option, "''", why="is empty", fix=fix)
+
+
+def validate_interpreter(option: str, python: str) -> Iterator[ConfigError]:
+    """Yield that ``python`` is not one program of an image."""
+    if not python.strip() or any(letter.isspace() for letter in python):
+        why = "is one program of the image, without options"
+        yield ConfigError(option, python or "''", why=why, fix=f"set {option}=python3")
+
+
+def validate_mount(option: str, path: str, *, taken: MutableMapping[str, str]) -> Iterator[ConfigError]:
+    """Yield why no volume can be mounted at ``path`` in a pod.
+
+    Args:
+        option: that holds it.
+        path: the folder in the pod.
+        taken: who mounts something there already, by folder; gets this one.
+    """
+    folder = posixpath.normpath(path)
+    if not path.startswith("/"):
+        yield ConfigError(option, path, why="pods mount at absolute paths", fix="begin it with /")
+    elif folder in ("/", "//"):
+        why = "is the root of the image, which a volume would hide"
+        yield ConfigError(option, path, why=why, fix="name a folder below it")
+    elif ":" in path:
+        yield ConfigError(option, path, why="holds a colon, which Kubernetes refuses in it", fix="leave the colon out")
+    elif folder in taken:
+        why = f"is the folder of {taken[folder]} in every pod, and two volumes cannot share a folder"
+        yield ConfigError(option, path, why=why, fix="choose another folder")
+    taken.setdefault(folder, option)
+
+
 def validate_names(group: str, named: Mapping[str, Iterable[str]]) -> Iterator[ConfigError]:
     """Yield the names that Kubernetes refuses.
 
@@ -102,6 +133,12 @@ def validate_names(group: str, named: Mapping[str, Iterable[str]]) -> Iterator[C
 def validate_tolerations(option: str, tolerations: Iterable[Mapping[str, Any]]) -> Iterator[ConfigError]:
     """Yield fields and values that no toleration of a pod has."""
     for toleration in tolerations:
+        for key in ("key", "value"):
+            if key in toleration and not isinstance(toleration[key], str):
+                shown = str(toleration[key])
+                fix = f"""write it in two pairs of quotes: {key}: '"{shown.lower()}"'"""
+                yield ConfigError(option, shown, why=f"is no text, and the {key} of a toleration is", fix=fix)
+        yield from _bad_toleration(option, toleration)
         for key, choices in _TOLERATION_VALUES.items():
             if key in toleration and toleration[key] not in choices:
                 why, fix = f"is not a valid {key} of a toleration", did_you_mean(str(toleration[key]), choices)
@@ -110,6 +147,19 @@ def validate_tolerations(option: str, tolerations: Iterable[Mapping[str, Any]]) 
             if key not in _TOLERATION_KEYS:
                 fix = did_you_mean(key, _TOLERATION_KEYS)
                 yield ConfigError(option, key, why="is not a field of a toleration", fix=fix)
+
+
+def _bad_toleration(option: str, toleration: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Yield a key and a value that no taint has, and seconds that are no number."""
+    key, value, seconds = (toleration.get(name) for name in ("key", "value", "tolerationSeconds"))
+    if isinstance(key, str) and key and not _is_key(key):
+        yield _bad_key(option, key, "taint")
+    if isinstance(value, str) and value and not _KEY_NAME.fullmatch(value):
+        fix = "use at most 63 letters, digits, dashes, dots and underscores"
+        yield ConfigError(option, value, why="is not a valid value of a taint", fix=fix)
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int)):
+        fix = "write it like tolerationSeconds: 300"
+        yield ConfigError(option, str(seconds), why="is no whole number of seconds", fix=fix)
 
 
 def validate_keys(option: str, keys: Iterable[str]) -> Iterator[ConfigError]:

@@ -53,6 +53,9 @@ _ALIASES = {
 }
 """Names of other programs for options of groups, in suggestions."""
 _OPENING, _CLOSING = "[{(", "]})"
+_KEY = re.compile(r"[A-Za-z_][\w.*/@?|%+-]*( [\w.*/@?|%+-]+)*", re.ASCII)
+"""Name in a mapping, as Hydra's grammar takes it; Hydra takes none in quotes."""
+_QUOTED_KEY = re.compile(r"""\s*(?P<quote>["'])(?P<name>.*?)(?P=quote)\s*:(?P<value>.*)""", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,9 @@ def parse_overrides(
                 parsed = parser.parse_override(read)
             except HydraException:
                 report(_unparsable(word))
+                continue
+            if problem := _unwritable_name(word):
+                report(problem)
                 continue
         if problem := _named_twice(word):
             report(problem)
@@ -217,10 +223,33 @@ def _literal(word: str) -> str:
 
 def _mapping(value: str) -> str | None:
     """Return a mapping for Hydra, values as text; ``None`` if Hydra rejects a name in it."""
-    pairs = [each.partition(":") for each in _split(value.strip()[1:-1])]
-    if not all(colon and re.fullmatch(r"[A-Za-z_][\w.-]*", name.strip()) for name, colon, _ in pairs):
+    pairs = _pairs(value)
+    texts = [f"{name}:{_element(text)}" for name, text in pairs if _KEY.fullmatch(name) and text is not None]
+    return f"{{{','.join(texts)}}}" if len(texts) == len(pairs) else None
+
+
+def _pairs(value: str) -> list[tuple[str, str | None]]:
+    """Return names, without quotes, and values of a mapping; ``None`` where there is no colon."""
+    found: list[tuple[str, str | None]] = []
+    for each in _split(value.strip()[1:-1]):
+        quoted = _QUOTED_KEY.fullmatch(each)
+        name, colon, text = each.partition(":") if quoted is None else (quoted["name"], ":", quoted["value"])
+        found.append((name.strip(), text.strip() if colon else None))
+    return found
+
+
+def _unwritable_name(word: str) -> ConfigError | None:
+    """Return the error of a mapping that Hydra rejects for one of its names."""
+    head, _, value = word.partition("=")
+    option = head.lstrip("+")
+    if not (_is_mapping(value) and any(typing.get_origin(hint) is dict for hint in types_of_option(option))):
         return None
-    return f"{{{','.join(f'{name.strip()}:{_element(text)}' for name, _, text in pairs)}}}"
+    name = next((name for name, text in _pairs(value) if text is not None and not _KEY.fullmatch(name)), None)
+    if name is None:
+        return None
+    why = f"has the name {name or repr(name)}, which a mapping in a word cannot have"
+    fix = "begin it with a letter, or write the mapping into a file of options: conf/exp/NAME.yaml"
+    return ConfigError(option, value, why=why, fix=fix, source=COMMAND_LINE)
 
 
 def _element(text: str) -> str:

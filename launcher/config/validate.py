@@ -64,7 +64,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _validate_ranks_per_host(hosts)
     yield from _validate_uneven_hosts(run, hosts)
     yield from base.validate_env(run.backend.env, forward=getattr(run.backend, "forward", None))
-    yield from _validate_secrets(run)
+    yield from validate_secrets(run)
     yield from _validate_shown_ranks(run, hosts)
     yield from run.backend.validate_hosts(hosts)
     yield from _validate_written_paths(run)
@@ -77,8 +77,8 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _validate_profile(run, world_size)
 
 
-def _validate_secrets(run: Run) -> Iterator[ConfigError]:
-    """Reject secrets in all other options: run.yaml, plan.json and W&B store them unmasked."""
+def validate_secrets(run: Run) -> Iterator[ConfigError]:
+    """Reject secrets in options: run.yaml, plan.json, manifests and W&B store them unmasked."""
     for option, value in flatten_options(run_to_tree(run)):
         if name := secret_variable_in(value, os.environ):
             why = f"holds the value of the variable {name}, and run.yaml is written to disk"

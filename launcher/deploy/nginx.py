@@ -116,7 +116,7 @@ def _http(deploy: NginxDeploy, limits: UpstreamLimits) -> list[str]:
 
 
 def _upstream(deploy: NginxDeploy, upstreams: Sequence[Upstream], limits: UpstreamLimits) -> list[str]:
-    health = f"max_fails=1 fail_timeout={duration(round(deploy.fail_timeout_s))} max_conns={limits.connections}"
+    health = f"max_fails=1 fail_timeout={duration(deploy.fail_timeout_s)} max_conns={limits.connections}"
     again = f"max_fails=0 max_conns={limits.connections} backup"
     is_any = len(upstreams) > 1
     return [

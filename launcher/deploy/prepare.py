@@ -11,7 +11,7 @@ from launcher.config.compose import Composition, compose
 from launcher.config.deploy.base import ContainerDeploy
 from launcher.config.deploy.kubernetes import KubernetesDeploy
 from launcher.config.run import NoDeploy, Run, run_to_tree
-from launcher.config.validate import validate_overrides_used
+from launcher.config.validate import validate_overrides_used, validate_secrets
 from launcher.errors import ConfigErrors
 from launcher.execution.prepare import DEFAULT_PORT, replan, validate_paths
 from launcher.execution.run_references import resolve_run_references
@@ -94,6 +94,7 @@ def plan_deployment(composed: Composition) -> tuple[Run, Plan]:
         planned = replan(replace(run, deploy=NoDeploy()), hosts, run_id=_RUN_ID, folder=folder, port=DEFAULT_PORT)
     except ConfigErrors as several:
         raise ConfigErrors([*errors, *several.errors]) from several
+    errors += (error for error in validate_secrets(run) if error.option.startswith("deploy."))
     errors += run.deploy.validate_run(run, planned.plan)
     if errors:
         raise ConfigErrors(errors)

@@ -53,6 +53,9 @@ _PLURAL_TOKENS = re.compile(
 _PLACES = frozenset({"FILE", "FILES", "PATH", "PATHS", "DIR", "DIRS", "FOLDER", "SOCK", "SOCKET", "VARIABLE"})
 """Endings of names that only locate a secret: ``SSH_AUTH_SOCK``, ``HF_TOKEN_PATH``."""
 
+_NAMES_OF_SECRETS = frozenset({"secret", "pods_secret", "keys_from", "image_pull_secrets"})
+"""Options with the name of a Secret in a cluster, not with its content."""
+
 _HARMLESS = frozenset({"PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS", "NUM_KEY_VALUE_HEADS"})
 """The shell's current and last folder, the path of a file, and a size of models."""
 
@@ -260,10 +263,9 @@ def _hide_entry(found: re.Match[str]) -> str:
 
 
 def _is_secret_key(key: str) -> bool:
-    """Return whether a key of a tree names a secret.
-
-    ``secret`` alone is an option: the name of a Secret.
-    """
+    """Return whether a key of a tree names a secret."""
+    if key in _NAMES_OF_SECRETS:
+        return False
     return (key.isupper() or "_" in key or "-" in key or key != key.lower()) and is_secret_name(key)
 
 

@@ -261,9 +261,15 @@ def test_a_trace_is_read_and_its_bad_lines_named(tmp_path) -> None:
             read_trace(path)
 
 
-@pytest.mark.parametrize("url", ["https://x", "x:1", "http://", "http://x/?a=1"])
+@pytest.mark.parametrize("url", ["https://x", "x:1", "http://", "http://x/?a=1", "http://x/#a"])
 def test_what_is_no_address_is_refused(url) -> None:
     with pytest.raises(ValueError, match="address"):
+        parse_server_address(url)
+
+
+@pytest.mark.parametrize("url", ["http://me:pw@x:1", "http://me@x:1"])
+def test_a_login_in_an_address_is_refused_because_it_would_be_stored(url) -> None:
+    with pytest.raises(ValueError, match=r"^has a login, and run\.yaml is written to disk: a server takes keys"):
         parse_server_address(url)
 
 

@@ -302,6 +302,11 @@ def continue_or_rerun(run_dir: RunDir) -> str:
         ("""unknown.key=[%a~"],~]""", "its quotes and brackets do not match in Hydra's grammar"),
         ("backend.env={A: x, B: y, A: z}", "backend.env={A: x, B: y, A: z} (command line): has the name A twice"),
         ("job.adapters={'a': x, a: y}", "has the name a twice; keep one of them, or choose another name"),
+        (
+            "backend.env={'1a': x, b: y}",
+            "has the name 1a, which a mapping in a word cannot have; begin it with a letter",
+        ),
+        ("""deploy.volumes={"a'b": x}""", "deploy.volumes={\"a'b\": x} (command line): has the name a'b, which"),
         ("model@x=gpt2", "model@x: has a package after @, and the package of each group is fixed; write model=gpt2"),
         ("+model@=gpt2", "+model@: has a package after @"),
     ],

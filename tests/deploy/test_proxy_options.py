@@ -69,6 +69,12 @@ def test_the_configuration_is_as_reviewed(kind: str, name: str) -> None:
         (['deploy.tls_certificate_file="/a\'.crt"', "deploy.tls_key_file=/a.key"], "deploy.tls_certificate_file"),
         (["deploy.tls_certificate_file=/a/../b.crt", "deploy.tls_key_file=/b.key"], "deploy.tls_certificate_file"),
         (["deploy.rate_per_minute=0"], "deploy.rate_per_minute"),
+        (["deploy.upstreams=[10.0.0.1:80,127.0.0.1:8080]"], "deploy.upstreams[1]"),
+        (["deploy.upstreams=[localhost:8080]"], "deploy.upstreams[0]"),
+        (["deploy.upstreams=['0.0.0.0:8080']"], "deploy.upstreams[0]"),
+        (["deploy.host=0.0.0.0", "deploy.upstreams=[127.0.0.2:8080]"], "deploy.upstreams[0]"),
+        (["deploy.host='::'", "deploy.upstreams=['[::1]:8080']"], "deploy.upstreams[0]"),
+        (["deploy.host=lb.example", "deploy.port=8001", "deploy.upstreams=[LB.example:8001]"], "deploy.upstreams[0]"),
         (["deploy.user='root; daemon on'"], "deploy.user"),
         (["deploy.user=www-data", "deploy.user_group='a b'"], "deploy.user_group"),
         (["deploy.user_group=www-data"], "deploy.user_group"),
@@ -90,6 +96,8 @@ def test_a_hostile_value_is_refused_by_its_option(kind: str, words: list[str], o
         ("nginx", ["deploy.log_folder='/var/log; evil'"], "deploy.log_folder"),
         ("nginx", ["deploy.temporary_folder=tmp"], "deploy.temporary_folder"),
         ("nginx", ["deploy.fail_timeout_s=0.2"], "deploy.fail_timeout_s"),
+        ("nginx", ["deploy.fail_timeout_s=1.5"], "deploy.fail_timeout_s"),
+        ("nginx", ["deploy.fail_timeout_s=0"], "deploy.fail_timeout_s"),
         ("haproxy", ["deploy.tls_certificate_file=/a.pem", "deploy.tls_key_file=/b.key"], "deploy.tls_key_file"),
         ("haproxy", ["deploy.check_every_s=0"], "deploy.check_every_s"),
         ("haproxy", ["deploy.check_timeout_s=.nan"], "deploy.check_timeout_s"),
@@ -103,6 +111,26 @@ def test_a_value_without_sense_is_refused_by_its_option(kind: str, words: list[s
     with pytest.raises(ConfigErrors) as caught:
         rendered(kind, words)
     assert option in [error.option for error in caught.value.errors]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "example"),
+    [
+        ("nginx", ["deploy.log_folder=rel"], "deploy.log_folder=/var/log/nginx"),
+        ("haproxy", ["deploy.admin_socket=rel.sock"], "deploy.admin_socket=/run/haproxy/launcher.sock"),
+        ("haproxy", ["deploy.tls_certificate_file=a.crt"], "deploy.tls_certificate_file=/etc/ssl/FILE"),
+    ],
+)
+def test_a_relative_path_is_answered_with_one_of_its_kind(kind: str, words: list[str], example: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        rendered(kind, words)
+    assert f"give the whole path: {example}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("upstream", ["10.0.0.1:8080", "127.0.0.1:8081", "127.0.0.2:8080", "gpu1:8080"])
+def test_another_machine_or_port_is_not_the_proxy_itself(kind: str, upstream: str) -> None:
+    assert f" {upstream}" in rendered(kind, (f"deploy.upstreams=[{upstream}]",))
 
 
 def test_a_rate_of_the_server_needs_a_proxy_that_it_trusts() -> None:

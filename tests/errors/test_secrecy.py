@@ -104,7 +104,9 @@ def test_no_option_of_ours_has_the_name_of_a_secret() -> None:
     names = {field.name for field in itertools.chain.from_iterable(map(dataclasses.fields, classes))}
     names_of_secrets = {"secret", "image_pull_secrets", "keys_from", "pods_secret"}
     assert {name for name in names if is_secret_name(name)} <= names_of_secrets
-    assert redact({"backend": {"secret": "tokens"}}, {}) == {"backend": {"secret": "tokens"}}
+    for name in names:
+        assert hide_secrets(f"backend.{name}=tokens") == f"backend.{name}=tokens"
+        assert redact({"backend": {name: "tokens"}}, {}) == {"backend": {name: "tokens"}}
 
 
 @pytest.mark.parametrize("value", SECRET_VALUES)

@@ -11,7 +11,7 @@ from launcher.config.kubernetes_objects import GPU
 Manifest = dict[str, Any]
 TMP_FOLDER = "/tmp"  # noqa: S108 (in a pod, whose root is read only)
 _NUMBER = re.compile(r"[-+.]?[0-9._][0-9a-f._:,+\-xotz ]*", re.IGNORECASE)
-"""Numbers and times of YAML 1.1 and 1.2, and of Go's parsers: ``1e3``, ``0o17``, ``.5e1``, ``1_000``, ``12:30:45``."""
+"""Numbers and times of YAML: ``1e3``, ``0o17``, ``.5e1``, ``1_000``, ``12:30:45``."""
 _WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null", "~", "=", "<<"))
 _NO_NUMBERS = frozenset(f"{sign}{word}" for sign in ("", "+", "-") for word in (".inf", ".nan", "inf", "nan"))
 
@@ -137,5 +137,5 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def _is_ambiguous(text: str) -> bool:
-    """Return whether a parser could take an unquoted text for a number, a time, a truth value or null."""
+    """Return whether a parser could take an unquoted text for something else."""
     return text.lower() in _WORDS | _NO_NUMBERS or _NUMBER.fullmatch(text) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -22,15 +21,18 @@ from launcher.config.kubernetes_objects import (
     GPU,
     NAME_RULE,
     is_label,
-    is_store_url,
     parse_quantity,
     validate_annotations,
+    validate_context,
     validate_image,
+    validate_interpreter,
     validate_labels,
+    validate_mount,
     validate_names,
     validate_resources,
     validate_tolerations,
 )
+from launcher.config.urls import validate_url
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host, MemoryEstimate
 from launcher.utils.text import bytes_text
@@ -185,8 +187,10 @@ class KubernetesBackend(Backend):
             yield self.error("gather_timeout_s", "must be above 0", "set backend.gather_timeout_s=1800")
         if not self.store_grace_s >= 0:
             yield self.error("store_grace_s", "must be at least 0", "set backend.store_grace_s=300")
-        if self.store is not None and not is_store_url(self.store):
-            yield self.error("store", "is not the URL of a folder", "write it like s3://bucket/runs")
+        if self.store is not None:
+            yield from validate_url("backend.store", self.store, what="the URL of a folder", example="s3://bucket/runs")
+        yield from validate_interpreter("backend.python", self.python)
+        yield from validate_context("backend.context", self.context)
         yield from self._bad_names()
         yield from self._validate_user()
         yield from self._validate_resources()
@@ -208,13 +212,7 @@ class KubernetesBackend(Backend):
             yield self.error("shared_memory", why, f"set backend.memory={self.shared_memory} or more")
         taken = dict.fromkeys(_OWN_MOUNTS, "the launcher itself")
         for name, path in {"mount": self.mount, **{f"volumes.{c}": p for c, p in self.volumes.items()}}.items():
-            folder = posixpath.normpath(path)
-            if not path.startswith("/") or ":" in path or folder in ("/", "//"):
-                yield ConfigError(f"backend.{name}", path, why="pods mount at absolute paths", fix="begin it with /")
-            elif folder in taken:
-                why = f"is the folder of {taken[folder]} in every pod, and two volumes cannot share a folder"
-                yield ConfigError(f"backend.{name}", path, why=why, fix="choose another folder")
-            taken.setdefault(folder, f"backend.{name}")
+            yield from validate_mount(f"backend.{name}", path, taken=taken)
         yield from validate_tolerations("backend.tolerations", self.tolerations)
 
     def _bad_names(self) -> Iterator[ConfigError]:
@@ -242,6 +240,7 @@ class KubernetesBackend(Backend):
             yield ConfigError("backend.resources", name, why="is in backend.rdma too", fix="leave it out of one")
         yield from validate_labels("backend.labels", self.labels, owned=_OWN_LABELS)
         yield from validate_annotations("backend.annotations", self.annotations)
+        yield from validate_labels("backend.node_selector", self.node_selector, owned={})
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return placeholders for the pods; their hosts are known once the run is submitted."""

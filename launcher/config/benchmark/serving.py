@@ -117,7 +117,9 @@ def parse_server_address(url: str) -> ServerAddress:
         ValueError: it is none, or asks for encryption, which this client lacks.
     """
     parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.query:
+    if "@" in parts.netloc:
+        raise ValueError("has a login, and run.yaml is written to disk: a server takes keys, of api_key_variable")
+    if parts.scheme != "http" or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("is not an address like http://127.0.0.1:8000 (without TLS)")
     prefix = parts.path.rstrip("/").removesuffix("/v1")
     return ServerAddress(host=parts.hostname, port=parts.port or 80, prefix=prefix)

@@ -15,6 +15,7 @@ from launcher.config.kubernetes_objects import (
     is_service_name,
     parse_quantity,
     validate_image,
+    validate_interpreter,
 )
 from launcher.config.paths import PathText
 from launcher.config.run import Deploy, Run
@@ -111,8 +112,7 @@ class ContainerDeploy(RenderedDeploy):
         yield from super().validate()
         yield from self.validate_minimum(1, "cpus")
         yield from self.validate_minimum(0, "gpus")
-        if not self.python.strip() or any(letter.isspace() for letter in self.python):
-            yield self.error("python", "is one program of the image, without options", "set deploy.python=python3")
+        yield from validate_interpreter("deploy.python", self.python)
         yield from validate_image("deploy.image", self.image, logins="deploy.image_pull_secrets")
         if self.memory != "auto" and parse_quantity(self.memory) is None:
             yield self.error("memory", "is not an amount of memory", "write it like deploy.memory=64Gi, or auto")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
 from launcher.config.deploy.base import RenderedDeploy
+from launcher.config.urls import HTTP, validate_url
 from launcher.errors import ConfigError
 
-PROMETHEUS_ADDRESS = re.compile(r"https?://[^\s@]+")
 _GATES = ("canary_failure_share", "canary_ttft_p95_s", "canary_tokens_per_s", "canary_slowdown")
 _COUNTS = (
     *("canary_interval_s", "canary_checks", "canary_failure_limit", "canary_min_requests"),
@@ -118,10 +117,11 @@ class CanaryDeploy(RenderedDeploy):
             value = getattr(self, name)
             if value is not None and not least < value < math.inf:
                 yield self.error(name, f"must be a number above {least}", f"set deploy.{name}=2.5, or null")
-        address = self.canary_prometheus
-        if address is not None and not PROMETHEUS_ADDRESS.fullmatch(address):
-            fix = "write it like http://localhost:9090"
-            yield self.error("canary_prometheus", "is not an address without a login", fix)
+        if self.canary_prometheus is not None:
+            option, example = "deploy.canary_prometheus", "http://localhost:9090"
+            yield from validate_url(
+                option, self.canary_prometheus, what="the address of Prometheus", example=example, schemes=HTTP
+            )
 
 
 def split_weights(percent: int, *, num_baseline: int, num_canary: int, limit: int) -> tuple[int, int]:

@@ -77,7 +77,7 @@ class ComposeDeploy(MountingDeploy, MonitoredDeploy):
             yield self.error("host", "is no IP address", "set deploy.host=0.0.0.0")
         yield from self._validate_ports()
         for name in ("tls_certificate_file", "tls_key_file"):
-            yield from validate_safe_path(f"deploy.{name}", getattr(self, name))
+            yield from validate_safe_path(f"deploy.{name}", getattr(self, name), example="/etc/ssl/FILE")
         for name, other in (("tls_certificate_file", "tls_key_file"), ("tls_key_file", "tls_certificate_file")):
             if getattr(self, name) is not None and getattr(self, other) is None:
                 yield self.error(name, f"is there without deploy.{other}", f"set deploy.{other}=FILE")

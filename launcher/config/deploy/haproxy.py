@@ -50,7 +50,7 @@ class HaproxyDeploy(ProxyDeploy):
             why = f"is more than {_MAX_RETRIED_BYTES}, which each connection would take twice"
             yield self.error("retried_bytes", why, "set deploy.retried_bytes=1048576")
         yield from self.validate_port("metrics_port")
-        yield from self.validate_path("admin_socket")
+        yield from self.validate_path("admin_socket", example="/run/haproxy/launcher.sock")
         if self.admin_socket is not None and len(self.admin_socket) > _MAX_SOCKET:
             yield self.error("admin_socket", f"is longer than {_MAX_SOCKET} characters", "choose a shorter path")
         if self.has_canary and self.admin_socket is None:

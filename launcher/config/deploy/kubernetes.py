@@ -11,22 +11,24 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal, Self
 
 from launcher.config.deploy.base import ContainerDeploy
-from launcher.config.deploy.canary import PROMETHEUS_ADDRESS, CanaryDeploy
+from launcher.config.deploy.canary import CanaryDeploy
 from launcher.config.deploy.monitoring import MonitoredDeploy
 from launcher.config.job.serve import Serve
 from launcher.config.kubernetes_objects import (
     NAME_RULE,
     is_label,
-    is_store_url,
     is_subdomain,
     parse_quantity,
+    validate_context,
     validate_image,
     validate_keys,
     validate_labels,
+    validate_mount,
     validate_names,
     validate_tolerations,
 )
 from launcher.config.run import Run
+from launcher.config.urls import HTTP, validate_url
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.plan import Host, Plan
 from launcher.utils.text import bytes_text, counted
@@ -41,7 +43,6 @@ _STARTS = 3
 _LEAST_START_S = 300
 _PARAM_BYTES = 4
 _DOWNLOAD_BYTES_PER_S = 25e6
-_GATEWAY = re.compile(r"[a-z0-9.-]+(/[a-z0-9.-]+)?")
 _LOCAL_PATHS = (
     "run.root",
     "run.dir",
@@ -317,6 +318,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     def _validate_names(self) -> Iterator[ConfigError]:
         if not is_label(self.namespace):
             yield self.error("namespace", "is not a valid name of a namespace", f"use at most 63 {NAME_RULE}")
+        yield from validate_context("deploy.context", self.context)
         one = {name: getattr(self, name) for name in ("secret", "keys_from", "pods_secret", "cache_claim")}
         many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
         yield from validate_names("deploy", {**{k: (v,) for k, v in one.items() if v is not None}, **many})
@@ -344,8 +346,9 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             yield self.error("model_source", "is not a valid name of a claim", f"use {NAME_RULE}, and dots")
         elif self.model_from == "image_volume":
             yield from validate_image("deploy.model_source", source, logins="deploy.image_pull_secrets")
-        elif self.model_from == "object_store" and not is_store_url(source):
-            yield self.error("model_source", "is not the URL of a folder", "write it like s3://bucket/model")
+        elif self.model_from == "object_store":
+            what, url = "the URL of a folder", "s3://bucket/model"
+            yield from validate_url("deploy.model_source", source, what=what, example=url)
         if self.model_subpath and self.model_from not in ("claim", "image_volume"):
             why = f"deploy.model_from={self.model_from} has no folders below its source"
             yield self.error("model_subpath", why, "leave it out")
@@ -358,13 +361,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
         taken = dict.fromkeys(_OWN_MOUNTS, "the launcher itself")
         named = {"model_path": self.model_path} if self.model_from != "hub" else {}
         for name, path in {**named, **{f"volumes.{claim}": path for claim, path in self.volumes.items()}}.items():
-            folder = posixpath.normpath(path)
-            if not path.startswith("/") or ":" in path or folder in ("/", "//"):
-                yield ConfigError(f"deploy.{name}", path, why="pods mount at absolute paths", fix="begin it with /")
-            elif folder in taken:
-                why = f"is the folder of {taken[folder]} in every pod"
-                yield ConfigError(f"deploy.{name}", path, why=why, fix="choose another folder")
-            taken.setdefault(folder, f"deploy.{name}")
+            yield from validate_mount(f"deploy.{name}", path, taken=taken)
 
     def _validate_group(self) -> Iterator[ConfigError]:
         """Reject what an engine over several pods does not have."""
@@ -410,9 +407,9 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             if self.prometheus is None:
                 fix = "set deploy.prometheus=http://prometheus.monitoring:9090"
                 yield ConfigError("deploy.prometheus", why="KEDA reads the metric from Prometheus", fix=fix)
-            elif not PROMETHEUS_ADDRESS.fullmatch(self.prometheus):
-                fix = "write it like http://prometheus.monitoring:9090"
-                yield self.error("prometheus", "is not an address without a login", fix)
+            else:
+                what, example = "the address of Prometheus", "http://prometheus.monitoring:9090"
+                yield from validate_url("deploy.prometheus", self.prometheus, what=what, example=example, schemes=HTTP)
             if self.queue_query is not None and not self.queue_query.strip():
                 yield self.error("queue_query", "is empty", "give the PromQL of the gateway's queue, or leave it out")
             elif self.min_replicas == 0 and self.queue_query is None:
@@ -429,7 +426,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
         if self.gateway is None:
             why = f"deploy.traffic={self.traffic} attaches its routes to a gateway"
             yield ConfigError("deploy.gateway", why=why, fix="set deploy.gateway=NAMESPACE/NAME")
-        elif not _GATEWAY.fullmatch(self.gateway):
+        elif self.gateway.count("/") > 1 or not all(map(is_subdomain, self.gateway.split("/"))):
             yield self.error("gateway", "is not the name of a gateway", "write it like istio-system/gateway")
         for name in self.hostnames:
             if not is_subdomain(name.removeprefix("*.")):
@@ -440,7 +437,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             yield ConfigError("deploy.hostnames", why=why, fix="set deploy.hostnames=[models.example.org]")
         if self.baseline == self.version:
             why = "is this version itself: a canary is compared with another one"
-            yield self.error("baseline", why, "set deploy.version=v2, or another baseline")
+            yield self.error("baseline", why, f"set deploy.version={_next_version(self.version)}, or another baseline")
         if self.has_canary and self.monitoring and self.canary_interval_s < 2 * self.scrape_every_s:
             why = f"is less than two scrapes, 2 × deploy.scrape_every_s={self.scrape_every_s}, so no rate is known"
             yield self.error("canary_interval_s", why, f"set deploy.canary_interval_s={4 * self.scrape_every_s}")
@@ -449,7 +446,10 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
 
     def _validate_weights(self) -> Iterator[ConfigError]:
         shown, total = ", ".join(f"{name}: {share}" for name, share in self.weights.items()), sum(self.weights.values())
-        if total != 100 or min(self.weights.values()) < 0:
+        if min(self.weights.values()) < 0:
+            why = "has a share below 0"
+            yield ConfigError("deploy.weights", f"{{{shown}}}", why=why, fix="let each be 0 to 100, and all sum to 100")
+        elif total != 100:
             why = f"{' + '.join(map(str, self.weights.values()))} = {total} percent, not 100"
             yield ConfigError("deploy.weights", f"{{{shown}}}", why=why, fix="let the weights sum to 100")
         known = {self.version, *([self.baseline] if self.baseline else [])}
@@ -512,3 +512,10 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
                 why = "is a path of this machine, which no pod sees"
                 fix = "give the path in the pods, below deploy.volumes={CLAIM: FOLDER}"
                 yield ConfigError(option, value, why=why, fix=fix)
+
+
+def _next_version(version: str) -> str:
+    """Return a name for the version after this one: ``v3`` after ``v2``."""
+    found = re.fullmatch(r"(.*?)(\d+)", version)
+    following = f"{found[1]}{int(found[2]) + 1}" if found else f"{version}2"
+    return following if len(following) <= _MAX_VERSION else "v2"

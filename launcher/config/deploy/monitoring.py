@@ -88,11 +88,14 @@ class MonitoringDeploy(MonitoredDeploy):
         if not 0 < self.goodput_share < 1:
             yield self.error("goodput_share", "must lie between 0 and 1", "set deploy.goodput_share=0.5")
         for name in ("targets", "alertmanagers"):
-            for target in getattr(self, name):
+            targets = getattr(self, name)
+            for target in targets:
                 found = _TARGET.fullmatch(target)
                 if found is None or not 0 < int(found[2]) < 65536:
                     fix = f"write it like deploy.{name}=[node1:8000], without http://"
                     yield ConfigError(f"deploy.{name}", target, why="is no address with a port", fix=fix)
+            for target in sorted({each for each in targets if targets.count(each) > 1}):
+                yield ConfigError(f"deploy.{name}", target, why="is there twice", fix="name every address once")
 
     def hosts(self, run: Run) -> tuple[Host, ...]:
         """Return the hosts of a training run, or one host for a server."""

@@ -23,14 +23,14 @@ class NginxDeploy(ProxyDeploy):
     temporary_folder: str | None = None
     """Folder of temporary files and the process id; ``null`` takes nginx's own (root's)."""
 
-    fail_timeout_s: float = 2.0
-    """Seconds without new requests for a server that broke a connection or answered 503."""
+    fail_timeout_s: int = 2
+    """Whole seconds without new requests for a server that broke a connection or answered 503."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject folders that no quotes make safe, and times beyond reason."""
         yield from super().validate()
-        yield from self.validate_path("log_folder")
-        yield from self.validate_path("temporary_folder")
+        yield from self.validate_path("log_folder", example="/var/log/nginx")
+        yield from self.validate_path("temporary_folder", example="/var/lib/nginx")
         if not 1 <= self.fail_timeout_s <= 3600:
             yield self.error("fail_timeout_s", "must lie between 1 and 3600", "set deploy.fail_timeout_s=2")
 

@@ -45,6 +45,19 @@ def bracketed(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _is_any(host: str) -> bool:
+    """Whether ``host`` stands for all interfaces of a machine."""
+    return host in ("0.0.0.0", "::")  # noqa: S104 (compared)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether ``host`` is only reached on its own machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def parse_upstream(text: str) -> str | None:
     """Return the canonical ``HOST:PORT`` of an upstream; ``None`` for what is none."""
     host, colon, port = text.rpartition(":")
@@ -57,18 +70,19 @@ def parse_upstream(text: str) -> str | None:
     return bracketed(host.lower(), int(port))
 
 
-def validate_safe_path(option: str, path: str | None) -> Iterator[ConfigError]:
+def validate_safe_path(option: str, path: str | None, *, example: str) -> Iterator[ConfigError]:
     """Yield why a path cannot stand in the configuration of a proxy.
 
     Args:
         option: that holds it.
         path: on the proxy's machine; ``None`` is fine.
+        example: of a path for this option.
     """
     if path is None:
         return
     if not path.startswith("/"):
         why = "is not absolute, and the proxy does not start in your folder"
-        yield ConfigError(option, path, why=why, fix=f"give the whole path: {option}=/etc/ssl/FILE")
+        yield ConfigError(option, path, why=why, fix=f"give the whole path: {option}={example}")
     elif not _PATH.fullmatch(path) or ".." in PurePosixPath(path).parts:
         why = "has characters that configuration files of proxies cannot hold safely, or a part .."
         yield ConfigError(option, path, why=why, fix="use letters, digits and . _ / @ % + = : , - only")
@@ -124,7 +138,7 @@ class ProxyDeploy(CanaryDeploy):
         yield from self._validate_servers()
         yield from self._validate_canary()
         for name in ("tls_certificate_file", "tls_key_file"):
-            yield from self.validate_path(name)
+            yield from self.validate_path(name, example="/etc/ssl/FILE")
         for name, what in (("user", "an account"), ("user_group", "a group")):
             if getattr(self, name) is not None and not _ACCOUNT.fullmatch(getattr(self, name)):
                 yield self.error(name, f"is not the name of {what}", f"set deploy.{name}=www-data")
@@ -210,9 +224,9 @@ class ProxyDeploy(CanaryDeploy):
             fix = f"set deploy.user=ACCOUNT, which root's proxy then changes to, or deploy.{name}=8080"
             yield self.error(name, why, fix)
 
-    def validate_path(self, name: str) -> Iterator[ConfigError]:
+    def validate_path(self, name: str, *, example: str) -> Iterator[ConfigError]:
         """Reject a path that is not absolute, or that no quotes make safe."""
-        yield from validate_safe_path(f"deploy.{name}", getattr(self, name))
+        yield from validate_safe_path(f"deploy.{name}", getattr(self, name), example=example)
 
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
         """Reject a rate that servers would count for the proxy instead of for its clients."""
@@ -224,14 +238,34 @@ class ProxyDeploy(CanaryDeploy):
             why = "without API keys a server counts by address, and all requests come from the proxy's"
             fix = "set job.trusted_proxies=[ADDRESS OF THE PROXY], or deploy.rate_per_minute instead"
             yield ConfigError("job.rate_per_minute", job.rate_per_minute, why=why, fix=fix)
+        yield from self._validate_loop()
         for at, each in enumerate(self.canary_addresses):
             if each in self.addresses(run) and not self.upstreams:
                 why = "is the server of this run (job.host, job.port), and so the baseline"
                 yield ConfigError(
                     f"deploy.canary_upstreams[{at}]", each, why=why, fix="name the server of a new version"
                 )
-        if not self.upstreams and job.port == self.port and self.host in (job.host, "0.0.0.0"):  # noqa: S104 (compared)
+        if not self.upstreams and job.port == self.port and self._listens_at(job.host):
             yield self.error("port", "is the server's own (job.port)", f"set deploy.port={job.port % 65535 + 1}")
+
+    def _validate_loop(self) -> Iterator[ConfigError]:
+        """Yield the servers that are the proxy itself, which would answer its own requests."""
+        named = {"upstreams": self.upstreams, "canary_upstreams": self.canary_upstreams}
+        for name, at, each in ((name, at, each) for name, servers in named.items() for at, each in enumerate(servers)):
+            host, _, port = (parse_upstream(each) or "").rpartition(":")
+            if port == str(self.port) and self._listens_at(host.strip("[]")):
+                why = (
+                    f"is the proxy's own address ({bracketed(self.host, self.port)}), so requests would go in a circle"
+                )
+                fix = "name the address of a server, or set another deploy.port"
+                yield ConfigError(f"deploy.{name}[{at}]", each, why=why, fix=fix)
+
+    def _listens_at(self, host: str) -> bool:
+        """Return whether ``host`` is where the proxy listens, as far as its text says."""
+        own, other = self.host.lower(), host.lower()
+        if own == other or _is_any(other):
+            return True
+        return _is_loopback(other) and (_is_any(own) or (_is_loopback(own) and "localhost" in (own, other)))
 
     def addresses(self, run: Run) -> Sequence[str]:
         """Return ``HOST:PORT`` of every server but those of a new version."""

@@ -77,7 +77,7 @@ def _container(server: Server) -> Manifest:
         "command": [escape_references(word) for word in command],
         "workingDir": RUNS_FOLDER,
         "ports": [{"name": PORT_NAME, "containerPort": server.job.port}],
-        **_environment(server),
+        **_environment(server, has_clients=True),
         "resources": resources(cpus=deploy.cpus, memory=server.memory, gpus=deploy.gpus),
         # the engines are built and warmed up: until then no other probe is asked
         "startupProbe": {
@@ -117,14 +117,19 @@ def _snapshot_mount(server: Server) -> Manifest:
     return {**mount, "mountPath": f"{SNAPSHOT_FOLDER}/{SNAPSHOT_FILE}", "subPath": SNAPSHOT_FILE}
 
 
-def _environment(server: Server) -> Manifest:
-    """Return a container's variables: folders to write in, and those of Secrets by name."""
+def _environment(server: Server, *, has_clients: bool) -> Manifest:
+    """Return a container's variables: folders to write in, and those of Secrets by name.
+
+    Args:
+        server: of the pod.
+        has_clients: whether the container compares the keys that clients send.
+    """
     deploy = server.deploy
     plain = folder_variables(CACHE_FOLDER)
     variables: list[Manifest] = [{"name": name, "value": value} for name, value in plain.items()]
     if server.is_group:
         variables.append(index_variable())
-    if deploy.keys_from is not None:
+    if deploy.keys_from is not None and has_clients:
         key = {"name": deploy.keys_from, "key": API_KEYS_VARIABLE}
         variables.append({"name": API_KEYS_VARIABLE, "valueFrom": {"secretKeyRef": key}})
     named = {"envFrom": [{"secretRef": {"name": deploy.secret}}]} if deploy.secret else {}
@@ -151,7 +156,7 @@ def _init_containers(server: Server) -> list[Manifest]:
             "image": deploy.image,
             "imagePullPolicy": pull_policy(deploy.image),
             "command": [escape_references(word) for word in command],
-            **_environment(server),
+            **_environment(server, has_clients=False),
             "resources": resources(cpus=1, memory="2Gi"),
             "securityContext": container_security(),
             "volumeMounts": [

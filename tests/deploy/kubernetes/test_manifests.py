@@ -121,9 +121,12 @@ def test_what_lives_in_secrets_is_named_and_never_in_a_manifest(
     rendered: Render, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
-    _, _, files = rendered("deploy.secret=tokens", "deploy.keys_from=keys")
+    fetched = ("deploy.model_from=object_store", "deploy.model_source=s3://models/chat")
+    _, _, files = rendered("deploy.secret=tokens", "deploy.keys_from=keys", *fetched)
     assert "hf_very_secret" not in "".join(files.values())
-    container = pod_of(files)["containers"][0]
+    container, fetching = pod_of(files)["containers"][0], pod_of(files)["initContainers"][0]
+    assert fetching["envFrom"] == container["envFrom"]
+    assert not [each for each in fetching["env"] if "valueFrom" in each], "it answers no clients"
     assert container["envFrom"] == [{"secretRef": {"name": "tokens"}}]
     (keys,) = [each for each in container["env"] if "valueFrom" in each]
     assert keys["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "LAUNCHER_API_KEYS"}}
@@ -272,6 +275,39 @@ REFUSED = {
     ),
     "no baseline": (("deploy.traffic=istio", *HOSTS, "deploy.weights={v0: 90, v1: 10}"), "a canary needs a baseline"),
     "own baseline": (("deploy.traffic=istio", *HOSTS, "deploy.baseline=v1"), "deploy.baseline=v1"),
+    "own baseline of another number": (
+        ("deploy.traffic=istio", *HOSTS, "deploy.version=v2", "deploy.baseline=v2"),
+        "set deploy.version=v3, or another baseline",
+    ),
+    "a weight below 0": (
+        ("deploy.traffic=istio", *HOSTS, "deploy.baseline=v0", "deploy.weights={v0: -10, v1: 110}"),
+        "deploy.weights={v0: -10, v1: 110}: has a share below 0",
+    ),
+    "a gateway of no name": (("deploy.traffic=istio", HOSTS[1], "deploy.gateway=a/..b"), "deploy.gateway=a/..b"),
+    "an empty context": (("deploy.context=",), "deploy.context='': is empty"),
+    "an empty interpreter": (("deploy.python=",), "deploy.python='': is one program"),
+    "the root": (("deploy.volumes={a: /}",), "deploy.volumes.a=/: is the root of the image"),
+    "a colon": (("deploy.volumes={a: '/a:b'}",), "deploy.volumes.a=/a:b: holds a colon"),
+    "no key of pods": (
+        ("deploy.pods_per_engine=1", "deploy.keys_from=x/y"),
+        "deploy.keys_from=x/y: is not a valid name",
+    ),
+    "a login of a store": (
+        ("deploy.model_from=object_store", "deploy.model_source=s3://user:pw@b/x"),
+        "deploy.model_source: is not the URL of a folder without a login",
+    ),
+    "a token of prometheus": (
+        ("deploy.autoscaling=keda", "deploy.prometheus=http://p:9090/?x=abc"),
+        "deploy.prometheus: is not the address of Prometheus alone: no ? or # may follow it",
+    ),
+    "a secret in any option": (
+        (*KEDA, "deploy.queue_query='a{b=\"https://u:hunter2@c\"}'"),
+        "deploy.queue_query: holds a secret",
+    ),
+    "a label of any name": (
+        ("deploy.node_selector={nvidia.com/gpu.present: true, 'x y': 1e3}",),
+        "deploy.node_selector=x y: is not a valid key of a label",
+    ),
     "no gateway": (("deploy.traffic=gateway",), "deploy.gateway: "),
     "weights without routes": (("deploy.weights={v1: 100}",), "nothing routes requests"),
     "zero with hpa": (("deploy.autoscaling=hpa", "deploy.min_replicas=0"), "deploy.min_replicas=0"),

@@ -54,6 +54,7 @@ def test_metrics_that_vllm_lacks_are_not_asked_of_it() -> None:
         ((*SERVER, "deploy.slo_success_share=1"), r"deploy\.slo_success_share=1.*between 0 and 1"),
         ((*SERVER, "deploy.targets=[http://a:1]"), r"deploy\.targets=http://a:1.*write it like deploy\.targets=\["),
         ((*SERVER, "deploy.alertmanagers=[a]"), r"deploy\.alertmanagers=a.*no address with a port"),
+        ((*SERVER, "deploy.targets=[a:1,b:1,a:1]"), r"deploy\.targets=a:1.*is there twice"),
         ((*SERVER, "deploy.scrape_every_s=0"), r"deploy\.scrape_every_s=0.*at least 1"),
         ((*SERVER, "deploy.goodput_share=1.5"), r"deploy\.goodput_share=1\.5.*between 0 and 1"),
         (("tracker=local", *DEPLOY), r"tracker=local.*exports no metrics; set tracker=prometheus"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar
 
 from launcher.config.backend.base import PROCESS_BYTES
@@ -42,6 +42,17 @@ def kv_cache_bytes(run: Run) -> int:
     return job.replicas * tokens * 2 * shape.num_hidden_layers * width * run.precision.compute_bytes
 
 
+@dataclass(frozen=True)
+class UnusedOptions:
+    """Options of a deployment without effect, for one reason."""
+
+    names: tuple[str, ...]
+    why: str
+    """Names the option that decides."""
+    instead: str = ""
+    """What to set so that they have an effect."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RenderedDeploy(Deploy):
     """Files that ``launch deploy`` writes into a folder."""
@@ -76,9 +87,26 @@ class RenderedDeploy(Deploy):
         """Return one host with the ranks of one engine."""
         return (Host(name=SERVER_NAME, slots=run.job.max_ranks(run) or 1, is_probed=False),)
 
+    def unused_options(self, run: Run) -> Iterator[UnusedOptions]:
+        """Yield the options that have no effect beside the others, or on this job."""
+        yield from ()
+
+    def validate_used(self, run: Run) -> Iterator[ConfigError]:
+        """Reject values of options that have no effect; their defaults are accepted."""
+        defaults = {
+            each.name: each.default if each.default_factory is MISSING else each.default_factory()
+            for each in fields(self)
+        }
+        for unused in self.unused_options(run):
+            fix = f"{unused.instead}, or leave it out" if unused.instead else "leave it out"
+            for name in unused.names:
+                if getattr(self, name) != defaults[name]:
+                    yield self.error(name, unused.why, fix)
+
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
-        """Reject what is no server."""
+        """Reject what is no server, and options without effect."""
         yield from super().validate_run(run, plan)
+        yield from self.validate_used(run)
         if not isinstance(run.job, Serve):
             fix = f"write launch deploy job=serve … deploy={self.kind}"
             yield ConfigError("job", run.job.kind, why=f"deploy={self.kind} deploys servers", fix=fix)

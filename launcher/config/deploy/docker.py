@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from launcher.config.deploy.base import MountingDeploy
+from launcher.config.deploy.base import MountingDeploy, UnusedOptions
 from launcher.config.kubernetes_objects import validate_image
 from launcher.config.quantization import METHODS
 from launcher.config.run import Run
@@ -51,6 +51,12 @@ class DockerDeploy(MountingDeploy):
             yield from validate_image("deploy.base_image", self.base_image, logins="docker login")
         if self.run_as_user < 1:
             yield self.error("run_as_user", "is root", "set deploy.run_as_user=1000")
+
+    def unused_options(self, run: Run) -> Iterator[UnusedOptions]:
+        """Add the interpreter: the image that is built has one."""
+        yield from super().unused_options(run)
+        why = "the image is built around its own interpreter, which is called python"
+        yield UnusedOptions(("python",), why, "set deploy.base_image=IMAGE for another Python")
 
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
         """Reject an engine that needs an image of its own."""

@@ -6,13 +6,13 @@ import math
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal, Self
 
-from launcher.config.deploy.base import ContainerDeploy
+from launcher.config.deploy.base import ContainerDeploy, UnusedOptions
 from launcher.config.deploy.canary import CanaryDeploy
-from launcher.config.deploy.monitoring import MonitoredDeploy
+from launcher.config.deploy.monitoring import SLO_OPTIONS, MonitoredDeploy
 from launcher.config.job.serve import Serve
 from launcher.config.kubernetes_objects import (
     NAME_RULE,
@@ -156,7 +156,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     """Folder of the model in the claim or the image; empty for its root."""
 
     cache_claim: str | None = None
-    """PersistentVolumeClaim (ReadWriteMany) for files of the hub.
+    """PersistentVolumeClaim (ReadWriteMany) for files of the hub and compiled kernels.
     Without one each pod has a cache of its own."""
 
     cache_size: str = "20Gi"
@@ -274,16 +274,19 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
         loading_s = max(_LEAST_START_S, _STARTS * self.load_s)
         return math.ceil(loading_s + self._downloaded_bytes(run) / _DOWNLOAD_BYTES_PER_S)
 
+    def _downloads(self, run: Run) -> bool:
+        """Return whether pods download the model."""
+        if self.model_from != "hub":
+            return self.model_from == "object_store"
+        is_echo = isinstance(run.job, Serve) and run.job.engine == "echo"
+        return not is_echo and run.model.weights == "pretrained" and isinstance(run.model.pretrained_source(), str)
+
     def _downloaded_bytes(self, run: Run) -> int:
         """Return the bytes of the model that a pod downloads at most."""
-        job, shape = run.job, run.model.shape()
-        is_echo = isinstance(job, Serve) and job.engine == "echo"
-        is_on_hub = run.model.weights == "pretrained" and isinstance(run.model.pretrained_source(), str)
-        if self.model_from != "object_store" and (self.model_from != "hub" or is_echo or not is_on_hub):
+        shape = run.model.shape()
+        if not self._downloads(run):
             return 0
-        if shape is None:
-            return parse_quantity(self.cache_size) or 0
-        return _PARAM_BYTES * shape.num_params
+        return _PARAM_BYTES * shape.num_params if shape is not None else parse_quantity(self.cache_size) or 0
 
     def server_image(self, run: Run) -> str:
         """Return the image of the server's container."""
@@ -334,25 +337,18 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
 
     def _validate_model(self) -> Iterator[ConfigError]:
         source = self.model_source
-        if not self.is_mounted:
-            if source is not None:
-                why = f"deploy.model_from={self.model_from} has no such source"
-                yield self.error("model_source", why, "set deploy.model_from=claim, image_volume or object_store")
-        elif source is None:
+        if self.is_mounted and source is None:
             example = {"claim": "CLAIM", "image_volume": "registry/team/model:tag", "object_store": "s3://bucket/model"}
             why = f"deploy.model_from={self.model_from} needs a source"
             yield ConfigError("deploy.model_source", why=why, fix=f"set deploy.model_source={example[self.model_from]}")
-        elif self.model_from == "claim" and not is_subdomain(source):
+        elif self.model_from == "claim" and source is not None and not is_subdomain(source):
             yield self.error("model_source", "is not a valid name of a claim", f"use {NAME_RULE}, and dots")
-        elif self.model_from == "image_volume":
+        elif self.model_from == "image_volume" and source is not None:
             yield from validate_image("deploy.model_source", source, logins="deploy.image_pull_secrets")
-        elif self.model_from == "object_store":
+        elif self.model_from == "object_store" and source is not None:
             what, url = "the URL of a folder", "s3://bucket/model"
             yield from validate_url("deploy.model_source", source, what=what, example=url)
-        if self.model_subpath and self.model_from not in ("claim", "image_volume"):
-            why = f"deploy.model_from={self.model_from} has no folders below its source"
-            yield self.error("model_subpath", why, "leave it out")
-        elif self.model_subpath.startswith("/") or ".." in self.model_subpath.split("/"):
+        if self.model_subpath.startswith("/") or ".." in self.model_subpath.split("/"):
             yield self.error("model_subpath", "is not a folder below the volume", "write it like team/model")
         if self.vllm_image is not None:
             yield from validate_image("deploy.vllm_image", self.vllm_image, logins="deploy.image_pull_secrets")
@@ -366,9 +362,6 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     def _validate_group(self) -> Iterator[ConfigError]:
         """Reject what an engine over several pods does not have."""
         if self.pods_per_engine < 2:
-            if self.pods_secret is not None:
-                why = "an engine is one pod (deploy.pods_per_engine=1)"
-                yield self.error("pods_secret", why, "set deploy.pods_per_engine, or leave it out")
             return
         many = f"an engine has {self.pods_per_engine} pods (deploy.pods_per_engine)"
         if self.pods_secret is None:
@@ -390,12 +383,10 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             yield self.error("traffic", why, "set deploy.traffic=istio, whose routes lead to the first one")
 
     def _validate_autoscaling(self) -> Iterator[ConfigError]:
+        if self.prometheus is not None:
+            what, example = "the address of Prometheus", "http://prometheus.monitoring:9090"
+            yield from validate_url("deploy.prometheus", self.prometheus, what=what, example=example, schemes=HTTP)
         if self.autoscaling == "none":
-            usual = {each.name: each.default for each in fields(self)}
-            for name in ("min_replicas", "max_replicas", "target_requests", "prometheus", "queue_query"):
-                if getattr(self, name) != usual[name]:
-                    why = "nothing scales the pods (deploy.autoscaling=none)"
-                    yield self.error(name, why, "set deploy.autoscaling=keda, or leave it out")
             return
         if self.min_replicas > self.max_replicas:
             why = f"is more than deploy.max_replicas={self.max_replicas}"
@@ -407,9 +398,6 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
             if self.prometheus is None:
                 fix = "set deploy.prometheus=http://prometheus.monitoring:9090"
                 yield ConfigError("deploy.prometheus", why="KEDA reads the metric from Prometheus", fix=fix)
-            else:
-                what, example = "the address of Prometheus", "http://prometheus.monitoring:9090"
-                yield from validate_url("deploy.prometheus", self.prometheus, what=what, example=example, schemes=HTTP)
             if self.queue_query is not None and not self.queue_query.strip():
                 yield self.error("queue_query", "is empty", "give the PromQL of the gateway's queue, or leave it out")
             elif self.min_replicas == 0 and self.queue_query is None:
@@ -418,10 +406,6 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
 
     def _validate_traffic(self) -> Iterator[ConfigError]:
         if self.traffic == "none":
-            for name in ("gateway", "hostnames", "weights", "baseline"):
-                if getattr(self, name):
-                    why = "nothing routes requests (deploy.traffic=none)"
-                    yield self.error(name, why, "set deploy.traffic=istio or gateway, or leave it out")
             return
         if self.gateway is None:
             why = f"deploy.traffic={self.traffic} attaches its routes to a gateway"
@@ -458,6 +442,53 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
                 why = "is neither deploy.version nor deploy.baseline" if self.baseline else "a canary needs a baseline"
                 fix = f"set deploy.baseline={name}, the version that serves already, or leave it out"
                 yield ConfigError("deploy.weights", name, why=why, fix=fix)
+
+    def unused_options(self, run: Run) -> Iterator[UnusedOptions]:
+        """Add what belongs to an autoscaler, routes, a source, an engine or rules that are not rendered."""
+        yield from super().unused_options(run)
+        yield from self._unused_with_autoscaling()
+        if self.traffic == "none":
+            names = ("gateway", "hostnames", "weights", "baseline")
+            why = "nothing routes requests (deploy.traffic=none)"
+            yield UnusedOptions(names, why, "set deploy.traffic=istio or gateway")
+        if self.pods_per_engine < 2:
+            why = "an engine is one pod (deploy.pods_per_engine=1)"
+            yield UnusedOptions(("pods_secret",), why, "set deploy.pods_per_engine")
+        if not self.monitoring:
+            why = "nothing is scraped and there are no alerts (deploy.monitoring=false)"
+            yield UnusedOptions(("scrape_every_s", *SLO_OPTIONS), why, "set deploy.monitoring=true")
+        if not isinstance(run.job, Serve) or run.job.engine != "vllm":
+            why = f"job.engine={getattr(run.job, 'engine', 'none')} runs in deploy.image"
+            yield UnusedOptions(("vllm_image",), why, "set job.engine=vllm")
+        yield from self._unused_with_source(run)
+
+    def _unused_with_autoscaling(self) -> Iterator[UnusedOptions]:
+        of_keda = ("queue_query", *(() if self.has_canary else ("prometheus",)))
+        if self.autoscaling == "none":
+            why = "nothing scales the pods (deploy.autoscaling=none)"
+            names = ("min_replicas", "max_replicas", "target_requests", *of_keda)
+            yield UnusedOptions(names, why, "set deploy.autoscaling=keda")
+            return
+        why = f"deploy.autoscaling={self.autoscaling} sets the number of pods"
+        yield UnusedOptions(("replicas",), why, "set deploy.min_replicas instead")
+        if self.autoscaling == "hpa":
+            why = "deploy.autoscaling=hpa reads the metrics of pods from the cluster"
+            yield UnusedOptions(of_keda, why, "set deploy.autoscaling=keda")
+
+    def _unused_with_source(self, run: Run) -> Iterator[UnusedOptions]:
+        named = f"deploy.model_from={self.model_from}"
+        if not self.is_mounted:
+            instead = "set deploy.model_from=claim, image_volume or object_store"
+            yield UnusedOptions(("model_source",), f"{named} has no such source", instead)
+        if self.model_from not in ("claim", "image_volume"):
+            yield UnusedOptions(("model_subpath",), f"{named} has no folders below its source")
+        if self.model_from == "hub":
+            why = f"{named} keeps the model in the cache"
+            yield UnusedOptions(("model_path",), why, "set deploy.model_from to where the model is")
+        is_counted = self._downloads(run) and run.model.shape() is None  # by startup_s
+        if self.cache_claim is not None and self.model_from != "object_store" and not is_counted:
+            why = f"the claim has a size of its own (deploy.cache_claim={self.cache_claim})"
+            yield UnusedOptions(("cache_size",), why, "leave deploy.cache_claim out")
 
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
         """Reject files that no pod sees, keys in files, and engines without their image."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from launcher.config.deploy.base import RenderedDeploy
+from launcher.config.deploy.base import RenderedDeploy, UnusedOptions
 from launcher.config.job.serve import Serve
 from launcher.config.job.train import Train
 from launcher.config.run import Deploy, Run
@@ -19,6 +19,8 @@ from launcher.protocol.serving_metrics import TTFT_BUCKETS
 FAST_BURN = 14.4
 """Multiple of the budget at which the fastest alert fires: 2 % of 30 days' in one hour.
 From "Alerting on SLOs" in The Site Reliability Workbook (Google, 2018)."""
+SLO_OPTIONS = ("slo_ttft_s", "slo_ttft_share", "slo_success_share")
+"""Options that alerts of a server alone compare with."""
 _TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})")
 
 
@@ -103,9 +105,19 @@ class MonitoringDeploy(MonitoredDeploy):
             return run.backend.hosts(max_ranks=run.job.max_ranks(run))
         return super().hosts(run)
 
+    def unused_options(self, run: Run) -> Iterator[UnusedOptions]:
+        """Add thresholds of the other kind of job."""
+        yield from super().unused_options(run)
+        if isinstance(run.job, Serve):
+            why = f"is a threshold of training, and job={run.job.kind} trains nothing"
+            yield UnusedOptions(("stalled_s", "goodput_share"), why)
+        elif isinstance(run.job, Train):
+            yield UnusedOptions(SLO_OPTIONS, f"is an objective of servers, and job={run.job.kind} serves nothing")
+
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
-        """Reject what exports no metrics."""
+        """Reject what exports no metrics, and options without effect."""
         yield from Deploy.validate_run(self, run, plan)
+        yield from self.validate_used(run)
         if isinstance(run.job, Train):
             if tracker_of(run) is None:
                 why = "exports no metrics"

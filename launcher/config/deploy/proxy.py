@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import ClassVar, Self
 
+from launcher.config.deploy.base import UnusedOptions
 from launcher.config.deploy.canary import CanaryDeploy, share_of_weights, split_weights
 from launcher.config.inference import connections_per_client
 from launcher.config.job.serve import Serve
@@ -227,6 +228,11 @@ class ProxyDeploy(CanaryDeploy):
     def validate_path(self, name: str, *, example: str) -> Iterator[ConfigError]:
         """Reject a path that is not absolute, or that no quotes make safe."""
         yield from validate_safe_path(f"deploy.{name}", getattr(self, name), example=example)
+
+    def unused_options(self, run: Run) -> Iterator[UnusedOptions]:
+        """Add the name, which no load balancer has."""
+        yield from super().unused_options(run)
+        yield UnusedOptions(("name",), f"nothing in the configuration of deploy={self.kind} has a name")
 
     def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
         """Reject a rate that servers would count for the proxy instead of for its clients."""

@@ -136,7 +136,8 @@ def validate_tolerations(option: str, tolerations: Iterable[Mapping[str, Any]]) 
         for key in ("key", "value"):
             if key in toleration and not isinstance(toleration[key], str):
                 shown = str(toleration[key])
-                fix = f"""write it in two pairs of quotes: {key}: '"{shown.lower()}"'"""
+                shown = shown.lower() if isinstance(toleration[key], bool) else shown
+                fix = f"write it in quotes: {key}: '{shown}'"
                 yield ConfigError(option, shown, why=f"is no text, and the {key} of a toleration is", fix=fix)
         yield from _bad_toleration(option, toleration)
         for key, choices in _TOLERATION_VALUES.items():

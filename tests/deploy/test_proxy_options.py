@@ -131,6 +131,8 @@ def test_a_relative_path_is_answered_with_one_of_its_kind(kind: str, words: list
 @pytest.mark.parametrize("upstream", ["10.0.0.1:8080", "127.0.0.1:8081", "127.0.0.2:8080", "gpu1:8080"])
 def test_another_machine_or_port_is_not_the_proxy_itself(kind: str, upstream: str) -> None:
     assert f" {upstream}" in rendered(kind, (f"deploy.upstreams=[{upstream}]",))
+    if not upstream.startswith("127."):  # all interfaces of the proxy's machine are not those of others
+        assert f" {upstream}" in rendered(kind, ("deploy.host=0.0.0.0", f"deploy.upstreams=[{upstream}]"))
 
 
 def test_a_rate_of_the_server_needs_a_proxy_that_it_trusts() -> None:

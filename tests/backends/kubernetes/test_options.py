@@ -39,7 +39,7 @@ from launcher.protocol.plan import Host
         ("node_selector", {"a b": "c"}, "=a b: is not a valid key of a label"),
         ("node_selector", {"a": "b c"}, r"\.a=b c: is not a valid value of a label"),
         ("tolerations", ({"key": "a b"},), "=a b: is not a valid key of a taint"),
-        ("tolerations", ({"key": "a", "value": True},), "=True: is no text, and the value of a toleration is"),
+        ("tolerations", ({"key": "a", "value": True},), "=true: is no text, .*; write it in quotes: value: 'true'"),
         ("tolerations", ({"key": "a", "value": "b c"},), "=b c: is not a valid value of a taint"),
         ("tolerations", ({"key": "a", "tolerationSeconds": 1.5},), "=1.5: is no whole number of seconds"),
         ("tolerations", ({"keys": "x"},), "key"),

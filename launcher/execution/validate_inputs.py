@@ -306,7 +306,7 @@ def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
     trained_here = ("auto", "bpe", CHECKPOINT_TOKENIZER)  # or saved where validate_resume looks
     if uses_data and isinstance(run.data, Corpus) and run.data.tokenizer not in trained_here:
         yield "data.tokenizer", run.data.tokenizer
-    if choice not in (None, "data", "bytes") and (choice != "model" or _computes(run.job)):
+    if choice not in (None, "data", "bytes"):
         yield "job.tokenizer", choice
 
 

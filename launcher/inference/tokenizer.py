@@ -255,7 +255,8 @@ def open_tokenizer(
             raise ConfigError("job.tokenizer", choice, why=why, fix="set job.tokenizer=bytes")
         return TextTokenizer(token_folder(run.data, run.model, heartbeat=heartbeat)[1].inner)
     if choice == "model":
-        folder, option = tokenizer_folder(run.model, heartbeat=heartbeat), tokenizer_folder_option(run.model)
+        folder = tokenizer_folder(run.model, heartbeat=heartbeat, option="job.tokenizer")
+        option = tokenizer_folder_option(run.model)
         return load_text_tokenizer(folder, template=template, config_option=option)
     return load_text_tokenizer(Path(choice).expanduser(), template=template)
 

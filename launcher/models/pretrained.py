@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.config.adapter_folder import ADAPTER_CONFIG
 from launcher.config.export import ExportOptions
-from launcher.config.model.base import has_tokenizer
+from launcher.config.model.base import has_tokenizer, tokenizer_alternative
 from launcher.config.model.folder import checkpoint_files
-from launcher.config.model.gpt2 import GPT2_VOCAB_SIZE
+from launcher.config.model.gpt2 import GPT2_VOCAB_SIZE, Gpt2
 from launcher.config.model.llama import SMOLLM2_INSTALL, SMOLLM2_SIZES, smollm2_folder, smollm2_gguf
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.models.gguf import convert_llama
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
     from launcher.config.model.base import Model
-    from launcher.config.model.gpt2 import Gpt2
     from launcher.config.model.hf import Hf
     from launcher.config.model.llama import Llama, SmolLm2
 
@@ -117,13 +116,23 @@ def transformers_folder(model: Model, *, dtype: str, heartbeat: Heartbeat) -> Pa
     return build_once(default_cache_folder("exported", key), export, heartbeat=heartbeat)
 
 
-def tokenizer_folder(model: Model, *, heartbeat: Heartbeat) -> Path:
-    """Return the folder of the model's own tokenizer: that of its weights, else pretrained."""
+def tokenizer_folder(model: Model, *, heartbeat: Heartbeat, option: str = "data.tokenizer") -> Path:
+    """Return the folder of the model's own tokenizer: that of its weights, else pretrained.
+
+    Args:
+        model: whose tokenizer it is.
+        heartbeat: called while it is fetched.
+        option: that chooses the model's tokenizer, for messages.
+    """
     if model.adapter_tokenizer is not None:
         return model.adapter_tokenizer
     own = Path(model.weights).expanduser()
     if model.weights not in ("random", "pretrained") and has_tokenizer(own):
         return own
+    if isinstance(model, Gpt2):  # whose name is not that on the hub, so no message names it
+        heartbeat()
+        instead = f"set {tokenizer_alternative(option)}"
+        return fetch_model(model.pretrained_source(), with_weights=False, option=option, instead=instead)
     return pretrained_folder(model, with_weights=False, heartbeat=heartbeat)
 
 

@@ -25,9 +25,10 @@ from launcher.config.model.transformers_support import (
 )
 from launcher.config.parallel.data_parallel import TENSOR_STYLES
 from launcher.engines.tensor_parallel import _STYLES
-from launcher.errors import ConfigErrors
+from launcher.errors import ConfigErrors, EnvironmentProblem
 from launcher.execution.prepare import prepare
 from launcher.execution.validate import validate_machine
+from launcher.inference.tokenizer import open_tokenizer
 from launcher.planning.warnings import warnings_of_run
 from launcher.utils import hub
 
@@ -288,6 +289,12 @@ def test_what_would_be_fetched_without_a_network_is_refused(tmp_path: Path, monk
     (line,) = refused("job=quantize", "model=gpt2", "quantization=int8_weight")
     assert line.startswith("job.tokenizer=model: openai-community/gpt2 is not in the local cache, and HF_HUB_OFFLINE")
     assert "set job.tokenizer=bytes" in line
+    (line,) = refused("job=serve", "job.engine=echo", "model=gpt2_tiny", length=None)
+    assert line.startswith("job.tokenizer=model: openai-community/gpt2 is not in the local cache")
+    assert line.endswith("set job.tokenizer=bytes")
+    tiny = compose(["job=serve", "model=gpt2_tiny"]).run
+    with pytest.raises(EnvironmentProblem, match=r"job\.tokenizer=openai-.* or set job\.tokenizer=bytes$"):
+        open_tokenizer("model", tiny, heartbeat=lambda: None)
     (line,) = refused("model=hf", "model.name=org/model")
     assert line.startswith("model.name=org/model: org/model is not in the local cache")
     (line,) = refused("model=hf", "model.name=org/model", "model.weights=random", "data.tokenizer=bpe")
@@ -367,6 +374,16 @@ def test_a_relative_path_that_cannot_be_used_is_one_error(
     (tmp_path / "notes").write_text("x")
     (line,) = refused(*words, length=None if "job=" in words[0] else "job.sequence_length=32")
     assert said in line
+
+
+@pytest.mark.parametrize("job", [("job=serve",), ("job=generate", "job.input=x.jsonl")])
+def test_the_plan_says_where_a_tokenizer_comes_from(job: tuple[str, ...]) -> None:
+    def shown(*words: str) -> str:
+        run = compose([*job, "model=gpt2_tiny", *words]).run
+        return dict(run.job.describe(run, world_size=1))["tokenizer"]
+
+    assert shown() == "job.tokenizer=model, openai-community/gpt2 on the hub"
+    assert shown("job.tokenizer=bytes") == "job.tokenizer=bytes"
 
 
 def test_the_prompt_of_a_quantization_is_counted(tmp_path: Path) -> None:

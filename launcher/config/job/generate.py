@@ -242,6 +242,7 @@ class Generate(GeneratingJob):
         several = "of all" if self.is_model_parallel(run) else "on each of"
         yield "engines", f"engine={self.engine} {several} {world_size} ranks" if world_size > 1 else self.engine
         yield "batching", f"{self.batching}, {self.max_concurrent} sequences at once"
+        yield "tokenizer", self.describe_tokenizer(run)
         yield from self.describe_adapters()
 
     def files(self) -> Iterator[str]:

@@ -288,6 +288,16 @@ class GeneratingJob(Job):
                 yield error
             return
 
+    def describe_tokenizer(self, run: Run) -> str:
+        """Return where the tokenizer comes from."""
+        if self.tokenizer != "model":
+            return f"job.tokenizer={self.tokenizer}"
+        try:
+            source = run.model.tokenizer_source()
+        except ConfigError:  # validate_inputs says what to set
+            source = None
+        return f"job.tokenizer=model, {source} on the hub" if isinstance(source, str) else "job.tokenizer=model"
+
     def describe_adapters(self) -> Iterator[tuple[str, str]]:
         """Yield a line with the adapters, their largest rank and their size."""
         found = self.adapter_folders()

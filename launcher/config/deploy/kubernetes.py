@@ -444,7 +444,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
                 yield ConfigError("deploy.weights", name, why=why, fix=fix)
 
     def unused_options(self, run: Run) -> Iterator[UnusedOptions]:
-        """Add what belongs to an autoscaler, routes, a source, an engine or rules that are not rendered."""
+        """Add what belongs to an autoscaler, a route, a source or an engine that is not there."""
         yield from super().unused_options(run)
         yield from self._unused_with_autoscaling()
         if self.traffic == "none":

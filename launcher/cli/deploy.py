@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.cli.arguments import Arguments, is_override
 from launcher.config.deploy.base import RenderedDeploy
+from launcher.config.deploy.canary import CanaryDeploy
 from launcher.config.run import Run
-from launcher.deploy.folder import LIST, difference, write
+from launcher.deploy.folder import LIST, difference, locked, write
 from launcher.deploy.prepare import prepare, prepare_saved
 from launcher.deploy.registry import render
+from launcher.deploy.rerender import over_rendered
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Plan
 from launcher.utils.text import close_choices, counted, did_you_mean
@@ -24,21 +28,33 @@ def run(arguments: Arguments) -> int:
     if arguments.overrides and arguments.overrides[0] in ACTIONS:
         return _act(arguments)
     served, plan = _prepared(arguments)
-    deploy = served.deploy
-    assert isinstance(deploy, RenderedDeploy), "deploy=none has no hosts, so there is no plan of it"
-    files, folder = render(served, plan), Path(deploy.out)
+    assert isinstance(served.deploy, RenderedDeploy), "deploy=none has no hosts, so there is no plan of it"
+    folder = Path(served.deploy.out)
+    if not (arguments.diff or arguments.dry_run):
+        with locked(folder):
+            return _write(served, plan, folder, arguments.overrides)
+    files = render(over_rendered(served, folder, arguments.overrides)[0], plan)
     if arguments.diff:
         text = difference(folder, files)
         print(text or "no difference\n", end="")
         return 1 if text else 0
-    if arguments.dry_run:
-        for path, content in files.items():
-            print(f"# {path}\n{content}" if isinstance(content, str) else f"# {path}: {len(content)} bytes\n", end="")
-        return 0
-    written = write(folder, files)
+    for path, content in files.items():
+        print(f"# {path}\n{content}" if isinstance(content, str) else f"# {path}: {len(content)} bytes\n", end="")
+    return 0
+
+
+def _write(served: Run, plan: Plan, folder: Path, words: Sequence[str]) -> int:
+    """Write the files, and print what changed."""
+    kept, is_promoted = over_rendered(served, folder, words)
+    files = render(kept, plan)
+    written = write(folder, files, is_promoted=is_promoted)
     for word, paths in (("wrote", written.changed), ("removed", written.removed), ("kept", written.kept)):
         for path in paths:
             print(f"{word} {folder / path}")
+    if kept.deploy != served.deploy:
+        assert isinstance(kept.deploy, CanaryDeploy), "only weights are kept"
+        share, name = kept.deploy.canary_share, kept.deploy.version_names[1]
+        print(f"kept the weights in {folder}: {name} gets {share} % of the requests")
     same = len(files) - len(written.changed)
     print(f"{counted(len(files), 'file')} in {folder}, {same} unchanged")
     return 0
@@ -67,6 +83,8 @@ def _act(arguments: Arguments) -> int:
     if action == "status":
         return _show(folder)
     deployment = cluster.open_deployment(folder)
+    for line in cluster.check_files(deployment):
+        print(line, file=sys.stderr)
     if arguments.diff:
         text = cluster.difference(deployment)
         print(text or "no difference\n", end="")
@@ -86,7 +104,8 @@ def _shift(folder: Path, *, is_promotion: bool) -> int:
     if not is_promotion:
         return rollback(canary, print)
     try:
-        return promote(canary, lambda line: print(line, flush=True))
+        with locked(folder, option="DIR"):
+            return promote(open_canary(folder), lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         print(f"interrupted: the weights stay; launch deploy promote {folder} goes on, rollback {folder} goes back")
         return 128 + signal.SIGINT
@@ -94,7 +113,6 @@ def _shift(folder: Path, *, is_promotion: bool) -> int:
 
 def _show(folder: Path) -> int:
     """Show workloads and pods in the cluster, and the weights and gates of a canary."""
-    from launcher.config.deploy.canary import CanaryDeploy
     from launcher.config.deploy.proxy import ProxyDeploy
     from launcher.deploy import cluster
     from launcher.deploy.canary import promote

@@ -500,7 +500,8 @@ Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mi
 """,
         notes="""\
 The options of the server are those of job=serve. Files in deploy.out that launch deploy did not write, or that you
-changed since, are never overwritten. kubectl and helm act with your own login on deploy.context and deploy.namespace.
+changed since, are never overwritten. A folder stays one deployment, and a canary in it keeps its weights. kubectl and
+helm act with your own login on deploy.context and deploy.namespace, and get the files in files.json alone.
 The cluster checks every object before apply changes the first one; new pods that do not get ready are taken back.
 Promote may be interrupted at any time, and goes on where it was; all state is kept with the weights.
 Exit code of --diff: 0 no difference, 1 a difference, 2 a mistake; of promote: 0 promoted, 1 a gate failed and all

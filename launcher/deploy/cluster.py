@@ -6,8 +6,11 @@ kubectl and helm do it, with the login of the user; they get argument lists, nev
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from launcher.config.deploy.kubernetes import KubernetesDeploy
 from launcher.config.run import Run
 from launcher.config.snapshot import load_run
 from launcher.deploy.container_run import SNAPSHOT_FILE
-from launcher.deploy.folder import listed
+from launcher.deploy.folder import LIST, changed_files, listed, load_list
 from launcher.deploy.kubernetes.server import VERSION_LABEL
 from launcher.deploy.kubernetes.traffic import ROUTES, route_shares
 from launcher.errors import ConfigError, EnvironmentProblem
@@ -28,6 +31,7 @@ from launcher.utils.text import format_table
 
 Say = Callable[[str], object]
 _MANIFESTS, _CHART = "manifests", "chart"
+_AGAIN = "render it again: launch deploy … deploy.out=DIR"
 AS_LAUNCHER = ("--server-side", "--field-manager=launcher")
 """The server merges, and refuses to change what others set (``kubectl scale``)."""
 _SLACK_S = 120.0
@@ -92,6 +96,12 @@ def load_rendered(folder: Path) -> Run:
     if not snapshot.is_file():
         why = f"holds no {SNAPSHOT_FILE}, which launch deploy writes"
         raise ConfigError("DIR", folder, why=why, fix="render it first: launch deploy … deploy.out=DIR")
+    if SNAPSHOT_FILE not in listed(folder):
+        why = f"lacks {LIST} with {SNAPSHOT_FILE} in it, so launch deploy cannot know what it wrote"
+        raise ConfigError("DIR", folder, why=why, fix=_AGAIN)
+    if changed_files(folder, [SNAPSHOT_FILE]):
+        why = f"its {SNAPSHOT_FILE}, which names cluster and namespace, was changed since launch deploy wrote it"
+        raise ConfigError("DIR", folder, why=why, fix=f"move it away, change options instead, and {_AGAIN}")
     return load_run(snapshot)
 
 
@@ -107,8 +117,49 @@ def open_deployment(folder: Path) -> Deployment:
         raise ConfigError("DIR", folder, why=why, fix="name a folder of deploy=kubernetes or deploy=helm")
     if missing := [path for path in listed(folder) if not (folder / path).is_file()]:
         why = f"lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}, which launch deploy wrote"
-        raise ConfigError("DIR", folder, why=why, fix="render it again: launch deploy … deploy.out=DIR")
+        raise ConfigError("DIR", folder, why=why, fix=_AGAIN)
     return Deployment(folder=folder, run=run, deploy=run.deploy)
+
+
+def check_files(deployment: Deployment) -> Iterator[str]:
+    """Yield a line for each file that the user changed, which is used as it is, or added, which is left out.
+
+    Raises:
+        ConfigError: the files are partly those of a write that was cut short.
+    """
+    folder = deployment.folder
+    listing = load_list(folder)
+    if listing.writing:
+        why = "the last launch deploy that wrote it was interrupted"
+        raise ConfigError("DIR", folder, why=why, fix="run that command again: it writes the rest")
+    own = _own_files(deployment)
+    for path in changed_files(folder, own):
+        yield f"{folder / path} was changed since launch deploy wrote it, and is used as it is"
+    for found in sorted((folder / (_CHART if deployment.is_chart else _MANIFESTS)).rglob("*")):
+        if found.is_file() and str(found.relative_to(folder)) not in own:
+            yield f"{found} was not written by launch deploy, and is left out"
+
+
+def _own_files(deployment: Deployment) -> list[str]:
+    """Return the manifests, or the files of the chart, that launch deploy wrote, by name."""
+    parent = f"{_CHART if deployment.is_chart else _MANIFESTS}/"
+    return sorted(path for path in listed(deployment.folder) if path.startswith(parent))
+
+
+def _filenames(deployment: Deployment) -> list[str]:
+    """Return kubectl's arguments that name the manifests."""
+    return [f"--filename={deployment.folder / path}" for path in _own_files(deployment)]
+
+
+@contextmanager
+def chart_copy(deployment: Deployment) -> Iterator[str]:
+    """Yield a copy of the chart without files of others, which helm would read too."""
+    with tempfile.TemporaryDirectory(prefix="launch-chart-") as copy:
+        for path in _own_files(deployment):
+            target = Path(copy) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(deployment.folder / path, target)
+        yield str(Path(copy) / _CHART)
 
 
 def apply(deployment: Deployment, say: Say) -> None:
@@ -122,15 +173,16 @@ def apply(deployment: Deployment, say: Say) -> None:
     """
     if deployment.is_chart:
         seconds = f"--timeout={deployment.rollout_s:.0f}s"
-        words = ("upgrade", deployment.name, str(deployment.folder / _CHART), "--install")
-        _helm(deployment, *words, "--rollback-on-failure", "--wait", seconds)
+        with chart_copy(deployment) as chart:
+            words = ("upgrade", deployment.name, chart, "--install")
+            _helm(deployment, *words, "--rollback-on-failure", "--wait", seconds)
         say(f"release {deployment.name} is in {deployment.deploy.namespace}")
         return
-    kubectl, files = deployment.kubectl, f"--filename={deployment.folder / _MANIFESTS}"
-    kubectl.run("apply", *AS_LAUNCHER, "--dry-run=server", files)
+    kubectl, files = deployment.kubectl, _filenames(deployment)
+    kubectl.run("apply", *AS_LAUNCHER, "--dry-run=server", *files)
     _check_baseline(deployment)
     is_new = not _exists(deployment)
-    for line in kubectl.run("apply", *AS_LAUNCHER, files).splitlines():
+    for line in kubectl.run("apply", *AS_LAUNCHER, *files).splitlines():
         say(line)
     _wait_for_rollout(deployment, is_new=is_new)
     say(f"{_workload(deployment)} serves in {deployment.deploy.namespace}")
@@ -179,10 +231,10 @@ def difference(deployment: Deployment) -> str:
         EnvironmentProblem: there is no cluster, or it refuses an object.
     """
     if deployment.is_chart:
-        rendered = _helm(deployment, "template", deployment.name, str(deployment.folder / _CHART))
+        with chart_copy(deployment) as chart:
+            rendered = _helm(deployment, "template", deployment.name, chart)
         return deployment.kubectl.run("diff", *AS_LAUNCHER, "--filename=-", document=rendered, accepts=(0, _CHANGED))
-    files = f"--filename={deployment.folder / _MANIFESTS}"
-    return deployment.kubectl.run("diff", *AS_LAUNCHER, files, accepts=(0, _CHANGED))
+    return deployment.kubectl.run("diff", *AS_LAUNCHER, *_filenames(deployment), accepts=(0, _CHANGED))
 
 
 def status(deployment: Deployment) -> list[str]:
@@ -255,7 +307,7 @@ def _check_without_requests(deployment: Deployment, others: Sequence[str]) -> No
 
 def _deletable(deployment: Deployment, *, keeps_shared: bool) -> Iterator[Path]:
     """Yield the manifests of the objects that go with this version."""
-    for path in sorted((deployment.folder / _MANIFESTS).glob("*.yaml")):
+    for path in (deployment.folder / each for each in _own_files(deployment)):
         labels = yaml.safe_load(path.read_text(encoding="utf-8"))["metadata"]["labels"]
         if not keeps_shared or VERSION_LABEL in labels:
             yield path
@@ -263,7 +315,7 @@ def _deletable(deployment: Deployment, *, keeps_shared: bool) -> Iterator[Path]:
 
 def _workload(deployment: Deployment) -> str:
     """Return kubectl's name of the workload that was rendered."""
-    is_stateful = (deployment.folder / _MANIFESTS / "statefulset.yaml").is_file()
+    is_stateful = f"{_MANIFESTS}/statefulset.yaml" in listed(deployment.folder)
     return f"{'statefulset' if is_stateful else 'deployment'}/{deployment.versioned}"
 
 

@@ -22,8 +22,26 @@ class RunLock:
             ...
     """
 
-    def __init__(self, folder: Path, *, name: str = ".lock") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = ".lock",
+        option: str = "run.dir",
+        user: str = "another run",
+        fix: str = "wait for it to end, or leave run.dir out to get a directory of its own",
+    ) -> None:
+        """Name the lock, and what an error says where another process holds it.
+
+        Args:
+            folder: to lock.
+            name: of the file in it.
+            option: that names the folder.
+            user: who else may hold it.
+            fix: what to do then.
+        """
         self._folder, self._path = folder, folder / name
+        self._option, self._user, self._fix = option, user, fix
         self._descriptor: int | None = None
         self._is_new = False
 
@@ -50,9 +68,8 @@ class RunLock:
             os.close(descriptor)
             if not isinstance(error, BlockingIOError):
                 raise
-            why = f"another run (process {holder}) is using this directory"
-            fix = "wait for it to end, or leave run.dir out to get a directory of its own"
-            raise ConfigError("run.dir", self._folder, why=why, fix=fix) from None
+            why = f"{self._user} (process {holder}) is using this directory"
+            raise ConfigError(self._option, self._folder, why=why, fix=self._fix) from None
         if not self._path.exists() or not os.path.samestat(os.fstat(descriptor), self._path.lstat()):
             os.close(descriptor)
             return False

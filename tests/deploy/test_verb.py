@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launcher.backends.kubernetes.kubectl import Kubectl
 from launcher.config.compose import compose
+from launcher.config.deploy.canary import CanaryDeploy
 from launcher.config.run import NoDeploy
 from launcher.config.snapshot import load_run, save_run
-from launcher.deploy.folder import listed
+from launcher.deploy import cluster
+from launcher.deploy.canary.split import update_folder, with_share
+from launcher.deploy.folder import listed, locked, write
 from tests.conftest import Launch
+from tests.deploy.conftest import Render
 
 SERVER = ("job=serve", "tracker=local")
 KUBERNETES = ("deploy=kubernetes", "deploy.image=registry.example/launcher:1")
@@ -114,3 +120,126 @@ def test_only_files_of_the_list_are_in_it(launch_in_process: Launch, tmp_path: P
     launch_in_process("deploy", *SERVER, *KUBERNETES, f"deploy.out={tmp_path}").expect(0)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {*listed(tmp_path), "files.json"}
+
+
+ECHO = (*SERVER, "job.engine=echo", "model=gpt2_tiny")
+ROUTED = (*KUBERNETES, "deploy.traffic=istio", "deploy.gateway=a/b", "deploy.hostnames=[m.example.org]")
+CANARIES = {
+    "haproxy": (
+        ("deploy=haproxy", "deploy.admin_socket=/run/a.sock", "deploy.canary_upstreams=[10.0.0.3:8000]"),
+        ("deploy.canary_percent=10", "deploy.canary_percent=0"),
+    ),
+    "kubernetes": (
+        (*ROUTED, "deploy.version=v2", "deploy.baseline=v1"),
+        ("deploy.weights={v1: 90, v2: 10}", "deploy.weights={v1: 100, v2: 0}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CANARIES)
+def test_a_folder_that_is_rendered_again_keeps_its_weights(
+    launch_in_process: Launch, tmp_path: Path, kind: str
+) -> None:
+    words, explicit = CANARIES[kind]
+    command = ("deploy", *ECHO, *words, f"deploy.out={tmp_path}")
+
+    def share() -> int:
+        deploy = load_run(tmp_path / "run.yaml").deploy
+        assert isinstance(deploy, CanaryDeploy)
+        return deploy.canary_share
+
+    launch_in_process(*command, explicit[0]).expect(0)
+    assert "kept the weights" in launch_in_process(*command).expect(0).stdout
+    assert share() == 10
+    launch_in_process(*command, explicit[1]).expect(0)
+    assert share() == 0
+    update_folder(tmp_path, with_share(load_run(tmp_path / "run.yaml"), 100), {})  # as a promotion does
+    shown = launch_in_process(*command, "job.max_queue=7").expect(0).stdout
+    assert "gets 100 % of the requests" in shown
+    assert (share(), load_run(tmp_path / "run.yaml").job.max_queue) == (100, 7)
+    for word in explicit:
+        refused = launch_in_process(*command, word).expect(2).stderr
+        assert "promote or rollback set 100 %" in refused
+        assert f"launch deploy promote {tmp_path}" in refused
+    assert share() == 100
+
+
+def test_a_folder_stays_the_deployment_that_it_is(launch_in_process: Launch, tmp_path: Path) -> None:
+    command = ("deploy", *ECHO, *KUBERNETES, f"deploy.out={tmp_path}", "deploy.name=chat")
+    launch_in_process(*command).expect(0)
+    before = listed(tmp_path)
+    for words, held in {
+        ("deploy.name=other",): "holds deploy.name=chat, and would get deploy.name=other",
+        ("deploy.version=v2",): "holds deploy.version=v1, and would get deploy.version=v2",
+        ("deploy.namespace=other",): "holds deploy.namespace=default, and would get deploy.namespace=other",
+    }.items():
+        refused = launch_in_process(*command, *words).expect(2).stderr
+        assert held in refused
+        assert f"launch deploy delete {tmp_path}" in refused
+        assert held in launch_in_process(*command, *words, "--diff").expect(2).stderr
+    other = launch_in_process("deploy", *ECHO, "deploy=haproxy", f"deploy.out={tmp_path}").expect(2).stderr
+    assert "holds deploy=kubernetes" in other
+    assert listed(tmp_path) == before
+    launch_in_process(*command, "deploy.context=elsewhere").expect(0)
+
+
+def test_a_load_balancer_may_stand_before_another_model(launch_in_process: Launch, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        launch_in_process("deploy", *ECHO, "deploy=nginx", f"deploy.out={tmp_path}", f"run.name={name}").expect(0)
+
+
+def test_a_second_promotion_is_refused_with_the_process_of_the_first(launch_in_process: Launch, tmp_path: Path) -> None:
+    words, _ = CANARIES["haproxy"]
+    command = ("deploy", *ECHO, *words, f"deploy.out={tmp_path}")
+    launch_in_process(*command).expect(0)
+    with locked(tmp_path, option="DIR"):
+        for refused in (launch_in_process("deploy", "promote", str(tmp_path)), launch_in_process(*command)):
+            assert f"another launch deploy (process {os.getpid()})" in refused.expect(2).stderr
+        assert launch_in_process("deploy", "rollback", str(tmp_path)).expect(2).stderr.count("process") == 0
+
+
+class _Recorded:
+    """kubectl, of which the file names are kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files: list[str] = []
+        monkeypatch.setattr(Kubectl, "run", self.run)
+
+    def run(self, *words: str, **_: object) -> str:
+        self.files += [word.partition("=")[2] for word in words if word.startswith("--filename=")]
+        return '{"items": []}' if words[0] == "get" else ""
+
+
+def test_kubectl_gets_the_files_of_the_list_alone(
+    launch_in_process: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch_in_process("deploy", *ECHO, *KUBERNETES, f"deploy.out={tmp_path}").expect(0)
+    own = {str(tmp_path / path) for path in listed(tmp_path) if path.startswith("manifests/")}
+    (tmp_path / "manifests/mine.yaml").write_text("kind: Namespace\n")
+    service = tmp_path / "manifests/deployment.yaml"
+    service.write_text(service.read_text() + "# edited\n")
+    kubectl = _Recorded(monkeypatch)
+    for action in (("apply",), ("apply", "--diff"), ("delete",)):
+        kubectl.files.clear()
+        shown = launch_in_process("deploy", *action, str(tmp_path)).expect(0)
+        assert set(kubectl.files) == own
+        assert "mine.yaml was not written by launch deploy, and is left out" in shown.stderr
+        assert "deployment.yaml was changed since launch deploy wrote it, and is used as it is" in shown.stderr
+    run = tmp_path / "run.yaml"
+    run.write_text(run.read_text().replace("namespace: default", "namespace: prod"))
+    kubectl.files.clear()
+    for action in ("apply", "status", "delete"):
+        refused = launch_in_process("deploy", action, str(tmp_path)).expect(2).stderr
+        assert "run.yaml, which names cluster and namespace, was changed" in refused
+    (tmp_path / "files.json").unlink()
+    assert "lacks files.json" in launch_in_process("deploy", "apply", str(tmp_path)).expect(2).stderr
+    assert kubectl.files == []
+
+
+def test_helm_gets_the_files_of_the_list_alone(rendered: Render, tmp_path: Path) -> None:
+    files = rendered(kind="helm")[2]
+    write(tmp_path / "out", files)
+    (tmp_path / "out/chart/templates/mine.yaml").write_text("kind: Namespace\n")
+    with cluster.chart_copy(cluster.open_deployment(tmp_path / "out")) as chart:
+        found = {f"chart/{path.relative_to(chart)}" for path in Path(chart).rglob("*") if path.is_file()}
+    assert found == {path for path in files if path.startswith("chart/")}

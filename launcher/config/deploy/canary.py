@@ -25,6 +25,8 @@ class CanaryDeploy(RenderedDeploy):
 
     canary_option: ClassVar[str]
     """How a user adds a canary."""
+    share_option: ClassVar[str]
+    """The option that holds the weights."""
 
     canary_steps: tuple[int, ...] = (5, 25, 50, 100)
     """Percent of the requests that the new version gets, one step after the other."""
@@ -92,7 +94,7 @@ class CanaryDeploy(RenderedDeploy):
         if not self.has_canary:
             for each in fields(CanaryDeploy):
                 if each.name.startswith("canary_") and getattr(self, each.name) != each.default:
-                    why = "there is no canary: it needs a version and a baseline"
+                    why = "there is no canary"
                     yield self.error(each.name, why, f"set {self.canary_option}, or leave it out")
             return
         yield from self.validate_minimum(1, *_COUNTS)

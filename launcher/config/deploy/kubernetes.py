@@ -65,6 +65,7 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
     kind: ClassVar[str] = "kubernetes"
     summary_fields: ClassVar[tuple[str, ...]] = ("out", "replicas")
     canary_option: ClassVar[str] = "deploy.baseline=VERSION, the version that serves already"
+    share_option: ClassVar[str] = "deploy.weights"
 
     own_ranks: ClassVar[str] = (
         "leave backend out; deploy.pods_per_engine divides the ranks of an engine over pods, and so over nodes"

@@ -94,6 +94,7 @@ class ProxyDeploy(CanaryDeploy):
     """A load balancer: one address for several servers, with TLS, limits and retries."""
 
     canary_option: ClassVar[str] = "deploy.canary_upstreams=[HOST:PORT], servers of a new version"
+    share_option: ClassVar[str] = "deploy.canary_percent"
     max_weight: ClassVar[int] = 65535
     """Largest weight of a server."""
 

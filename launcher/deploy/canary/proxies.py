@@ -90,7 +90,11 @@ class ProxySplit:
         return load_progress(text, version=self.version)
 
     def _keep(self, progress: Progress) -> None:
-        write_atomic(self.folder / PROGRESS_FILE, progress.dump() + "\n")
+        path = self.folder / PROGRESS_FILE
+        try:
+            write_atomic(path, progress.dump() + "\n")
+        except OSError as error:
+            raise EnvironmentProblem(f"{path} cannot be written: {error.strerror or error}") from error
 
     def _rendered(self, percent: int) -> tuple[Run, Sequence[Upstream]]:
         run = with_share(self.run, percent)

@@ -14,7 +14,7 @@ import yaml
 from launcher.config.snapshot import load_run
 from launcher.deploy.canary import promote
 from launcher.deploy.canary.routes import ANNOTATION
-from launcher.deploy.folder import write
+from launcher.deploy.folder import update, write
 from tests.conftest import Launch
 from tests.deploy.conftest import Render
 from tests.deploy.kubernetes.api_server import ApiServer
@@ -224,7 +224,7 @@ def test_what_cannot_be_promoted_changes_nothing(
     assert "chat-v2 is not in default; nothing was changed" in (
         launch_in_process("deploy", "promote", str(folder)).expect(2).stderr
     )
-    run = folder / "run.yaml"
-    run.write_text(run.read_text().replace(measured.address, "http://127.0.0.1:1"))
+    text = (folder / "run.yaml").read_text()
+    update(folder, {"run.yaml": text.replace(measured.address, "http://127.0.0.1:1")})
     assert "Prometheus cannot be reached" in launch_in_process("deploy", "promote", str(folder)).expect(2).stderr
     assert yaml.safe_dump(api.objects[ROUTES["istio"]]) == before

@@ -19,6 +19,16 @@ _PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
 _IMAGE = re.compile(rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::(?P<tag>\w[\w.-]{{0,127}}))?(?:@.*)?", re.ASCII)
 """An image's name, as registries and container runtimes read it."""
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_VALUE = r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+SCHEMA_PATTERNS = {
+    "image": rf"^(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?"
+    r"(?:@[A-Za-z][A-Za-z0-9]*(?:[+._-][A-Za-z0-9]+)*:[0-9a-fA-F]{32,})?$",
+    "quantity": "^[1-9][0-9]*(?:[kMGT]i?|Ki)?$",
+    "name": r"^[a-z0-9](?:[-a-z0-9]*[a-z0-9])?(?:\.[a-z0-9](?:[-a-z0-9]*[a-z0-9])?)*$",
+    "label_key": rf"^(?:[a-z0-9.-]{{1,253}}/)?{_VALUE}$",
+    "label_value": rf"^(?:{_VALUE})?$",
+}
+"""The same rules for JSON schemas, whose regular expressions have fewer operators."""
 _TOLERATION_VALUES = {
     "operator": ("Exists", "Equal", "Lt", "Gt"),
     "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
@@ -48,6 +58,20 @@ def is_subdomain(text: str) -> bool:
 def dashed(text: str) -> str:
     """Return ``text`` in the letters of a label, other characters replaced by dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def units() -> dict[str, int]:
+    """Return the bytes of each unit of a quantity."""
+    return {"": 1, **_UNITS}
+
+
+def toleration_schema() -> dict[str, Any]:
+    """Return the JSON schema of a toleration."""
+    fields: dict[str, Any] = {name: {"type": "string"} for name in _TOLERATION_KEYS} | {
+        "tolerationSeconds": {"type": "integer"}
+    }
+    fields |= {name: {"enum": list(choices)} for name, choices in _TOLERATION_VALUES.items()}
+    return {"type": "object", "properties": fields, "additionalProperties": False}
 
 
 def parse_quantity(quantity: str) -> int | None:

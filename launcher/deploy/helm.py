@@ -1,29 +1,36 @@
 """``deploy=helm``: the manifests of ``deploy=kubernetes`` as templates with values.
 
-With the values of the chart ``helm template`` prints exactly these manifests.
+With the values of the chart ``helm template`` prints exactly these manifests, in the namespace of the release.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import launcher
 from launcher.backends.kubernetes.manifest_parts import Manifest, manifest_text
 from launcher.config.component import field_docs
 from launcher.config.deploy.helm import VALUES, HelmDeploy
+from launcher.config.kubernetes_objects import SCHEMA_PATTERNS, parse_quantity, toleration_schema, units
 from launcher.config.run import Run
 from launcher.deploy.kubernetes.render import file_name, manifests
 from launcher.deploy.kubernetes.server import Server
 from launcher.protocol.plan import Plan
 from launcher.utils.schema import field_types
+from launcher.utils.text import bytes_text
 
 FOLDER = "chart"
 _OPEN, _CLOSE = "\x02", "\x03"
 """Around the name of a value in a manifest: no option holds such characters."""
+_NAMESPACE = "launcher-namespace-of-the-release"
+"""Namespace of the manifests that become templates: nothing else is called so."""
+_CHECKS = f"{FOLDER}/templates/checks.yaml"
 _OPTIONAL = {
     "nodeSelector": ("node_selector", "toJson ."),
     "tolerations": ("tolerations", "toJson ."),
@@ -45,11 +52,16 @@ def render(run: Run, plan: Plan) -> dict[str, str]:
         "appVersion": server.snapshot[1][:10],
         "kubeVersion": ">=1.30.0-0",  # the sleep of preStop
     }
-    templates = {f"{FOLDER}/templates/{file_name(each)}": _template(each, server) for each in manifests(run, plan)}
+    marked = Server(replace(run, deploy=replace(server.deploy, namespace=_NAMESPACE)), plan)
+    templates = {
+        f"{FOLDER}/templates/{file_name(each)}": _in_namespace(_template(each, marked), marked, server)
+        for each in manifests(marked.run, plan)
+    }
     return {
         f"{FOLDER}/Chart.yaml": manifest_text(chart),
         f"{FOLDER}/values.yaml": _commented(values),
-        f"{FOLDER}/values.schema.json": json.dumps(values_schema(values), indent=2, ensure_ascii=False) + "\n",
+        f"{FOLDER}/values.schema.json": json.dumps(values_schema(server, values), indent=2, ensure_ascii=False) + "\n",
+        _CHECKS: _checks(server, values),
         **templates,
     }
 
@@ -64,8 +76,8 @@ def chart_values(server: Server) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def values_schema(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of the values, from the fields of the dataclass."""
+def values_schema(server: Server, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of the values: what the dataclass refuses of one value alone."""
     hints, docs = field_types(HelmDeploy), field_docs(HelmDeploy)
     properties = {}
     for name in values:
@@ -73,8 +85,15 @@ def values_schema(values: dict[str, Any]) -> dict[str, Any]:
         if name in HelmDeploy.minimums:
             schema["minimum"] = HelmDeploy.minimums[name]
         properties[name] = schema
-    properties["memory"]["pattern"] = "^[1-9][0-9]*([kMGT]i?|Ki)?$"
+    properties["memory"]["pattern"] = SCHEMA_PATTERNS["quantity"]
+    properties["image"] |= {"minLength": 1, "pattern": SCHEMA_PATTERNS["image"]}
+    properties["image_pull_secrets"]["items"] |= {"pattern": SCHEMA_PATTERNS["name"], "maxLength": 253}
+    properties["node_selector"]["propertyNames"] = {"pattern": SCHEMA_PATTERNS["label_key"]}
+    properties["node_selector"]["additionalProperties"]["pattern"] = SCHEMA_PATTERNS["label_value"]
+    properties["tolerations"]["items"] = toleration_schema()
     properties["service_port"] |= {"minimum": 1, "maximum": 65535}
+    if "min_replicas" in properties and server.deploy.queue_query is None:
+        properties["min_replicas"]["minimum"] = 1  # nothing would start the first pod
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
@@ -110,6 +129,45 @@ def _commented(values: dict[str, Any]) -> str:
 def _meaning(text: str) -> str:
     """Return the first clause about an option: others speak of its values in the launcher."""
     return text.partition(". ")[0].partition("; ")[0].removesuffix(".")
+
+
+def _checks(server: Server, values: dict[str, Any]) -> str:
+    """Return a template that prints nothing, and fails where values do not fit each other or the plan."""
+    lines = ["{{- /* What the schema of the values cannot compare. */}}"]
+    if "min_replicas" in values:
+        lines += [
+            "{{- if gt (int64 .Values.min_replicas) (int64 .Values.max_replicas) }}",
+            '{{- fail (printf "min_replicas=%v is more than max_replicas=%v" '
+            ".Values.min_replicas .Values.max_replicas) }}",
+            "{{- end }}",
+        ]
+    needed = server.deploy.needed_bytes(server.run, server.plan) or 0
+    least = max(needed, (parse_quantity(server.deploy.shared_memory) or 0) + 1)
+    by_unit = " ".join(f'"{unit}" {num_bytes}' for unit, num_bytes in units().items())
+    return "\n".join(
+        [
+            *lines,
+            '{{- $unit := regexReplaceAll "^[0-9]+" .Values.memory "" }}',
+            '{{- $number := regexFind "^[0-9]+" .Values.memory }}',
+            f"{{{{- if lt (mul (int64 $number) (int64 (get (dict {by_unit}) $unit))) (int64 {least}) }}}}",
+            '{{- fail (printf "memory=%s is less than the server needs: '
+            f'{bytes_text(least)} of weights, KV cache, processes and shared memory" .Values.memory) }}}}',
+            "{{- end }}",
+            "",
+        ]
+    )
+
+
+def _in_namespace(text: str, marked: Server, server: Server) -> str:
+    """Return a template of a marked server whose namespace is that of the release.
+
+    The hash in names stays that of the server itself.
+    """
+    for found, own in ((marked.snapshot[1], server.snapshot[1]), (marked.config_name, server.config_name)):
+        text = text.replace(found, own)
+    whole = re.compile(rf": {_NAMESPACE}$", re.MULTILINE)  # quoted: a namespace may look like a number
+    text = whole.sub(": {{ .Release.Namespace | toJson }}", text)
+    return text.replace(_NAMESPACE, "{{ .Release.Namespace }}")
 
 
 def _template(manifest: Manifest, server: Server) -> str:

@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from launcher.config.deploy.helm import VALUES, HelmDeploy
+from launcher.config.kubernetes_objects import validate_image
 from launcher.deploy.folder import write
 from launcher.errors import ConfigErrors
 from tests.deploy.conftest import Render
-from tests.deploy.kubernetes.test_manifests import CASES
+from tests.deploy.kubernetes.test_manifests import CASES, HOSTS, KEDA
 
 HELM = shutil.which("helm", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needs_helm = pytest.mark.skipif(HELM is None, reason="helm is not installed (scripts/lab/kubernetes_tools.py gets it)")
@@ -72,10 +73,53 @@ def test_values_change_the_manifests_and_wrong_ones_are_refused(rendered: Render
     pod = spec["template"]["spec"]
     assert (spec["replicas"], pod["containers"][0]["image"], pod["nodeSelector"]) == (3, "other:2", {"gpu": "a"})
     assert pod["containers"][0]["resources"]["limits"]["memory"] == "9Gi"
-    for wrong in ("replicas=0", "replicas=many", "memory=lots", "replcas=2", "service_port=70000"):
+    for wrong in (
+        "replicas=0",
+        "replicas=many",
+        "memory=lots",
+        "replcas=2",
+        "service_port=70000",
+        "memory=1Mi",
+        "image=",
+    ):
         refused = helm("template", "x", chart, "--set", wrong)
-        assert refused.returncode != 0
+        assert refused.returncode != 0, wrong
         assert wrong.partition("=")[0] in refused.stderr
+    write(tmp_path, rendered("deploy.autoscaling=hpa", kind="helm")[2])
+    assert helm("template", "x", chart, "--set", "min_replicas=4").returncode == 0
+    refused = helm("template", "x", chart, "--set", "min_replicas=9")
+    assert "min_replicas=9 is more than max_replicas=4" in refused.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize("namespace", ["ml", "123"])
+def test_a_release_in_another_namespace_is_the_manifests_of_that_namespace(
+    rendered: Render, tmp_path: Path, namespace: str
+) -> None:
+    words = ("deploy.name=chat", *KEDA, "deploy.monitoring=true", "deploy.traffic=istio", *HOSTS)
+    direct = rendered(*words, f"deploy.namespace={namespace}")[2]
+    write(tmp_path, rendered(*words, kind="helm")[2])
+    printed = helm("template", "release", str(tmp_path / "chart"), "--namespace", namespace)
+    assert printed.returncode == 0, printed.stderr
+    wanted = by_name([text for path, text in direct.items() if path.startswith("manifests/")])
+    found = by_name([printed.stdout])
+    for manifests in (wanted, found):  # the hash in names is that of the run as it was rendered
+        (config,) = (key for key, each in manifests.items() if each.get("immutable"))
+        run_hash = manifests[config]["metadata"]["annotations"]["launcher/run-hash"]
+        text = json.dumps([[*key, each] for key, each in sorted(manifests.items())])
+        text = text.replace(run_hash, "HASH").replace(run_hash[:10], "HASH")
+        manifests.clear()
+        manifests.update({(kind, name): each for kind, name, each in json.loads(text)})
+    assert found == wanted
+
+
+def test_templates_fix_no_namespace(rendered: Render) -> None:
+    words = ("deploy.namespace=team-a", *CASES["keda"], "deploy.monitoring=true")
+    files = rendered(*words, kind="helm")[2]
+    templates = {path: str(text) for path, text in files.items() if path.startswith("chart/")}
+    assert [path for path, text in templates.items() if "team-a" in text or "namespace-of-the" in text] == []
+    assert sum("namespace: {{ .Release.Namespace | toJson }}" in text for text in templates.values()) >= 8
+    assert "chat.{{ .Release.Namespace }}.svc" in "".join(templates.values()).replace("gpt2-tiny", "chat")
 
 
 def test_the_schema_is_that_of_the_options(rendered: Render) -> None:
@@ -85,8 +129,24 @@ def test_the_schema_is_that_of_the_options(rendered: Render) -> None:
     assert list(jsonschema.Draft202012Validator(schema).iter_errors(values)) == []
     assert schema["properties"].keys() == values.keys() <= {each.name for each in fields(HelmDeploy)}
     assert set(VALUES) - values.keys() == {"replicas"}  # which the autoscaler sets
-    assert list(jsonschema.Draft202012Validator(schema).iter_errors({**values, "max_replicas": 0}))
-    assert list(jsonschema.Draft202012Validator(schema).iter_errors({**values, "other": 1}))
+    wrong = {
+        "max_replicas": 0,
+        "min_replicas": 0,
+        "other": 1,
+        "image": "",
+        "memory": "1.5Gi",
+        "service_port": 0,
+        "image_pull_secrets": ["A b"],
+        "node_selector": {"a b": "c"},
+        "tolerations": [{"efect": "NoSchedule"}],
+    }
+    for name, value in wrong.items():
+        assert list(jsonschema.Draft202012Validator(schema).iter_errors({**values, name: value})), name
+    for image in ("UPPER/x:1", "a b", "user:secret@registry/x:1", "r/x:"):
+        errors = jsonschema.Draft202012Validator(schema).iter_errors({**values, "image": image})
+        assert bool(list(errors)) != (not list(validate_image("image", image, logins=""))), image
+    for image in ("r:5000/team/x:1.2_3", f"x@sha256:{'0' * 64}", "LOCALHOST/x"):
+        assert not list(jsonschema.Draft202012Validator(schema).iter_errors({**values, "image": image})), image
 
 
 def test_a_release_has_one_version(rendered: Render) -> None:

@@ -55,6 +55,9 @@ def _write(served: Run, plan: Plan, folder: Path, words: Sequence[str]) -> int:
         assert isinstance(kept.deploy, CanaryDeploy), "only weights are kept"
         share, name = kept.deploy.canary_share, kept.deploy.version_names[1]
         print(f"kept the weights in {folder}: {name} gets {share} % of the requests")
+    if isinstance(kept.deploy, CanaryDeploy):
+        for line in kept.deploy.canary_warnings():
+            print(f"warning: {line}", file=sys.stderr)
     same = len(files) - len(written.changed)
     print(f"{counted(len(files), 'file')} in {folder}, {same} unchanged")
     return 0

@@ -122,7 +122,9 @@ def open_deployment(folder: Path) -> Deployment:
 
 
 def check_files(deployment: Deployment) -> Iterator[str]:
-    """Yield a line for each file that the user changed, which is used as it is, or added, which is left out.
+    """Yield a line for each file that the user changed or added.
+
+    Changed ones are used as they are, added ones left out.
 
     Raises:
         ConfigError: the files are partly those of a write that was cut short.

@@ -133,7 +133,7 @@ def write(folder: Path, files: Files, *, is_promoted: bool = False) -> Written:
 
 
 def update(folder: Path, files: Mapping[str, str]) -> None:
-    """Replace some of the files that ``write`` wrote, with the weights of a promotion, and keep the others.
+    """Replace files that ``write`` wrote by those with the weights of a promotion.
 
     A file that the user changed since stays listed as it was written, and so the user's.
 
@@ -231,7 +231,7 @@ def _is_inside(path: str) -> bool:
 
 
 def _not_ours(folder: Path, files: Files, before: Listing) -> Iterator[tuple[str, str]]:
-    """Yield why files cannot be written, and what to do: above all those that the user wrote or changed."""
+    """Yield why files cannot be written, the user's above all, and what to do."""
     if folder.exists() and not folder.is_dir():
         yield "is a file, not a folder", "set deploy.out to a folder"
         return

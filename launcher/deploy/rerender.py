@@ -1,4 +1,4 @@
-"""A folder that is rendered again: it stays the deployment that it was, and a canary keeps its weights."""
+"""A folder that is rendered again: it stays one deployment, and a canary keeps its weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def over_rendered(run: Run, folder: Path, words: Sequence[str]) -> tuple[Run, bo
 
 
 def _rendered(folder: Path) -> Run | None:
-    """Return what was rendered into a folder; ``None`` where nothing is, or ``write`` will refuse it."""
+    """Return what was rendered into a folder; ``None`` if nothing, or ``write`` refuses it."""
     if SNAPSHOT_FILE not in load_list(folder).files:
         return None
     try:
@@ -62,7 +62,7 @@ def _rendered(folder: Path) -> Run | None:
 
 
 def _identity(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield options and values without which the earlier files, or objects in a cluster, are not found again."""
+    """Yield options without whose values the earlier files or objects are not found again."""
     deploy = run.deploy
     yield "deploy", deploy.kind
     if isinstance(deploy, RenderedDeploy) and not isinstance(deploy, ProxyDeploy):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import http.client
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from canary_rehearsal import BAD_STEP_S, GOOD_STEP_S, rehearse, scraping
+from load_balancer import rendered_files
 
 from launcher.deploy.canary.progress import Progress
 from launcher.deploy.canary.promote import open_canary
+from launcher.deploy.folder import write
 from launcher.errors import ConfigErrors, EnvironmentProblem
 from tests.conftest import Launch
 from tests.deploy.monitoring.rendered import PROMETHEUS
@@ -155,6 +158,10 @@ REFUSED = {
         ("deploy.canary_upstreams=[a:1]", "deploy.canary_prometheus='http://a:b@c'"),
         "deploy.canary_prometheus",
     ),
+    "a gate that never fails": (
+        ("deploy.canary_upstreams=[a:1]", "deploy.canary_ttft_p95_s=100"),
+        "deploy.canary_ttft_p95_s",
+    ),
     "no gates": (
         (
             *("deploy.canary_upstreams=[a:1]", "deploy.canary_failure_share=null", "deploy.canary_ttft_p95_s=null"),
@@ -171,6 +178,24 @@ def test_a_canary_without_sense_is_refused_by_its_option(case: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
         rendered("nginx", words)
     assert option in [error.option for error in caught.value.errors]
+
+
+def test_a_rollback_beside_a_promotion_is_not_undone(tmp_path: Path) -> None:
+    """The reload of nginx is left out."""
+    words = ("deploy.canary_upstreams=[a:1]", "deploy.canary_percent=10")
+    write(tmp_path, rendered_files("nginx", words))
+    promoting, other = (open_canary(tmp_path).split for _ in range(2))
+    for each in (promoting, other):
+        each._nginx = lambda *_: None  # type: ignore[union-attr,method-assign]
+    at = Progress(version=promoting.version, percent=50, since=0.0, judged=0.0)
+    promoting.read()
+    promoting.write(at)
+    promoting.write(replace(at, passed=1))
+    other.read()
+    other.write(replace(at, percent=0, state="rolled_back"))
+    with pytest.raises(EnvironmentProblem, match="another launch deploy changed the weights meanwhile"):
+        promoting.write(replace(at, percent=100))
+    assert open_canary(tmp_path).split.read().percent == 0
 
 
 def test_haproxy_needs_its_socket_and_enough_weight() -> None:

@@ -161,7 +161,7 @@ def test_temporary_files_of_killed_writes_are_removed_and_no_others(tmp_path: Pa
     assert {name for name in (*gone, *stay) if (tmp_path / name).exists()} == set(stay)
 
 
-def test_a_folder_has_one_writer_and_the_second_one_is_told_its_process(tmp_path: Path) -> None:
+def test_a_folder_has_one_writer_and_the_second_one_gets_its_process(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("1")  # of a process that was killed
     with (
         locked(tmp_path),

@@ -148,7 +148,9 @@ def test_a_folder_that_is_rendered_again_keeps_its_weights(
         assert isinstance(deploy, CanaryDeploy)
         return deploy.canary_share
 
-    launch_in_process(*command, explicit[0]).expect(0)
+    warned = launch_in_process(*command, explicit[0]).expect(0).stderr
+    assert "warning: deploy.canary_prometheus names no Prometheus" in warned
+    assert ("deploy.monitoring=false" in warned) == (kind == "kubernetes")
     assert "kept the weights" in launch_in_process(*command).expect(0).stdout
     assert share() == 10
     launch_in_process(*command, explicit[1]).expect(0)

@@ -9,8 +9,11 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
 from launcher.config.deploy.base import RenderedDeploy
+from launcher.config.run import Run
 from launcher.config.urls import HTTP, validate_url
 from launcher.errors import ConfigError
+from launcher.protocol.plan import Plan
+from launcher.protocol.serving_metrics import TTFT_BUCKETS
 
 _GATES = ("canary_failure_share", "canary_ttft_p95_s", "canary_tokens_per_s", "canary_slowdown")
 _COUNTS = (
@@ -87,6 +90,19 @@ class CanaryDeploy(RenderedDeploy):
     def gate_prometheus(self) -> str | None:
         """Address of the Prometheus that gates are read from."""
         return self.canary_prometheus
+
+    def canary_warnings(self) -> Iterator[str]:
+        """Yield why ``launch deploy promote`` could not judge this canary."""
+        if self.has_canary and self.gate_prometheus is None:
+            yield "deploy.canary_prometheus names no Prometheus, and launch deploy promote reads its gates there"
+
+    def validate_run(self, run: Run, plan: Plan) -> Iterator[ConfigError]:
+        """Reject a gate that no value can fail."""
+        yield from super().validate_run(run, plan)
+        limit, largest = self.canary_ttft_p95_s, TTFT_BUCKETS[-1]
+        if self.has_canary and limit is not None and limit >= largest and getattr(run.job, "engine", None) != "vllm":
+            why = f"never fails: the server counts times up to {largest:g} s, and longer ones as these"
+            yield self.error("canary_ttft_p95_s", why, "set deploy.canary_ttft_p95_s=2.5, or null")
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject steps that do not rise to 100, gates without sense, and no baseline."""

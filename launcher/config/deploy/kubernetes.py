@@ -444,6 +444,15 @@ class KubernetesDeploy(CanaryDeploy, MonitoredDeploy, ContainerDeploy):
                 fix = f"set deploy.baseline={name}, the version that serves already, or leave it out"
                 yield ConfigError("deploy.weights", name, why=why, fix=fix)
 
+    def canary_warnings(self) -> Iterator[str]:
+        """Add that nothing scrapes the series of the gates."""
+        yield from super().canary_warnings()
+        if self.has_canary and not self.monitoring:
+            yield (
+                "deploy.monitoring=false renders no scrapes, and launch deploy promote reads series with the labels "
+                "namespace, job and app_kubernetes_io_version: set deploy.monitoring=true, or label your own scrapes so"
+            )
+
     def unused_options(self, run: Run) -> Iterator[UnusedOptions]:
         """Add what belongs to an autoscaler, a route, a source or an engine that is not there."""
         yield from super().unused_options(run)

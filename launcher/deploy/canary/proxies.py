@@ -42,6 +42,8 @@ class ProxySplit:
     run: Run
     _run_now: Run = field(init=False)
     """With the share that was written last."""
+    _seen: Live | None = field(default=None, init=False)
+    """What was read or written last: a write fails if another command wrote its progress meanwhile."""
 
     def __post_init__(self) -> None:
         self._run_now = self.run
@@ -89,12 +91,20 @@ class ProxySplit:
             return None
         return load_progress(text, version=self.version)
 
+    def _check_unchanged(self) -> None:
+        """Raise if another command, as ``launch deploy rollback``, changed the weights since."""
+        if self._seen is not None and self._progress != self._seen.progress:
+            raise EnvironmentProblem(
+                f"{self.folder}: another launch deploy changed the weights meanwhile, and they stay"
+            )
+
     def _keep(self, progress: Progress) -> None:
         path = self.folder / PROGRESS_FILE
         try:
             write_atomic(path, progress.dump() + "\n")
         except OSError as error:
             raise EnvironmentProblem(f"{path} cannot be written: {error.strerror or error}") from error
+        self._seen = Live(percent=progress.percent, progress=progress)
 
     def _rendered(self, percent: int) -> tuple[Run, Sequence[Upstream]]:
         run = with_share(self.run, percent)
@@ -125,10 +135,13 @@ class HaproxySplit(ProxySplit):
         known = (0, 100, *self._options.canary_steps, self.deploy.canary_share)
         nearest = min(known, key=lambda percent: abs(percent - share))
         # weights of many servers are rounded to integers
-        return Live(percent=nearest if abs(nearest - share) <= 1 else round(share), progress=self._progress)
+        percent = nearest if abs(nearest - share) <= 1 else round(share)
+        self._seen = Live(percent=percent, progress=self._progress)
+        return self._seen
 
     def write(self, progress: Progress) -> None:
         """Set the weights in the running process, then write them into the file for its next start."""
+        self._check_unchanged()
         run, upstreams = self._rendered(progress.percent)
         wanted = {each.name: each.weight or 0 for each in upstreams}
         if self._weights() != wanted:
@@ -194,10 +207,12 @@ class NginxSplit(ProxySplit):
 
     def read(self) -> Live:
         """Return the weights in its file."""
-        return Live(percent=self.deploy.canary_share, progress=self._progress)
+        self._seen = Live(percent=self.deploy.canary_share, progress=self._progress)
+        return self._seen
 
     def write(self, progress: Progress) -> None:
         """Write the weights into the file, and let nginx read it again."""
+        self._check_unchanged()
         run, _ = self._rendered(progress.percent)
         before = self._run_now
         if run.deploy != before.deploy:

@@ -35,6 +35,7 @@ EVERYTHING = (
     "deploy.tls_certificate_file=/etc/ssl/site.crt",
     "deploy.tls_key_file=/etc/ssl/site.key",
     "deploy.gpus=1",
+    "job.engine=paged",
     "deploy.cpus=8",
     "deploy.memory=32Gi",
     "deploy.rate_per_minute=60",

@@ -30,6 +30,7 @@ IMAGE = "deploy.image=registry.example/launcher:1"
 EVERYTHING = (
     "deploy.torch_build=cu128",
     "deploy.gpus=1",
+    "job.engine=paged",
     "deploy.cpus=8",
     "deploy.memory=32Gi",
     "deploy.base_image=python@sha256:" + "0" * 64,

@@ -21,7 +21,7 @@ from launcher.config.paths import PathText
 from launcher.config.run import Deploy, Run
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host, Plan
-from launcher.utils.text import bytes_text
+from launcher.utils.text import bytes_text, counted
 
 MAX_NAME = 36
 """Longest name: what is derived from it must stay a label of 63 characters."""
@@ -133,7 +133,8 @@ class ContainerDeploy(RenderedDeploy):
     The estimate is weights and KV cache of every engine, 2 GiB for each engine's process and 1 GiB for the server."""
 
     gpus: int = 0
-    """GPUs of each container; 0 computes on the CPU."""
+    """GPUs of each container, one for each rank; 0 computes on the CPU.
+    vLLM divides them itself."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject an image, and amounts that leave no server."""
@@ -196,6 +197,8 @@ class ContainerDeploy(RenderedDeploy):
         if run.backend.kind != "local":
             why = "a container starts its own ranks"
             yield ConfigError("backend", run.backend.kind, why=why, fix=self.own_ranks)
+        if isinstance(run.job, Serve):
+            yield from self._validate_idle_gpus(run.job.engine, plan.hosts[0].host.slots)
         needed, given = self.needed_bytes(run, plan), parse_quantity(self.memory)
         if needed is None and given is None:
             why = "the size of the model is known only once its files are downloaded"
@@ -203,6 +206,15 @@ class ContainerDeploy(RenderedDeploy):
         elif needed is not None and given is not None and given < needed:
             why = f"is {bytes_text(given)}, and the plan needs {bytes_text(needed)}: weights, KV cache and processes"
             yield self.error("memory", why, f"set deploy.memory={-(-needed // _GIB)}Gi, or auto")
+
+    def _validate_idle_gpus(self, engine: str, ranks: int) -> Iterator[ConfigError]:
+        """Reject GPUs that no rank of a container computes on; vLLM divides them itself."""
+        if engine == "echo" and self.gpus:
+            yield self.error("gpus", "job.engine=echo computes on no GPU", "leave it out")
+        elif engine != "vllm" and self.gpus > ranks:
+            idle = counted(self.gpus - ranks, "GPU")
+            why = f"a container has {counted(ranks, 'rank')}, each on one GPU, so {idle} would be idle"
+            yield self.error("gpus", why, f"set deploy.gpus={ranks}, or parallel=tensor for more ranks")
 
 
 @dataclass(frozen=True, kw_only=True)

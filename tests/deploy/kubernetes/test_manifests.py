@@ -218,7 +218,7 @@ def test_vllm_runs_in_an_image_of_its_own(rendered: Render) -> None:
     words = ("job.engine=vllm", "job.vllm_python=/opt/vllm/bin/python", "model=smollm2_135m", "deploy.memory=8Gi")
     with pytest.raises(ConfigErrors, match=r"job\.engine=vllm: .*deploy\.vllm_image="):
         rendered(*words)
-    _, _, files = rendered(*words, "deploy.vllm_image=registry.example/launcher-vllm:1")
+    _, _, files = rendered(*words, "deploy.vllm_image=registry.example/launcher-vllm:1", "deploy.gpus=4")
     assert pod_of(files)["containers"][0]["image"] == "registry.example/launcher-vllm:1"
 
 
@@ -337,6 +337,19 @@ REFUSED = {
         ("model=llama_tiny", "job.tokenizer=bytes", "parallel=tensor", "parallel.tensor=2", "deploy.gpus=1"),
         "deploy.gpus=1: a container of the engine has 2 ranks",
     ),
+    "idle GPUs": (
+        ("model=llama_tiny", "job.tokenizer=bytes", "parallel=tensor", "parallel.tensor=2", "deploy.gpus=4"),
+        "deploy.gpus=4: a container has 2 ranks, each on one GPU, so 2 GPUs would be idle; set deploy.gpus=2",
+    ),
+    "idle GPUs of pods": (
+        (
+            *("model=llama_tiny", "job.tokenizer=bytes", "parallel=tensor", "parallel.tensor=2", "deploy.gpus=2"),
+            *("deploy.pods_per_engine=2", "deploy.pods_secret=s"),
+        ),
+        "deploy.gpus=2: a container has 1 rank, each on one GPU, so 1 GPU would be idle; set deploy.gpus=1",
+    ),
+    "idle GPUs of replicas": (("job.replicas=2", "deploy.gpus=2"), "so 1 GPU would be idle"),
+    "a GPU of echo": (("job.engine=echo", "deploy.gpus=1"), "deploy.gpus=1: job.engine=echo computes on no GPU"),
     "a size": (("deploy.cache_size=big",), "deploy.cache_size=big"),
 }
 

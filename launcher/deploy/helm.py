@@ -132,7 +132,7 @@ def _meaning(text: str) -> str:
 
 
 def _checks(server: Server, values: dict[str, Any]) -> str:
-    """Return a template that prints nothing, and fails where values do not fit each other or the plan."""
+    """Return a template that prints nothing, and fails on values that do not fit."""
     lines = ["{{- /* What the schema of the values cannot compare. */}}"]
     if "min_replicas" in values:
         lines += [

@@ -43,7 +43,8 @@ class ProxySplit:
     _run_now: Run = field(init=False)
     """With the share that was written last."""
     _seen: Live | None = field(default=None, init=False)
-    """What was read or written last: a write fails if another command wrote its progress meanwhile."""
+    """What was read or written last.
+    A write fails if another command wrote its progress meanwhile."""
 
     def __post_init__(self) -> None:
         self._run_now = self.run

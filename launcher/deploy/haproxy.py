@@ -27,7 +27,9 @@ BACKEND = "servers"
 _CONNECT_S = 2.0
 _RETRIES = 3
 _FAILED_CHECKS = 3
-"""Checks in a row without an answer after which a server is down."""
+"""Checks, or keep-alive probes, in a row without an answer after which a server is down."""
+_KEEPALIVE_S = 10.0
+"""Silence on a connection to a server after which it is probed."""
 _REWRITE_BYTES = 1024
 """Part of a buffer that HAProxy keeps for headers that it adds."""
 _SPARE_CONNECTIONS = 512
@@ -89,7 +91,11 @@ def _defaults(limits: UpstreamLimits) -> list[str]:
         "    option abortonclose",
         "    option http-server-close",
         "    option clitcpka",
+        "    # Connections to a server whose host or network is gone end: nothing else does, while it sends nothing.",
         "    option srvtcpka",
+        f"    srvtcpka-idle {duration(_KEEPALIVE_S)}",
+        f"    srvtcpka-intvl {duration(_KEEPALIVE_S / 2)}",
+        f"    srvtcpka-cnt {_FAILED_CHECKS}",
         "    # The whole request is read first: only then can another server get it.",
         "    option http-buffer-request",
         f"    timeout http-request {duration(limits.read_s)}",
@@ -154,10 +160,10 @@ def _backend(deploy: HaproxyDeploy, limits: UpstreamLimits, upstreams: Sequence[
         "    # A server that drains, or is not ready, gets no new requests and finishes those that it has.",
         "    http-check expect error-status L7OKC status 200",
         f"    timeout check {duration(deploy.check_timeout_s)}",
-        "    # A server that answers no check is down, and streams that hang there end.",
+        "    # Not on-marked-down shutdown-sessions: it also ends requests that are about to go to another server.",
         f"    default-server check inter {check} fastinter {duration(deploy.check_every_s / 4)} downinter {check}"
         f" fall {_FAILED_CHECKS} rise 1 observe layer7 error-limit 1 on-error fastinter"
-        f" on-marked-down shutdown-sessions maxconn {limits.connections}",
+        f" maxconn {limits.connections}",
         *(f"    {_server(each)}" for each in upstreams),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from launcher.config.deploy.haproxy import HaproxyDeploy
@@ -28,8 +29,6 @@ _CONNECT_S = 2.0
 _RETRIES = 3
 _FAILED_CHECKS = 3
 """Checks, or keep-alive probes, in a row without an answer after which a server is down."""
-_KEEPALIVE_S = 10.0
-"""Silence on a connection to a server after which it is probed."""
 _REWRITE_BYTES = 1024
 """Part of a buffer that HAProxy keeps for headers that it adds."""
 _SPARE_CONNECTIONS = 512
@@ -48,7 +47,7 @@ def configuration(run: Run) -> str:
     limits, upstreams = upstream_limits(run), upstreams_of(deploy, run)
     sections = [
         ["# Load balancer of job=serve, written by launch deploy.", *_global(deploy, limits, len(upstreams))],
-        _defaults(limits),
+        _defaults(deploy, limits),
         _frontend(deploy, limits, deploy.requests_per_minute(run)),
         _backend(deploy, limits, upstreams),
         *([_metrics(deploy.metrics_port)] if deploy.metrics_port is not None else []),
@@ -79,7 +78,8 @@ def _tls() -> list[str]:
     ]
 
 
-def _defaults(limits: UpstreamLimits) -> list[str]:
+def _defaults(deploy: HaproxyDeploy, limits: UpstreamLimits) -> list[str]:
+    probe_s = math.ceil(max(deploy.check_every_s, deploy.check_timeout_s))
     return [
         "defaults",
         "    mode http",
@@ -93,8 +93,8 @@ def _defaults(limits: UpstreamLimits) -> list[str]:
         "    option clitcpka",
         "    # Connections to a server whose host or network is gone end: nothing else does, while it sends nothing.",
         "    option srvtcpka",
-        f"    srvtcpka-idle {duration(_KEEPALIVE_S)}",
-        f"    srvtcpka-intvl {duration(_KEEPALIVE_S / 2)}",
+        f"    srvtcpka-idle {probe_s}s",
+        f"    srvtcpka-intvl {probe_s}s",
         f"    srvtcpka-cnt {_FAILED_CHECKS}",
         "    # The whole request is read first: only then can another server get it.",
         "    option http-buffer-request",

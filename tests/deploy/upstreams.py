@@ -33,7 +33,7 @@ class Upstream:
     def __init__(self, respond: Callable[[socket.socket], None], *, is_ready: bool = True) -> None:
         self.respond, self.is_ready = respond, is_ready
         self.requests: list[Request] = []
-        self.num_checks, self.answers_checks = 0, True
+        self.num_checks = 0
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.upstream = self  # type: ignore[attr-defined]
@@ -60,8 +60,6 @@ class _Handler(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):
             if line.startswith("GET /health/ready") and headers.get("x-forwarded-for") is None:
                 upstream.num_checks += 1
-                if not upstream.answers_checks:
-                    return
                 self.request.sendall(response(b"200 OK" if upstream.is_ready else b"503 Service Unavailable", b"{}"))
                 return
             upstream.requests.append(Request(line, headers, body))

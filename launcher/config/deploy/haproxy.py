@@ -26,7 +26,8 @@ class HaproxyDeploy(ProxyDeploy):
     """Seconds between two checks of a server; four times as often after a failed request."""
 
     check_timeout_s: float = 5.0
-    """How long a server may take to answer a check; after three failed ones its streams end."""
+    """How long a server may take to answer a check; after three failed ones it gets no requests.
+    A connection to it that is silent that long is probed; streams of a host that is gone end after four times this."""
 
     retried_bytes: int = 2**16
     """Largest request, headers and body, that another server can get when one fails.

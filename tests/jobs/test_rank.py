@@ -13,7 +13,7 @@ from launcher.config.compose import compose
 from launcher.config.snapshot import dump_run
 from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem, JobError, Unfit, exit_code_of_rank
 from launcher.execution.prepare import prepare
-from launcher.execution.restart import _may_be_restarted, _restarted, _write
+from launcher.execution.restart import _may_be_restarted, _restarted, write_run_files
 from launcher.protocol.outcome import RunOutcome
 from launcher.utils.files import read_json
 
@@ -81,7 +81,7 @@ def test_a_restart_keeps_the_checkpoint_that_the_run_began_from(
     checkpoint = replace(prepared.run.checkpoint, resume=began_from)
     prepared = replace(prepared, run=replace(prepared.run, checkpoint=checkpoint))
     prepared.directory.checkpoints.mkdir(parents=True)
-    _write(prepared)
+    write_run_files(prepared)
     if has_own:
         plan = {"run_id": "a", "run_hash": "b"}
         manifest = describe_checkpoint(prepared.run, TrainingProgress(step=1, sequences=8), world_size=1, plan=plan)

@@ -19,6 +19,8 @@ _CHECKPOINTS = "checkpoints"
 _STEP = re.compile(rf"{_CHECKPOINTS}/(step_\d+)/(.+)")
 _LEFT_OUT = ("channel", "server")
 """Folders of a run directory that are of use only while its processes live."""
+_RESTORING = ".restoring"
+"""File in a run directory that is not fetched whole yet."""
 
 
 class RunStore:
@@ -53,12 +55,14 @@ class RunStore:
     def restore(self) -> int:
         """Fetch the run directory if it is empty; return the number of files.
 
-        Parts of checkpoints without a manifest are left out.
+        Parts of checkpoints without a manifest are left out. One that was fetched in part by a pod that ended is
+        completed.
 
         Raises:
             EnvironmentProblem: the store cannot be read.
         """
-        if self._folder.is_dir() and any(self._folder.iterdir()):
+        begun = self._folder / _RESTORING
+        if not begun.exists() and self._folder.is_dir() and any(self._folder.iterdir()):
             return 0
         there = self._remote.sizes()
         whole = {found[1] for found in map(_STEP.fullmatch, there) if found and found[2] == MANIFEST}
@@ -67,7 +71,11 @@ class RunStore:
             found = _STEP.fullmatch(name)
             return found is None or found[1] in whole
 
+        if there:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            begun.touch()
         num_files = self._remote.fetch(self._folder, wanted=is_wanted)
+        begun.unlink(missing_ok=True)
         self._copied, self._steps = dict(self._files()), self._new_steps()
         return num_files
 
@@ -140,9 +148,14 @@ class RunStore:
         self._prune()
 
     def _prune(self) -> None:
-        """Remove checkpoints that the run has removed, their manifests first."""
+        """Remove checkpoints that the run has removed, their manifests first, and parts of incomplete ones.
+
+        Whole checkpoints that this run directory never had stay.
+        """
         kept = {path.parent.name for path in self._folder.glob(f"{_CHECKPOINTS}/step_*/{MANIFEST}")}
-        gone = [name for name in self._remote.sizes() if (found := _STEP.fullmatch(name)) and found[1] not in kept]
+        there = [(found[1], found[2], name) for name in self._remote.sizes() if (found := _STEP.fullmatch(name))]
+        whole = {step for step, file, _ in there if file == MANIFEST}
+        gone = [name for step, _, name in there if step not in kept and (step in self._steps or step not in whole)]
         self._remote.remove(sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")))
 
     def _put(self, name: str) -> None:

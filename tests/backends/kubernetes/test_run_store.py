@@ -127,6 +127,40 @@ def test_a_new_pod_gets_whole_checkpoints_and_copies_nothing_twice(place: Place,
     assert place.store().restore() == 0, "a folder with files is the run's own"
 
 
+def test_checkpoints_that_this_folder_never_had_stay_in_the_store(place: Place) -> None:
+    place.save(1)
+    with place.store():
+        pass
+    shutil.rmtree(place.local / "checkpoints")  # as on a claim that was restored from elsewhere
+    place.save(2)
+    store = place.store()
+    assert store.restore() == 0, "the folder is not empty"
+    with store:
+        pass
+    steps = {name.split("/")[1] for name in place.there() if name.startswith("checkpoints/")}
+    assert steps == {"step_00000001", "step_00000002"}
+
+
+def test_a_folder_that_was_fetched_in_part_is_completed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.save(1)
+    with place.store():
+        pass
+    shutil.rmtree(place.local)
+    fetch = ObjectFolder.fetch
+
+    def ends(self: ObjectFolder, folder: Path, *, wanted: Any) -> int:
+        fetch(self, folder, wanted=lambda name: name == "run.yaml")
+        raise EnvironmentProblem("the pod was killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectFolder, "fetch", ends)
+        with pytest.raises(EnvironmentProblem):
+            place.store().restore()
+    assert place.store().restore() == 6
+    assert (place.local / "checkpoints/step_00000001/manifest.json").is_file()
+    assert not (place.local / ".restoring").exists()
+
+
 def test_a_checkpoint_that_is_pruned_while_it_is_copied_is_no_failure(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

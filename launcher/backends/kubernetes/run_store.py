@@ -148,7 +148,7 @@ class RunStore:
         self._prune()
 
     def _prune(self) -> None:
-        """Remove checkpoints that the run has removed, their manifests first, and parts of incomplete ones.
+        """Remove checkpoints that the run removed, manifests first, and parts of incomplete ones.
 
         Whole checkpoints that this run directory never had stay.
         """

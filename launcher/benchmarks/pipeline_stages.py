@@ -29,7 +29,7 @@ _CPU = torch.device("cpu")
 
 
 def run_sleeping_stages(context: Context, *, pipelined: PipelineCase, unit_s: float, warmup: int) -> CaseAnswer:
-    """Send micro-batches through sleeping stages; return elapsed, busy seconds and peak held.
+    """Send micro-batches through sleeping stages; return when, busy seconds and peak held.
 
     Args:
         context: of this rank, one stage of the pipeline.
@@ -47,12 +47,12 @@ def run_sleeping_stages(context: Context, *, pipelined: PipelineCase, unit_s: fl
         meter.busy_s = meter.live = meter.most_live = 0
         started = time.perf_counter()
         passes()
-        elapsed_s = time.perf_counter() - started
+        ended = time.perf_counter()
     barrier()
     disconnect()
     return {
-        "elapsed_s": elapsed_s,
-        "pass_s": elapsed_s,
+        "began_s": started,
+        "ended_s": ended,
         "busy_s": meter.busy_s,
         "live": meter.most_live,
         "order": order,
@@ -188,7 +188,7 @@ _BACKWARD = ("backward_one_chunk", "backward_weight_one_chunk")
 
 
 def run_model_stages(context: Context, *, trains: bool, warmup: int) -> CaseAnswer:
-    """Run a step, or its forward passes alone; return elapsed and busy seconds of this rank.
+    """Run a step, or its forward passes alone; return when, and the busy seconds of this rank.
 
     Args:
         context: of this rank, one stage of the pipeline or the one process that does all.
@@ -209,20 +209,24 @@ def run_model_stages(context: Context, *, trains: bool, warmup: int) -> CaseAnsw
                 engine.step(batches, lr=context.run.optimizer.lr)
             else:
                 engine.loss_of(batches)
-            elapsed_s = _now(engine.device) - started
-        passes_s = clock.pop_times().get("pipeline", elapsed_s)  # without the update, which no schedule orders
+            ended = _now(engine.device)
+        passes_s = clock.pop_times().get("pipeline", ended - started)  # without the update, which no schedule orders
         barrier()
-    return {"elapsed_s": elapsed_s, "pass_s": passes_s, "busy_s": meter.busy_s}
+    return {"began_s": started, "ended_s": ended, "pass_s": passes_s, "busy_s": meter.busy_s}
 
 
 def fold_ranks(answers: Sequence[CaseAnswer], *, tokens: int) -> dict[str, float]:
     """Combine the ranks' answers for a case: seconds, tokens a second, idle share.
 
+    The step lasts from the first rank's start to the last one's end: ranks leave a barrier a little apart, and all of a
+    case share a host, whose monotonic clock is one for all processes.
+
     Args:
         answers: by rank.
         tokens: that went through; 0 where stages only slept.
     """
-    elapsed_s, passes_s = (max(answer[key] for answer in answers) for key in ("elapsed_s", "pass_s"))
+    elapsed_s = max(answer["ended_s"] for answer in answers) - min(answer["began_s"] for answer in answers)
+    passes_s = max(answer.get("pass_s", elapsed_s) for answer in answers)
     found = {"step_s": elapsed_s}
     if len(answers) > 1:
         found["idle_share"] = 1 - sum(answer["busy_s"] for answer in answers) / (len(answers) * passes_s)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from launcher.benchmarks.pipeline_bubble import bubble_fraction, longest_path, theory_of
+from launcher.benchmarks.pipeline_stages import fold_ranks
 from launcher.config.benchmark.distributed import PipelineCase
 from launcher.errors import ConfigErrors, JobError
 from launcher.planning.render import render_plan
@@ -65,6 +66,12 @@ def test_every_pipeline_is_measured_beside_theory_and_one_stage(launch) -> None:
     metrics = json.loads((ended.run_dir / "result.json").read_text())["metrics"]
     assert metrics["benchmark/sleep_train_gpipe_2_stages_2/idle"] == facts["sleep_train_gpipe_2_stages_2"]["idle"]
     assert metrics["train/step"] == len(CASES)
+
+
+def test_a_step_lasts_from_the_first_start_to_the_last_end() -> None:
+    """Ranks leave a barrier apart: the last stage's own clock would make the step too short."""
+    answers = [{"began_s": 5.0, "ended_s": 7.0, "busy_s": 2.0}, {"began_s": 5.5, "ended_s": 8.0, "busy_s": 1.0}]
+    assert fold_ranks(answers, tokens=0) == {"step_s": 3.0, "idle_share": 0.5}
 
 
 def test_passes_count_as_work_and_waiting_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,7 @@ def test_pipelines_stand_beside_theory_and_one_stage(monkeypatch: pytest.MonkeyP
     found = {}
     for one in benchmark.pipelines:
         answers: list[dict[str, Any]] = [
-            {"elapsed_s": 2.0, "pass_s": 2.0, "busy_s": 1.5 - rank, "live": 2 - rank, "order": {}}
+            {"began_s": 5.0, "ended_s": 7.0, "pass_s": 2.0, "busy_s": 1.5 - rank, "live": 2 - rank, "order": {}}
             for rank in range(one.stages)
         ]
         numbers = fold_ranks(answers, tokens=0 if one.passes == "sleep" else 100 * one.stages)

@@ -29,6 +29,7 @@ _BY_PLACE = (
     # Models, engines and servers: in this process or in others, seconds of torch each.
     ("engines/*", "process"),
     ("quantization/*", "process"),
+    ("sparsity/*", "process"),
     ("checkpoint/foreign/*", "process"),
     *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
     *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),

@@ -119,6 +119,9 @@ SLOW = {
     "python scripts/bench/draw_dashboards.py docs/images --seconds 120": (
         "deploy/monitoring/test_prometheus.py::test_every_query_of_every_panel_returns_data"
     ),
+    "python scripts/bench/sparsity_reference.py runs/sparsify_smollm2/20260101-120000-abcd": (
+        "jobs/test_sparsify.py::test_what_is_saved_is_what_others_load_and_int8_keeps_its_zeros"
+    ),
     "scripts/test": "scripts/test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""

@@ -9,17 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from launcher.config.quantization import Quantization
+from launcher.data.dataloader import MicroBatch
 from launcher.quantization.layers import GROUPS, LAYERS
 from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
-
-    from launcher.data.dataloader import MicroBatch
 
 
 _IGNORED = -100
@@ -42,6 +41,15 @@ class Fidelity:
         """By how much perplexity has grown: 0.01 is one percent."""
         return self.perplexity_after / self.perplexity_before - 1
 
+    def rows(self) -> Iterator[str]:
+        """Yield the rows of a table: what, before, after, ratio."""
+        yield (
+            f"| perplexity of {self.tokens:,} held-out tokens | {self.perplexity_before:.3f} "
+            f"| {self.perplexity_after:.3f} | {1 + self.growth:.4f} |"
+        )
+        yield f"| KL divergence of the distributions, nats a token | | {self.divergence:.5f} | |"
+        yield f"| same most likely token | | {self.agreement:.2%} | |"
+
 
 def compare_models(
     before: PreTrainedModel,
@@ -51,22 +59,37 @@ def compare_models(
     heartbeat: Callable[[], None],
 ) -> Fidelity:
     """Run both over the same batches; sums are of fp64, distributions of fp32."""
+
+    def pairs() -> Iterator[LogitPair]:
+        for batch in batches:
+            one = model_logits(before, batch)
+            heartbeat()
+            other = model_logits(after, batch)
+            heartbeat()
+            yield one, other, batch
+
+    with torch.inference_mode():
+        return compare_logits(pairs())
+
+
+LogitPair = tuple[Tensor, Tensor, MicroBatch]
+"""Logits (sequences, tokens, vocabulary) of two models, and the batch that they are of."""
+
+
+def compare_logits(pairs: Iterable[LogitPair]) -> Fidelity:
+    """Compare the distributions of two models; sums are of fp64, distributions of fp32."""
     loss_before = loss_after = divergence = 0.0
     tokens = agreed = 0
-    with torch.inference_mode():
-        for batch in batches:
-            wanted = batch.labels.flatten() != _IGNORED
-            labels = batch.labels.flatten()[wanted].to(before.device)
-            one = _logits(before, batch, wanted)
-            heartbeat()
-            other = _logits(after, batch, wanted)
-            heartbeat()
-            loss_before += float(cross_entropy(one, labels, reduction="none").double().sum())
-            loss_after += float(cross_entropy(other, labels, reduction="none").double().sum())
-            apart = kl_div(log_softmax(other, -1), log_softmax(one, -1), reduction="none", log_target=True)
-            divergence += float(apart.sum(dim=-1).double().sum())
-            agreed += int((one.argmax(-1) == other.argmax(-1)).sum())
-            tokens += len(labels)
+    for logits_before, logits_after, batch in pairs:
+        wanted = batch.labels.flatten() != _IGNORED
+        labels = batch.labels.flatten()[wanted].to(logits_before.device)
+        one, other = (each.flatten(0, 1)[wanted.to(each.device)].float() for each in (logits_before, logits_after))
+        loss_before += float(cross_entropy(one, labels, reduction="none").double().sum())
+        loss_after += float(cross_entropy(other, labels, reduction="none").double().sum())
+        apart = kl_div(log_softmax(other, -1), log_softmax(one, -1), reduction="none", log_target=True)
+        divergence += float(apart.sum(dim=-1).double().sum())
+        agreed += int((one.argmax(-1) == other.argmax(-1)).sum())
+        tokens += len(labels)
     return Fidelity(
         tokens=tokens,
         perplexity_before=math.exp(loss_before / tokens),
@@ -76,11 +99,12 @@ def compare_models(
     )
 
 
-def _logits(model: PreTrainedModel, batch: MicroBatch, wanted: Tensor) -> Tensor:
+def model_logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """Return the logits (sequences, tokens, vocabulary) of a batch."""
     where = batch.position_ids
     positions = {} if where is None else {"position_ids": where.to(model.device)}
-    logits = model(input_ids=batch.input_ids.to(model.device), use_cache=False, **positions).logits
-    return logits.flatten(0, 1)[wanted.to(logits.device)].float()
+    logits: Tensor = model(input_ids=batch.input_ids.to(model.device), use_cache=False, **positions).logits
+    return logits
 
 
 BEFORE, AFTER = "before", "after"
@@ -156,14 +180,8 @@ class QuantizationReport:
         yield f"{self.layers} layers, {self.share_of_bf16:.3f} of the bytes of their matrices in bf16."
         yield from ("", f"| | before ({self.precision}) | after | ratio |", "|---|---|---|---|")
         for name, size, kept_size in self._sizes():
-            yield f"| {name} | {_mb(size)} | {_mb(kept_size)} | {_ratio(kept_size, size)} |"
-        kept = self.fidelity
-        yield (
-            f"| perplexity of {kept.tokens:,} held-out tokens | {kept.perplexity_before:.3f} "
-            f"| {kept.perplexity_after:.3f} | {1 + kept.growth:.4f} |"
-        )
-        yield f"| KL divergence of the distributions, nats a token | | {kept.divergence:.5f} | |"
-        yield f"| same most likely token | | {kept.agreement:.2%} | |"
+            yield f"| {name} | {megabytes(size)} | {megabytes(kept_size)} | {ratio_text(kept_size, size)} |"
+        yield from self.fidelity.rows()
         for way, batch, quantity, before, after in self._speeds():
             name = f"{quantity}, {batch} at a time, {_WAYS[way]}: tokens/s"
             yield f"| {name} | {before:,.1f} | {after:,.1f} | {after / before:.2f} |"
@@ -203,9 +221,11 @@ class QuantizationReport:
             yield "Nothing that was measured is slower than before on this machine."
 
 
-def _mb(size: int | None) -> str:
+def megabytes(size: int | None) -> str:
+    """Return a size as text; ``None`` is that of weights that come from no files."""
     return "not from files" if size is None else f"{size / 1e6:,.1f} MB"
 
 
-def _ratio(after: float, before: float | None) -> str:
+def ratio_text(after: float, before: float | None) -> str:
+    """Return a ratio as text; empty if there is nothing to compare with."""
     return f"{after / before:.3f}" if before else ""

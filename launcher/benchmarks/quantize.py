@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ from launcher.benchmarks.results import describe_machine
 from launcher.config.activation import NoCheckpointing
 from launcher.config.inference import EngineLimits
 from launcher.config.model.folder import weight_bytes
-from launcher.config.quantization import Quantization
+from launcher.config.quantization import Int4Weight, Quantization
 from launcher.config.sampling import SamplingParams
-from launcher.data.dataloader import Loader
-from launcher.data.dataset import open_splits
+from launcher.config.sparsity import SPARSITY_FILE
+from launcher.data.dataloader import Loader, MicroBatch
+from launcher.data.dataset import Splits, open_splits
 from launcher.engines.distributed import DTYPES, choose_device
 from launcher.engines.model import prepare_precision, weights_progress
 from launcher.inference.engine.base import EngineRequest
@@ -43,6 +44,7 @@ from launcher.utils.text import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from launcher.config.job.compression import CompressionJob
     from launcher.config.job.quantize import Quantize
     from launcher.engines.context import Context
     from launcher.inference.engine.paged_engine import PagedEngine
@@ -118,19 +120,20 @@ def quantize_model(job: Quantize, context: Context) -> None:
     heartbeat = context.heartbeat.update
     method = run.quantization
     assert isinstance(method, Quantization), "refused before anything starts"
-    models = {name: _build(context, how) for name, how in ((BEFORE, None), (AFTER, method))}
+    models = {name: build_model_of(context, how) for name, how in ((BEFORE, None), (AFTER, method))}
     before, after = models[BEFORE], models[AFTER]
     names = {name for name, _ in quantized_layers(after)}
     print(f"{len(names)} layers quantized by {method.kind}", flush=True)
     heartbeat("save", 1, steps=job.num_steps(run, world_size=1))
     folder = job.folder(context.run_dir)
-    disk = _save(
-        after, method, folder, source=weights_folder(run.model, heartbeat=lambda: heartbeat("save")), context=context
-    )
+    source = weights_folder(run.model, heartbeat=lambda: heartbeat("save"))
+    if source is not None and (source / SPARSITY_FILE).is_file() and isinstance(method, Int4Weight):
+        print(f"zeros: {source} is pruned, and int4_weight does not keep zeros: int8_weight does", flush=True)
+    disk = _save(after, method, folder, source=source, context=context)
     heartbeat("compare", 2)
     fidelity = _compare(job, context, before, after)
     heartbeat("measure", 3)
-    forward = _rates(job, lambda which, batch: forward_rates(models[which], **_sizes(job, batch)), context)
+    forward = _rates(job, lambda which, batch: forward_rates(models[which], **rate_sizes(job, batch)), context)
     sizes = {name: bytes_by_group(model, names) for name, model in models.items()}
     matrices = bf16_bytes(before, names)
     engine, samples = _by_engine(job, context, models)
@@ -152,7 +155,8 @@ def quantize_model(job: Quantize, context: Context) -> None:
     _publish(found, context, folder)
 
 
-def _build(context: Context, method: Quantization | None) -> PreTrainedModel:
+def build_model_of(context: Context, method: Quantization | None = None) -> PreTrainedModel:
+    """Return the model of a run in inference mode, quantized by ``method``."""
     run = context.run
     device = choose_device(context.local_rank)
     prepare_precision(run.precision, device=device)
@@ -202,8 +206,7 @@ def _compare(job: Quantize, context: Context, before: PreTrainedModel, after: Pr
     splits = open_splits(
         run.data, run.model, sequence_length=job.sequence_length, seed=job.seed, heartbeat=lambda: heartbeat("load")
     )
-    loader = Loader(splits, context.batch, seed=job.seed, rank=0)
-    batches = (batch for step in loader.held_out(job.eval_sequences) for batch in step)
+    batches = held_out_batches(job, context, splits)
     swapped = replace_quantized_layers(
         after, after.dtype, heartbeat=lambda: heartbeat("compare", 2)
     )  # many times faster on a CPU
@@ -214,11 +217,18 @@ def _compare(job: Quantize, context: Context, before: PreTrainedModel, after: Pr
     return found
 
 
-def _sizes(job: Quantize, batch: int) -> dict[str, int]:
+def held_out_batches(job: CompressionJob, context: Context, splits: Splits) -> Iterator[MicroBatch]:
+    """Yield the text that two models are compared on."""
+    loader = Loader(splits, context.batch, seed=job.seed, rank=0)
+    return (batch for step in loader.held_out(job.eval_sequences) for batch in step)
+
+
+def rate_sizes(job: CompressionJob, batch: int) -> dict[str, int]:
+    """Return what the speed of ``batch`` sequences at a time is measured with."""
     return {"batch": batch, "prompt": job.rate_prompt, "new": job.rate_tokens}
 
 
-_SLOW_S = 20.0
+SLOW_S = 20.0
 """A round of both that takes longer needs no warming up."""
 Measured = dict[int, dict[str, list[Rates]]]
 """By batch, then before and after: one entry a round."""
@@ -230,7 +240,7 @@ def _rates(job: Quantize, measure: Callable[[str, int], Rates], context: Context
     for batch, rates in found.items():
         started = time.monotonic()
         warm_up = {which: _once(measure, which, batch, context) for which in rates}
-        if (took_s := time.monotonic() - started) > _SLOW_S:
+        if (took_s := time.monotonic() - started) > SLOW_S:
             print(f"speed of {counted(batch, 'sequence')}: measured once, because it took {took_s:.0f} s", flush=True)
             for which, kept in rates.items():
                 kept.append(warm_up[which])
@@ -255,16 +265,16 @@ def _by_engine(
     Layers of the models are replaced.
     """
     most = max(job.rate_batches, default=1)
-    engines = {which: engine_of(model, **_sizes(job, most)) for which, model in models.items()}
+    engines = {which: engine_of(model, **rate_sizes(job, most)) for which, model in models.items()}
     tokenizer = open_tokenizer(job.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("sample", 4))
 
     def measure(which: str, batch: int) -> Rates:
-        return engine_rates(engines[which], models[which], **_sizes(job, batch))
+        return engine_rates(engines[which], models[which], **rate_sizes(job, batch))
 
     rates = _rates(job, measure, context)
     eos_token_ids = load_eos_token_ids(context.run, models[BEFORE])
     samples = {
-        which: tokenizer.decode(_continue(engine, tokenizer.encode(job.prompt), eos_token_ids, job.sample_tokens))
+        which: tokenizer.decode(continue_prompt(engine, tokenizer.encode(job.prompt), eos_token_ids, job.sample_tokens))
         for which, engine in engines.items()
     }
     for engine in engines.values():
@@ -272,7 +282,10 @@ def _by_engine(
     return rates, samples
 
 
-def _continue(engine: PagedEngine, prompt: list[int], eos_token_ids: tuple[int, ...], max_tokens: int) -> list[int]:
+def continue_prompt(
+    engine: PagedEngine, prompt: list[int], eos_token_ids: tuple[int, ...], max_tokens: int
+) -> list[int]:
+    """Return the tokens by which an engine continues a prompt, greedily."""
     sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=eos_token_ids)
     engine.add(EngineRequest(id="sample", prompt=tuple(prompt), sampling=sampling))
     tokens: list[int] = []

@@ -130,6 +130,6 @@ def _checkpoint(word: str, root: Path, *, locks: CheckpointLocks) -> SavedCheckp
         fix = "name a run that launch runs lists, or a folder checkpoints/step_…"
         raise ConfigError("run", word, why="is neither a run nor a checkpoint", fix=fix)
     if (quantized := quantized_model(folder)) is not None:
-        why = f"is a run of job=quantize, whose weights are files already: {quantized}"
-        raise ConfigError("run", word, why=why, fix="copy that folder, or export the run that was quantized")
+        why = f"is a run of job=quantize or job=sparsify, whose weights are files already: {quantized}"
+        raise ConfigError("run", word, why=why, fix="copy that folder, or export the run whose weights it took")
     return find_intact_checkpoint(folder, word, option="run", locks=locks)

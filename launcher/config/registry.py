@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.config.component import Component
 from launcher.config.quantization import METHODS
+from launcher.config.sparsity import PRUNING_METHODS
 
 KINDS: dict[str, dict[str, str]] = {
     "job": {
@@ -14,6 +15,7 @@ KINDS: dict[str, dict[str, str]] = {
         "benchmark": "launcher.config.job.benchmark:BenchmarkJob",
         "evaluate": "launcher.config.job.train:Evaluate",
         "quantize": "launcher.config.job.quantize:Quantize",
+        "sparsify": "launcher.config.job.sparsify:Sparsify",
         "generate": "launcher.config.job.generate:Generate",
         "serve": "launcher.config.job.serve:Serve",
         "verify": "launcher.config.job.verify:Verify",
@@ -54,6 +56,10 @@ KINDS: dict[str, dict[str, str]] = {
     "quantization": {
         "none": "launcher.config.quantization:NoQuantization",
         **{method.kind: f"launcher.config.quantization:{method.__name__}" for method in METHODS.values()},
+    },
+    "sparsity": {
+        "none": "launcher.config.sparsity:NoSparsity",
+        **{method.kind: f"launcher.config.sparsity:{method.__name__}" for method in PRUNING_METHODS.values()},
     },
     "adapter": {
         "none": "launcher.config.adapter:NoAdapter",
@@ -129,6 +135,7 @@ KINDS: dict[str, dict[str, str]] = {
 
 GROUPS_ADDED_LATER: dict[str, dict[str, Any]] = {
     "quantization": {"kind": "none"},
+    "sparsity": {"kind": "none"},
     "profile": {"kind": "false"},
     "adapter": {"kind": "none"},
     "deploy": {"kind": "none"},

@@ -32,6 +32,7 @@ from launcher.config.profile import Profile, ProfileUnit
 from launcher.config.quantization import NoQuantization, Quantization
 from launcher.config.registry import KINDS
 from launcher.config.schedule import Schedule
+from launcher.config.sparsity import Sparsity
 from launcher.config.tracker import Tracker
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch, Host, Plan
@@ -72,6 +73,7 @@ class Run:
     schedule: Schedule
     precision: Precision
     quantization: Quantization | NoQuantization
+    sparsity: Sparsity
     adapter: Adapter
     activation: ActivationCheckpointing
     attention: Attention

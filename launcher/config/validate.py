@@ -17,6 +17,8 @@ from launcher.config.compile import RegionalCompile
 from launcher.config.data.base import Corpus, Synthetic
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
+from launcher.config.job.sparsify import Sparsify
+from launcher.config.job.train import Train
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.linear_layers import ModuleSizes, module_sizes
 from launcher.config.model.transformers_support import attention_support
@@ -26,6 +28,7 @@ from launcher.config.parallel.zero import Zero
 from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
 from launcher.config.quantization import METHODS
 from launcher.config.run import BatchedJob, Benchmark, LearningJob, Run, run_to_tree
+from launcher.config.sparsity import Pruning
 from launcher.config.supported_models import packing_error, unsupported_attention, validate_family
 from launcher.errors import ConfigError
 from launcher.errors.secrets import is_secret, is_secret_argument, is_secret_value, secret_variable_in
@@ -70,6 +73,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _validate_written_paths(run)
     yield from _validate_deploy(run)
     yield from _validate_quantization(run)
+    yield from _validate_sparsity(run)
     yield from _validate_adapter(run, world_size)
     yield from _validate_parameter_groups(run)
     yield from _validate_checkpoint(run)
@@ -210,12 +214,30 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
         yield ConfigError("quantization", chosen, why=why, fix=fix)
     if own == "none":
         return
-    if quantizes:
+    if isinstance(run.job, Sparsify):
+        why = "job=sparsify prunes weights that are not quantized"
+        fix = "set model.quantization=none, and quantize what job=sparsify saves by job=quantize"
+        yield ConfigError("model.quantization", own, why=why, fix=fix)
+    elif quantizes:
         why = "job=quantize starts from the original weights and uses the group quantization"
         fix = f"set model.quantization=none quantization={own}"
         yield ConfigError("model.quantization", own, why=why, fix=fix)
     else:
         yield from validate_quantized_weights(run, "model.quantization", own, instead="set model.quantization=none")
+
+
+def _validate_sparsity(run: Run) -> Iterator[ConfigError]:
+    """Reject methods that prune nothing, and zeros to keep where no weight changes."""
+    sparsity = run.sparsity
+    if isinstance(sparsity, Pruning) and not isinstance(run.job, Sparsify):
+        why = f"job={run.job.kind} does not prune a model"
+        fix = "set job=sparsify, or sparsity=none and model.weights to a folder that job=sparsify saved"
+        yield ConfigError("sparsity", sparsity.kind, why=why, fix=fix)
+    if sparsity.keep and not isinstance(run.job, Train):
+        why = f"job={run.job.kind} trains no weights, so their zeros stay"
+        yield ConfigError("sparsity.keep", "true", why=why, fix="leave it out, or set job=train")
+    elif sparsity.keep:
+        yield ConfigError("sparsity.keep", "true", why="is not supported yet", fix="leave it out")
 
 
 def validate_quantized_weights(run: Run, option: str, value: object, *, instead: str) -> Iterator[ConfigError]:

@@ -99,7 +99,7 @@ def find_model_folder(folder: Path, word: str, *, option: str, locks: Checkpoint
 
 
 def quantized_model(folder: Path) -> Path | None:
-    """Return the model folder that ``job=quantize`` left in a run, if ``folder`` is such a run."""
+    """Return the model folder that ``job=quantize`` or ``sparsify`` left in a run, if it is one."""
     model = folder / MODEL_FOLDER
     if RunDir(folder).checkpoints.is_dir() or is_checkpoint(folder) or not (model / "config.json").is_file():
         return None

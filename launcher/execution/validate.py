@@ -20,9 +20,10 @@ from launcher.checkpoint.resume import (
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
 from launcher.config.backend.containers import validate_mounted
+from launcher.config.job.compression import CompressionJob
 from launcher.config.job.generate import Generate
 from launcher.config.job.generating import GeneratingJob
-from launcher.config.job.quantize import Quantize
+from launcher.config.job.sparsify import Sparsify
 from launcher.config.job.train import Train
 from launcher.config.parallel.zero import Zero
 from launcher.config.run import BatchedJob, Run
@@ -56,7 +57,11 @@ def validate_machine(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Itera
 def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from run.job.validate_machine(run, RunDir(run_dir))
     yield from run.tracker.validate_machine()
-    if isinstance(run.job, Generate | Quantize) and run.job.output is not None and not Path(run.job.output).exists():
+    if (
+        isinstance(run.job, Generate | CompressionJob)
+        and run.job.output is not None
+        and not Path(run.job.output).exists()
+    ):
         yield from _validate_unwritable("job.output", Path(run.job.output).absolute())
     yield from _validate_quantization(run)
     if isinstance(run.job, BatchedJob) and run.job.trains:
@@ -80,9 +85,12 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
     yield from errors
     if not errors and run.model.quantization == "none" and run.model.quantization_manifest() is not None:
         folder = run.model.local_weights
-        if isinstance(run.job, Quantize):
+        if isinstance(run.job, CompressionJob):
             why = "its weights are already quantized"
-            yield ConfigError("model.weights", folder, why=why, fix="give the original weights")
+            fix = "give the original weights"
+            if isinstance(run.job, Sparsify):
+                fix += ", and quantize what job=sparsify saves"
+            yield ConfigError("model.weights", folder, why=why, fix=fix)
         yield from validate_quantized_weights(
             run, "model.weights", folder, instead="give weights that are not quantized"
         )

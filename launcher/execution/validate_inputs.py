@@ -14,9 +14,9 @@ from launcher.config.data.bpe import count_folder_tokens, folder_tokenizer, fold
 from launcher.config.data.hf import HfData
 from launcher.config.data.padding import estimate_padding
 from launcher.config.data.sources import cached_dataset
+from launcher.config.job.compression import CompressionJob
 from launcher.config.job.eval_sets import EvaluatingJob
 from launcher.config.job.generating import GeneratingJob
-from launcher.config.job.quantize import Quantize
 from launcher.config.model.base import (
     FOLDER_WITH_TOKENIZER,
     Model,
@@ -106,7 +106,7 @@ def _is_of_model(choice: str, model: Model) -> bool:
 
 def _validate_tokenizer(run: Run, option: str, choice: str, *, fetches_here: bool) -> Iterator[ConfigError]:
     """Yield a tokenizer that ranks would load and that is missing or cannot be downloaded."""
-    takes_own_tokens_only = isinstance(run.job, Quantize) and option == "data.tokenizer"
+    takes_own_tokens_only = isinstance(run.job, CompressionJob) and option == "data.tokenizer"
     alternative = None if takes_own_tokens_only else tokenizer_alternative(option)
     instead = f"set {alternative or f'{option}={FOLDER_WITH_TOKENIZER}'}"
     try:
@@ -268,7 +268,7 @@ def _validate_lengths(run: Run, run_dir: RunDir, *, can_read_data: bool) -> Iter
     if isinstance(run.job, BatchedJob) and isinstance(run.data, Corpus) and can_read_data:
         own = None if run.data.trains_tokenizer else local_tokenizer_folder(run, run_dir, run.data.tokenizer)
         yield from run.data.validate_length(run.job.sequence_length, tokenizer=own)
-    if isinstance(run.job, Quantize) and run.job.tokenizer not in ("data", "bytes"):
+    if isinstance(run.job, CompressionJob) and run.job.tokenizer not in ("data", "bytes"):
         folder = local_tokenizer_folder(run, run_dir, run.job.tokenizer)
         prompt = None if folder is None else count_folder_tokens(folder, [run.job.prompt])
         shape, length = run.model.shape(), run.job.sample_tokens

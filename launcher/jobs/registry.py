@@ -11,6 +11,7 @@ EXECUTORS: dict[str, str] = {
     "generate": "launcher.inference.batch.generate:generate",
     "serve": "launcher.inference.server.api_server:serve",
     "quantize": "launcher.benchmarks.quantize:quantize_model",
+    "sparsify": "launcher.benchmarks.sparsify:sparsify_model",
     "benchmark": "launcher.jobs.benchmark:run_benchmark",
     "verify": "launcher.verification.verify:verify",
 }

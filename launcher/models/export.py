@@ -45,7 +45,7 @@ from launcher.utils.files import fsync_folder, write_json
 from launcher.utils.safetensors_header import TensorEntry, header_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from launcher.models.weights import ModelTensors
 
@@ -56,21 +56,32 @@ class ModelExport:
     """What Transformers needs of a checkpoint: weights, configs, tokenizer and chat template.
 
     Args:
-        source: ``model/`` of a checkpoint.
+        source: ``model/`` of a checkpoint, or a folder with a tokenizer; ``None`` if there is neither.
         dtype: of the weights, but for those that the family keeps in fp32.
         max_shard_bytes: of one file; a larger tensor has a file of its own.
         stored: the tensors, if they are others than the checkpoint's.
+        config: of the model, if it is not the checkpoint's.
 
     Raises:
         JobError: the checkpoint does not hold the model that its config describes.
     """
 
     def __init__(
-        self, source: Path, *, dtype: torch.dtype, max_shard_bytes: int, stored: ModelTensors | None = None
+        self,
+        source: Path | None,
+        *,
+        dtype: torch.dtype,
+        max_shard_bytes: int,
+        stored: ModelTensors | None = None,
+        config: PreTrainedConfig | None = None,
     ) -> None:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config is None:
+            assert source is not None, "the configuration is in it"
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model = meta_model(config, attention="eager", dtype=dtype)
-        stored = stored or find_tensors(model, source, skip=lambda name: False)
+        if stored is None:
+            assert source is not None, "the tensors are in it"
+            stored = find_tensors(model, source, skip=lambda name: False)
         if wrong := differences(stored):
             why = f"{source} does not hold the model that its config.json describes: {wrong}"
             raise JobError(why, exit_code=EXIT_BAD_INPUT)
@@ -102,7 +113,8 @@ class ModelExport:
         """Write all files into an empty folder; arguments and errors are those of :meth:`write`."""
         _write_weights(folder, self._shards, self._conversion.values(), written=written)
         self._model.config.save_pretrained(folder)
-        copy_tokenizer(self._source, folder)
+        if self._source is not None:
+            copy_tokenizer(self._source, folder)
         if not (folder / _GENERATION_FILE).exists() and self._model.can_generate():
             self._model.generation_config.save_pretrained(folder)
 

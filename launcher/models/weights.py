@@ -162,6 +162,35 @@ class CheckpointTensors:
         return True
 
 
+class BuiltTensors:
+    """The tensors of a model that was built, for an export; none is copied.
+
+    Args:
+        model: with values.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._values: dict[str, Tensor] = model.state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._values.items()}
+        self.unexpected: set[str] = set()
+        self.unconverted: dict[str, str] = {}
+        self.missing: set[str] = set()
+
+    def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return nothing: the tensors are the model's own."""
+        return {}
+
+    def read(self, names: Sequence[str]) -> Tensor | None:
+        """Return the tensor that has one of ``names`` in the model; ``None`` if there is none."""
+        name = next((name for name in names if name in self._values), None)
+        return None if name is None else self._values[name]
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Return whether two names of the model have equal values."""
+        first, second = self._values[one], self._values[other]
+        return bool(first.data_ptr() == second.data_ptr() or torch.equal(first, second))
+
+
 def _same_parameters(model: PreTrainedModel) -> list[set[str]]:
     """Return the names of each parameter of a model that has several."""
     names: dict[int, set[str]] = {}

@@ -49,7 +49,7 @@ _OWN_ENTRIES = frozenset(
             "server",
             "saved",
         ),
-        *("quantize.json", "quantize.md", "verify.json", "verify.md", "verify.png"),
+        *("quantize.json", "quantize.md", "sparsify.json", "sparsify.md", "verify.json", "verify.md", "verify.png"),
         *("benchmark.json", "benchmark.md", "benchmark.png"),
     }
 )

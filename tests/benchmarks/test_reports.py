@@ -500,7 +500,7 @@ def test_a_model_is_quantized_kept_and_measured_once_more_where_that_is_slow(
 ) -> None:
     from launcher.benchmarks import quantize
 
-    monkeypatch.setattr(quantize, "_SLOW_S", slow_s)
+    monkeypatch.setattr(quantize, "SLOW_S", slow_s)
     run = compose([*QUANTIZE, f"data.cache={tmp_path / 'cache'}"]).run
     quantize.quantize_model(run.job, context_of(run, tmp_path))  # type: ignore[arg-type]
     report = json.loads((tmp_path / "quantize.json").read_text())

@@ -135,6 +135,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "serve": (),
     "verify": ("parallel=ddp",),
     "quantize": ("quantization=int8_weight", "parallel=single"),
+    "sparsify": ("sparsity=magnitude", "parallel=single"),
     "benchmark": ("benchmark=batching",),
 }
 """Every kind of job, and what its command needs."""

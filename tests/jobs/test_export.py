@@ -74,7 +74,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     for words, said in {
         ("nowhere", "new"): "run=nowhere: is not a folder, and no run in runs begins with it",
         ("there", "new"): "run=there: is neither a run nor a checkpoint",
-        ("packed", "new"): "is a run of job=quantize, whose weights are files already: ",
+        ("packed", "new"): "is a run of job=quantize or job=sparsify, whose weights are files already: ",
         ("packed", "there"): "DIR={}/there: is there already",
         ("packed", "no/new"): "there is no folder {}/no",
         ("packed", "trained/checkpoints/new"): "is among the checkpoints of a run",

@@ -149,7 +149,7 @@ MOST_METRICS = 256 << 20
 Curves = Mapping[str, Sequence[Point]]
 """Points by metric."""
 _STEP, _TIME = "train/step", "time"
-_NOT_DRAWN = ("train/tokens", "train/skipped", "baseline/", "benchmark/", "verify/", "quantize/")
+_NOT_DRAWN = ("train/tokens", "train/skipped", "baseline/", "benchmark/", "verify/", "quantize/", "sparsify/")
 """Ramps and flags, baselines drawn with the loss, and figures shown in tables."""
 _BASELINE, _PARTS = "baseline/", "time/"
 _GREY = "#6b7280"

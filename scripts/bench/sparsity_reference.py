@@ -1,0 +1,197 @@
+"""Compare a run of job=sparsify with Wanda and SparseGPT computed anew in float64, by the papers' formulas.
+
+    python scripts/bench/sparsity_reference.py RUN_DIRECTORY
+
+The original model is loaded again and pruned by the code below on the run's calibration text. It shares none with the
+launcher's: the whole model runs again for each block, until that block; SparseGPT removes inputs one after the other
+from the inverse Hessian by elimination instead of a Cholesky factor. Both perplexities are of the run's held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import print_machine
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+from launcher.benchmarks.sparsify import calibration_batches
+from launcher.config.activation import NoCheckpointing
+from launcher.config.job.sparsify import Sparsify
+from launcher.config.snapshot import load_run
+from launcher.config.sparsity import CalibratedPruning, Pruning, SparseGpt
+from launcher.data.dataset import open_splits
+from launcher.models.build import build_model
+from launcher.utils.files import read_json
+
+MOST = 0.02
+"""Largest relative difference of the perplexities."""
+
+
+class _Reached(Exception):
+    """The block whose inputs are wanted has run."""
+
+
+def layers_of(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a block."""
+    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+
+
+def inputs_of(model: Any, block: nn.Module, batches: Sequence[Any]) -> dict[str, Tensor]:
+    """Return all inputs of a block's layers, (tokens, inputs) in float64, by running the model from its start."""
+    found: dict[str, list[Tensor]] = {name: [] for name in layers_of(block)}
+
+    def take(name: str) -> Callable[..., None]:
+        return lambda _, args: found[name].append(args[0].flatten(0, 1))
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    hooks = [layer.register_forward_pre_hook(take(name)) for name, layer in layers_of(block).items()]
+    hooks.append(block.register_forward_hook(stop))
+    for batch in batches:
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        try:
+            model(input_ids=batch.input_ids, use_cache=False, **positions)
+        except _Reached:
+            continue
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def zero_in_groups(scores: Tensor, *, kept: int, size: int) -> Tensor:
+    """Return True for all but the ``kept`` largest scores of each group of ``size`` inputs of an output."""
+    ranks = scores.view(len(scores), -1, size).argsort(dim=-1, descending=True).argsort(dim=-1)
+    return (ranks >= kept).view_as(scores)
+
+
+def zero_in_rows(scores: Tensor, ratio: float) -> Tensor:
+    """Return True for the smallest scores of each row."""
+    ranks = scores.argsort(dim=-1).argsort(dim=-1)
+    return ranks < math.floor(scores.shape[-1] * ratio + 1e-6)
+
+
+def zeros_of(scores: Tensor, method: Pruning, *, by_row: bool) -> Tensor:
+    """Return where zeros go: in groups, in each row, or in the matrix as a whole."""
+    if method.pattern != "unstructured":
+        kept, size = map(int, method.pattern.split(":"))
+        return zero_in_groups(scores, kept=kept, size=size)
+    ratio = 0.5 if method.ratio is None else method.ratio
+    return zero_in_rows(scores, ratio) if by_row else zero_in_rows(scores.reshape(1, -1), ratio).view_as(scores)
+
+
+def wanda(weight: Tensor, inputs: Tensor, method: Pruning) -> Tensor:
+    """Return the matrix pruned by ``|weight| * norm of its input``, each output by itself."""
+    scores = weight.abs() * inputs.square().sum(dim=0).sqrt()
+    return weight.masked_fill(zeros_of(scores, method, by_row=True), 0.0)
+
+
+def eliminated(hessian: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return, for each input, the first element and the first row of the inverse Hessian of it and all after it.
+
+    Removing the first input of an inverse is one step of Gaussian elimination.
+    """
+    inverse = torch.linalg.inv(hessian)
+    first, rows = [], []
+    for _ in range(len(hessian)):
+        first.append(inverse[0, 0])
+        rows.append(inverse[0].clone())
+        inverse = inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
+    return torch.stack(first), rows
+
+
+def sparsegpt(weight: Tensor, inputs: Tensor, method: SparseGpt) -> Tensor:
+    """Return the matrix pruned by optimal brain surgery in the order of its inputs, updating all weights at once."""
+    hessian = 2 * inputs.t() @ inputs
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    weight = weight.masked_fill(dead, 0.0)
+    diagonal[dead] = 1.0
+    diagonal += method.damping * diagonal.mean()
+    first, rows = eliminated(hessian)
+    zeros = torch.zeros_like(weight, dtype=torch.bool)
+    size = 1 if method.pattern == "unstructured" else int(method.pattern.partition(":")[2])
+    for at in range(weight.shape[1]):
+        part = slice(at, at + (method.block_size if size == 1 else size))
+        if (size == 1 and at % method.block_size == 0) or (size > 1 and at % size == 0):
+            zeros[:, part] = zeros_of(weight[:, part].square() / first[part], method, by_row=False)
+        error = torch.where(zeros[:, at], weight[:, at], 0.0) / first[at]
+        weight[:, at:] -= torch.outer(error, rows[at])
+        weight[zeros[:, at], at] = 0.0
+    return weight
+
+
+def prune(model: Any, blocks: Sequence[nn.Module], batches: Sequence[Any], method: Pruning) -> Iterator[int]:
+    """Prune a float64 model in place; yield the number of each block that is done."""
+    for number, block in enumerate(blocks):
+        layers = layers_of(block)
+        inputs = inputs_of(model, block, batches) if isinstance(method, CalibratedPruning) else dict.fromkeys(layers)
+        for name, layer in layers.items():
+            weight = layer.weight.t().clone() if isinstance(layer, Conv1D) else layer.weight.clone()
+            if isinstance(method, SparseGpt):
+                made = sparsegpt(weight, inputs[name], method)
+            elif isinstance(method, CalibratedPruning):
+                made = wanda(weight, inputs[name], method)
+            else:
+                made = weight.masked_fill(zeros_of(weight.abs(), method, by_row=False), 0.0)
+            layer.weight.copy_(made.t() if isinstance(layer, Conv1D) else made)
+        yield number
+
+
+def perplexity(model: Any, rows: Sequence[Any]) -> float:
+    """Return the perplexity of held-out rows, in float64."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.from_numpy(row.input_ids)[None], torch.from_numpy(row.labels)
+        where = {} if row.position_ids is None else {"position_ids": torch.from_numpy(row.position_ids)[None]}
+        logits = model(input_ids=ids, use_cache=False, **where).logits[0]
+        total += float(cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    return math.exp(total / count)
+
+
+def compare(run_dir: Path) -> dict[str, float]:
+    """Return both perplexities of a finished run."""
+    run = load_run(run_dir / "run.yaml")
+    job, method = run.job, run.sparsity
+    assert isinstance(job, Sparsify), f"{run_dir} is not a run of job=sparsify"
+    assert isinstance(method, Pruning), "which needs a method"
+    if method.skip or (isinstance(method, CalibratedPruning) and method.allocation != "uniform"):
+        sys.exit("sparsity.skip and sparsity.allocation are not computed here: compare a run without them")
+    splits = open_splits(run.data, run.model, sequence_length=job.sequence_length, seed=job.seed)
+    batches = calibration_batches(method, job, splits) if isinstance(method, CalibratedPruning) else []
+    model = build_model(run.model, seed=job.seed, attention=run.attention, activation=NoCheckpointing())
+    model.eval().requires_grad_(False).double()  # built in fp32: random weights of float64 would be others
+    parts = max((each for each in model.base_model.children() if isinstance(each, nn.ModuleList)), key=len)
+    started = time.monotonic()
+    for number in prune(model, list(parts), batches, method):
+        print(f"block {number + 1} of {len(parts)}: {time.monotonic() - started:.0f} s", flush=True)
+    held_out = [splits.held_out.row(at) for at in range(min(job.eval_sequences, splits.held_out.num_sequences))]
+    found: Mapping[str, Any] = read_json(run_dir / "sparsify.json")
+    return {"float64": perplexity(model, held_out), "launcher": found["fidelity"]["perplexity_after"]}
+
+
+def main() -> int:
+    """Print both; exit with 1 if they differ by more than ``MOST``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="directory of a finished run of job=sparsify")
+    folder = parser.parse_args().run
+    with torch.no_grad():
+        found = compare(folder)
+    print_machine()
+    apart = found["launcher"] / found["float64"] - 1
+    print(f"perplexity: launcher {found['launcher']:.4f}, float64 {found['float64']:.4f}, apart {apart:+.3%}")
+    return int(abs(apart) > MOST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

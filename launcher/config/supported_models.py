@@ -31,6 +31,9 @@ def validate_family(
         length: tokens in a sequence; 0 where none is cut.
     """
     dims = parallel.dims(world_size)
+    if model.image_text() is not None:
+        yield from _validate_images(parallel, model, world_size=world_size)
+        return
     if dims.sequence > 1:
         yield from _validate_sequences(model, attention, degree=dims.sequence, length=length)
     if dims.pipeline > 1 and parallel.kind == "pipeline":
@@ -49,6 +52,20 @@ def validate_family(
         yield ConfigError("parallel.stages", dims.pipeline, why=why, fix=_ALTERNATIVE)
     if parallel.kind == "deepspeed_pipeline" and model.shape() is None and family not in PIPELINE_FAMILIES:
         yield unknown_family_error(str(family))
+
+
+def _validate_images(parallel: Parallel, model: Model, *, world_size: int) -> Iterator[ConfigError]:
+    """Reject strategies that split layers, matrices or sequences: the image encoder is a model beside the layers."""
+    dims = parallel.dims(world_size)
+    instead = "set parallel=single, ddp, zero2, zero3 or fsdp"
+    if parallel.kind in ("pipeline", "deepspeed_pipeline"):
+        why = f"{model.name} takes images, and its image encoder is no stage of a pipeline"
+        yield ConfigError("parallel", parallel.kind, why=why, fix=instead)
+        return
+    for option, degree in (("tensor", dims.tensor), ("sequence_parallel", dims.sequence)):
+        if degree > 1:
+            why = f"{model.name} takes images, whose places in the sequence and encoder are not split"
+            yield ConfigError(f"parallel.{option}", degree, why=why, fix=f"set parallel.{option}=1")
 
 
 def _validate_state(model: Model) -> Iterator[ConfigError]:
@@ -71,6 +88,9 @@ def packing_error(model: Model, attention: Attention) -> ConfigError | None:
     if attention.kind == FlashAttention.kind:
         why = "attention=flash takes no mask, which keeps the examples of a row apart"
         return ConfigError("data.packing", "true", why=why, fix="set attention=sdpa, or data.packing=false")
+    if model.image_text() is not None:
+        why = f"{model.name} takes images, and finds their places in rows of one example"
+        return ConfigError("data.packing", "true", why=why, fix="set data.packing=false")
     config = model.stored_config()
     if config is not None:
         family = str(config.get("model_type"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from launcher.config.data.order import padded_length
 from launcher.data.dataset import Splits
 from launcher.data.rows import IGNORE_INDEX, ExampleRows, PairRows, Sequences, TokenRow
+from launcher.models.processor import PER_TOKEN, join_arrays, pad_per_token
 from launcher.protocol.plan import Batch
 
 
@@ -43,6 +44,8 @@ class MicroBatch:
     """fp32, shape (sequences,), of pairs: log-probability of each answer in the reference."""
     sources: torch.Tensor | None = None
     """int64, of each row, or of each pair: the number of its source in a mixture."""
+    arrays: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Inputs of images, by the names of the model's ``forward``; empty where no row has images."""
 
 
 class Loader:
@@ -86,6 +89,11 @@ class Loader:
         fixed, sources = sequences.row_length, self._sources(sequences, numbers)
         if not isinstance(sequences, PairRows):
             rows = [sequences.row(number) for number in numbers]
+            if isinstance(sequences, ExampleRows) and not any(row.arrays for row in rows):
+                filler = sequences.filler
+                if filler is not None:  # every rank passes its images through the model, or the others would wait
+                    rows.append(filler)
+                    sources = None if sources is None else torch.cat([sources, sources.new_zeros(1)])
             return replace(_tensors(rows, fixed=fixed, num_labelled=num_labelled), sources=sources)
         pairs = [sequences.pair(number) for number in numbers]
         batch = _tensors([pair[side] for side in (0, 1) for pair in pairs], fixed=fixed)
@@ -177,7 +185,21 @@ def _tensors(rows: Sequence[TokenRow], *, fixed: int | None, num_labelled: int |
         if positions is not None and row.position_ids is not None:
             positions[number, :size] = torch.from_numpy(row.position_ids)
             positions[number, size:] -= size  # padding is a document of its own
+    arrays = _image_tensors(rows, length=length)
     if torch.cuda.is_available():
         inputs, labels = inputs.pin_memory(), labels.pin_memory()
         positions = None if positions is None else positions.pin_memory()
-    return MicroBatch(input_ids=inputs, labels=labels, position_ids=positions)
+        arrays = {name: tensor.pin_memory() for name, tensor in arrays.items()}
+    return MicroBatch(input_ids=inputs, labels=labels, position_ids=positions, arrays=arrays)
+
+
+def _image_tensors(rows: Sequence[TokenRow], *, length: int) -> dict[str, torch.Tensor]:
+    """Return the inputs of the images of all rows, those of one row after those of the row before."""
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row.arrays):
+        if name in PER_TOKEN:
+            joined = pad_per_token([row.arrays.get(name) for row in rows], length=length)
+        else:
+            joined = join_arrays([row.arrays[name] for row in rows if name in row.arrays])
+        found[name] = torch.from_numpy(np.ascontiguousarray(joined))
+    return found

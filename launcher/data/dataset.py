@@ -17,12 +17,13 @@ from launcher.config.data.auto import AutoData
 from launcher.config.data.base import STREAM_LAYOUT, Corpus, Data, Synthetic
 from launcher.config.data.order import SampleOrder, Shuffled
 from launcher.config.model.base import Model
+from launcher.config.model.image_text import read_image_text
 from launcher.config.run import Run
 from launcher.config.supported_models import packing_error
 from launcher.data.example_encoding import example_folders
 from launcher.data.example_rows import RowSettings, open_rows
-from launcher.data.rows import PairRows, Sequences, TokenRow, row_of_window
-from launcher.data.token_cache import token_folder
+from launcher.data.rows import ExampleRows, PairRows, Sequences, TokenRow, row_of_window
+from launcher.data.token_cache import given_folder, token_folder
 from launcher.errors import ConfigError
 from launcher.models.pretrained import transformers_config
 from launcher.models.tokenizer import FastTokenizer
@@ -348,6 +349,8 @@ def _open_examples(
         evaluation=folders.evaluation,
         evaluation_splits=folders.evaluation_splits,
     )
+    if isinstance(opened.train, ExampleRows) and opened.train.filler is not None:
+        _check_processor(data, model, heartbeat=heartbeat)
     vocab_size, is_paired = folders.tokenizer.vocab_size, isinstance(opened.train, PairRows)
     return Splits(
         train=opened.train,
@@ -361,6 +364,18 @@ def _open_examples(
         train_sources=data.source_names("path"),
         held_out_sources=data.held_out_source_names,
     )
+
+
+def _check_processor(data: AutoData, model: Model, *, heartbeat: Callable[[], None]) -> None:
+    """Raise unless images were preprocessed for this model.
+
+    Raises:
+        ConfigError: they were by the files of another one.
+    """
+    facts, used = model.image_text(), read_image_text(given_folder(data, model, heartbeat=heartbeat))
+    if facts is None or used is None or (facts.family, facts.token_id) != (used.family, used.token_id):
+        why = f"its folder preprocesses images for another model than {model.name}"
+        raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix="set data.tokenizer=model")
 
 
 def _open_synthetic(data: Synthetic, *, max_length: int, sequence_length: int, seed: int) -> Splits:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from launcher.data.example_worker import EncodingTask, WorkerFailed, encode_bloc
 from launcher.data.progress import TokenisingProgress, estimate_rows, rows_text
 from launcher.data.token_cache import given_folder, given_tokenizer, read_bpe, train_bpe
 from launcher.errors import EXIT_BAD_INPUT, ConfigError, JobError
+from launcher.models.processor import processor_fingerprint
 from launcher.models.tokenizer import FastTokenizer
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import sha256_of
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
     from launcher.config.data.auto import DataSource
 
 _FORMAT = 2
+_ROWS_A_PROCESS = 64
+"""Rows with images for which another process is worth its start."""
 _TOKENIZER = "tokenizer.json"
 _BYTES_A_PROCESS = 8 << 20
 """Data for which another process is worth its start."""
-_WAITING_BLOCKS = 64
-"""Most finished blocks of a process that wait for those before them."""
+_WAITING_BLOCKS, _WAITING_IMAGE_BLOCKS = 64, 2
+"""Most finished blocks of a process that wait for those before them; the second of rows with images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,9 @@ def example_folders(
     """
     data.check_shapes([*data.sources(), *data.sources("eval_path")])
     given = None if data.trains_tokenizer else given_tokenizer(data, model, heartbeat=heartbeat)
-    template = data.template(None if given is None else given_folder(data, model, heartbeat=heartbeat))
+    own = None if given is None else given_folder(data, model, heartbeat=heartbeat)
+    template = data.template(own)
+    processor = own if template is not None and template.image_token else None
 
     def built(field: EntryField, known: FastTokenizer | None) -> tuple[Path, FastTokenizer]:
         sources = data.sources(field)
@@ -87,12 +93,14 @@ def example_folders(
                 tokenizer=tokenizer.to_json(),
                 end_id=tokenizer.end_id,
                 worker=0,
-                num_workers=processes or _num_processes(sources),
+                num_workers=processes or _num_processes(sources, images=processor is not None),
+                processor=processor,
             )
             write_data(folder, task, vocab_size=tokenizer.vocab_size, heartbeat=heartbeat)
 
         spec = data.trained_tokenizer if known is None else f"{known.end_id} {sha256_of(known.to_json().encode())}"
-        key = json.dumps([_FORMAT, data.examples_fingerprint(sources, template), spec])
+        decides = [_FORMAT, data.examples_fingerprint(sources, template), spec]
+        key = json.dumps(decides if processor is None else [*decides, processor_fingerprint(processor)])
         folder = data.cache_folder / sha256_of(key.encode())[:32]
         option = "data.cache" if data.cache else "XDG_CACHE_HOME"
         build_once(
@@ -115,9 +123,12 @@ def _is_whole(folder: Path, *, heartbeat: Callable[[], None]) -> bool:
     return (folder / _TOKENIZER).is_file() and is_intact(folder, heartbeat=heartbeat)
 
 
-def _num_processes(sources: Sequence[DataSource]) -> int:
+def _num_processes(sources: Sequence[DataSource], *, images: bool) -> int:
     num_bytes = sum(file.path.stat().st_size for source in sources for file in source.files)
-    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // _BYTES_A_PROCESS))
+    most = num_bytes // _BYTES_A_PROCESS
+    if images:
+        most = max(most, sum(source.num_rows or 0 for source in sources) // _ROWS_A_PROCESS)
+    return max(1, min(len(os.sched_getaffinity(0)), most))
 
 
 def write_data(folder: Path, task: EncodingTask, *, vocab_size: int, heartbeat: Callable[[], None]) -> None:
@@ -144,10 +155,18 @@ def write_data(folder: Path, task: EncodingTask, *, vocab_size: int, heartbeat: 
         vocab_size=vocab_size,
         is_paired=task.is_paired,
         heartbeat=heartbeat,
+        filler=None if task.processor is None else partial(_filler, task.processor),
     )
     progress.end(processes=task.num_workers)
     if left_out:
         print(f"{left_out:,} examples are left out: none of their tokens is trained", flush=True)
+
+
+def _filler(processor: Path) -> bytes:
+    from launcher.data.image_examples import ExamplePreparer
+    from launcher.models.processor import load_processor
+
+    return ExamplePreparer(load_processor(processor, option="model.name")).filler()
 
 
 def encoded_blocks(task: EncodingTask, *, heartbeat: Callable[[], None]) -> Iterator[EncodedBlock]:
@@ -185,7 +204,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        self._blocks: queue.Queue[EncodedBlock | ConfigError | WorkerFailed | None] = queue.Queue(_WAITING_BLOCKS)
+        most = _WAITING_BLOCKS if task.processor is None else _WAITING_IMAGE_BLOCKS
+        self._blocks: queue.Queue[EncodedBlock | ConfigError | WorkerFailed | None] = queue.Queue(most)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(pickle.dumps(task),), daemon=True)
         self._thread.start()

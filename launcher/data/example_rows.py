@@ -189,6 +189,13 @@ def _fitting(store: ExampleStore, settings: RowSettings) -> np.ndarray:
         fix = f"set job.sequence_length={longest - 1}, or data.on_long=truncate or drop"
         raise ConfigError("job.sequence_length", settings.sequence_length, why=why, fix=fix)
     is_usable = settings.on_long != "drop"
+    if store.has_images and settings.on_long == "truncate":
+        cut = [number for number in np.flatnonzero(is_long).tolist() if store.array_bytes(number)]
+        if cut:
+            longest = int(store.lengths[cut].max())
+            why = f"{len(cut):,} examples with images are longer (the longest needs {longest - 1:,}), and what is cut "
+            fix = f"set data.on_long=drop, or job.sequence_length={longest - 1}"
+            raise ConfigError("data.on_long", "truncate", why=f"{why}off could be a part of an image", fix=fix)
     kept: np.ndarray = ~is_long | (is_usable & (store.first_trained < most))
     return kept
 

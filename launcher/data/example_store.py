@@ -4,13 +4,17 @@ A folder holds ``ids.bin`` (uint16 or uint32, example after example), ``trained.
 and for each example ``ends.bin`` (int64, where it ends among all tokens), ``lengths.bin`` and ``first_trained.bin``
 (int32). ``examples.json`` is written last. Of preferences, examples 2k and 2k + 1 are the preferred and the rejected
 answer of pair k.
+
+With images there are ``arrays.bin`` (what the model's processor made of each example's, or nothing), ``array_ends.bin``
+(int64, where that of each example ends), ``filler.bin`` (the same of a sequence with a blank image) and
+``images.json`` (the files of the images as they were read).
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,11 +22,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from launcher.config.data.order import held_out_numbers
+from launcher.data.image_store import ImageStamp, unpack_arrays
 from launcher.utils.files import read_json, write_json
 
 LAYOUT = "examples.json"
 _IDS, _TRAINED, _ENDS, _LENGTHS, _FIRST = "ids.bin", "trained.bin", "ends.bin", "lengths.bin", "first_trained.bin"
 _FILES = (_IDS, _TRAINED, _ENDS, _LENGTHS, _FIRST)
+_ARRAYS, _ARRAY_ENDS, _FILLER, _IMAGES = "arrays.bin", "array_ends.bin", "filler.bin", "images.json"
 _CHECKED_BYTES = 4 << 30
 """Files of more bytes are compared by size alone: reading them takes over two seconds."""
 _BLOCK_BYTES = 16 << 20
@@ -43,6 +49,10 @@ class EncodedBlock:
     """uint8, for each token 1 where the loss counts it."""
     lengths: np.ndarray
     """int32, tokens of each example."""
+    arrays: tuple[bytes, ...] = ()
+    """What the model's processor made of the images of each example; empty where none of the data is for it."""
+    stamps: tuple[ImageStamp, ...] = ()
+    """The files of their images."""
 
 
 class ExampleStore:
@@ -69,6 +79,11 @@ class ExampleStore:
         self.first_trained: np.ndarray = _map(folder / _FIRST, "int32")
         """Where the first label of each example stands that counts."""
         self._ends = _map(folder / _ENDS, "int64")
+        self.has_images: bool = _ARRAYS in layout["bytes"]
+        """Whether examples have images."""
+        self._arrays = _map(folder / _ARRAYS, "uint8") if self.has_images else np.empty(0, np.uint8)
+        self._array_ends = _map(folder / _ARRAY_ENDS, "int64") if self.has_images else np.empty(0, np.int64)
+        self._folder = folder
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -78,6 +93,22 @@ class ExampleStore:
         end = int(self._ends[number])
         part = slice(end - int(self.lengths[number]), end)
         return self._ids[part].astype(np.int64), self._trained[part].astype(bool)
+
+    def array_bytes(self, number: int) -> int:
+        """Return the bytes of what the processor made of an example's images; 0 without any."""
+        return int(self._array_ends[number] - (self._array_ends[number - 1] if number else 0)) if self.has_images else 0
+
+    def arrays(self, number: int) -> dict[str, np.ndarray]:
+        """Return what the processor made of an example's images, by the model's names; empty without any."""
+        size = self.array_bytes(number)
+        if not size:
+            return {}
+        end = int(self._array_ends[number])
+        return unpack_arrays(self._arrays[end - size : end])
+
+    def filler(self) -> dict[str, np.ndarray] | None:
+        """Return the inputs of a sequence with a blank image; ``None`` where no example has images."""
+        return unpack_arrays((self._folder / _FILLER).read_bytes()) if self.has_images else None
 
 
 def _map(file: Path, dtype: str) -> np.ndarray:
@@ -95,6 +126,7 @@ def write_examples(
     vocab_size: int,
     heartbeat: Callable[[], None],
     is_paired: bool = False,
+    filler: Callable[[], bytes] | None = None,
 ) -> int:
     """Write examples into an empty folder, for :class:`ExampleStore` to map.
 
@@ -105,14 +137,16 @@ def write_examples(
         vocab_size: one more than the largest token number.
         heartbeat: called after each block.
         is_paired: whether each two examples are a pair, which is kept or left out as a whole.
+        filler: makes the inputs of a sequence with a blank image; ``None`` where the model takes no images.
 
     Returns:
         How many examples were left out, because none of their tokens is trained.
     """
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    counts, left_out, end = [0] * num_sources, 0, 0
-    checksums = dict.fromkeys(_FILES, 0)
-    files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in _FILES}
+    counts, left_out, end, array_end = [0] * num_sources, 0, 0, 0
+    names = _FILES if filler is None else (*_FILES, _ARRAYS, _ARRAY_ENDS)
+    checksums, stamps = dict.fromkeys(names, 0), dict[str, ImageStamp]()
+    files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
 
     def write(name: str, values: np.ndarray) -> None:
         raw = values.tobytes()
@@ -134,12 +168,28 @@ def write_examples(
             write(_ENDS, ends)
             write(_LENGTHS, block.lengths[kept].astype(np.int32))
             write(_FIRST, first[kept].astype(np.int32))
+            if filler is not None:
+                for number in np.flatnonzero(kept):
+                    array_end += len(block.arrays[number])
+                    write(_ARRAYS, np.frombuffer(block.arrays[number], np.uint8))
+                    write(_ARRAY_ENDS, np.array([array_end], np.int64))
+                stamps |= {stamp.path: stamp for stamp in block.stamps}
             counts[block.key[0]] += int(kept.sum())
             heartbeat()
     finally:
         for file in files.values():
             file.close()
-    sizes = {name: (folder / name).stat().st_size for name in _FILES}
+    if filler is not None:
+        if array_end:
+            (folder / _FILLER).write_bytes(made := filler())
+            checksums[_FILLER] = zlib.crc32(made)
+            write_json(folder / _IMAGES, list(map(asdict, stamps.values())))
+            checksums[_IMAGES] = zlib.crc32((folder / _IMAGES).read_bytes())
+        else:
+            for name in (_ARRAYS, _ARRAY_ENDS):
+                (folder / name).unlink()
+                del checksums[name]
+    sizes = {name: (folder / name).stat().st_size for name in checksums}
     layout = {"dtype": dtype, "sources": counts, "is_paired": is_paired, "bytes": sizes, "crc32": checksums}
     write_json(folder / LAYOUT, layout)
     return left_out
@@ -159,18 +209,23 @@ def _first_trained(block: EncodedBlock) -> np.ndarray:
 
 
 def is_intact(folder: Path, *, heartbeat: Callable[[], None]) -> bool:
-    """Return whether a folder holds its files as they were written.
+    """Return whether a folder holds its files as they were written, and images are what they were.
 
-    They are compared by checksum, large ones by size alone.
+    They are compared by checksum, large ones by size alone; files of images by size and time, then by checksum.
     """
     try:
         layout = read_json(folder / LAYOUT)
-        for name in _FILES:
+        for name in {*_FILES, *layout["bytes"]}:
             file = folder / name
             if (size := file.stat().st_size) != layout["bytes"][name]:
                 return False
             if size <= _CHECKED_BYTES and _checksum(file, heartbeat) != layout["crc32"][name]:
                 return False
+        if _IMAGES in layout["bytes"]:
+            for entry in read_json(folder / _IMAGES):
+                heartbeat()
+                if not ImageStamp(**entry).is_current():
+                    return False
         return all(isinstance(count, int) for count in layout["sources"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False

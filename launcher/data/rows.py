@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +27,8 @@ class TokenRow:
     """The token after each input; -100 where it does not count."""
     position_ids: np.ndarray | None = None
     """Where they restart at 0 another document begins; ``None``: the row is one document."""
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Inputs of the row's images, by the model's names; empty without images."""
 
 
 def row_of_window(tokens: np.ndarray) -> TokenRow:
@@ -122,6 +126,7 @@ class ExampleRows:
     def row(self, index: int) -> TokenRow:
         """Return sequence ``index``."""
         inputs, labels, positions = [], [], []
+        arrays: Mapping[str, np.ndarray] = {}
         for number in self.examples(index).tolist():
             piece, example = divmod(number, len(self._store))
             start = piece * (self._max_tokens - 1)
@@ -129,11 +134,24 @@ class ExampleRows:
             inputs.append(ids[:-1])
             labels.append(np.where(is_trained[1:], ids[1:], IGNORE_INDEX))
             positions.append(np.arange(len(ids) - 1))
+            if self._store.has_images:
+                assert not self._packed, "rows with images are not packed"
+                arrays = self._store.arrays(example)
         return TokenRow(
             input_ids=np.concatenate(inputs),
             labels=np.concatenate(labels),
             position_ids=np.concatenate(positions) if self._packed else None,
+            arrays=arrays,
         )
+
+    @functools.cached_property
+    def filler(self) -> TokenRow | None:
+        """A row with a blank image and no labels, for batches that have none; ``None`` where no row has images."""
+        arrays = self._store.filler()
+        if arrays is None:
+            return None
+        ids = arrays.pop("input_ids")
+        return TokenRow(input_ids=ids, labels=np.full(len(ids), IGNORE_INDEX), arrays=arrays)
 
 
 class PairRows:

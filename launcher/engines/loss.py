@@ -65,12 +65,13 @@ def token_loss_sum(
     input_ids = micro_batch.input_ids.to(device, non_blocking=True)
     labels = micro_batch.labels.to(device, non_blocking=True)
     where = micro_batch.position_ids
-    positions = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
+    inputs = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
+    inputs |= {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.arrays.items()}
     needs_all = function is not None or observe is not None
     places = None if needs_all else counted_places(micro_batch.labels, device)
     of_sources = sources_of_tokens(None if micro_batch.is_paired else by_source, micro_batch.sources, labels)
     with _head(module, labels, places, of_sources, paired=micro_batch.is_paired, whole=needs_all):
-        output = module(input_ids=input_ids, use_cache=False, **positions).logits
+        output = module(input_ids=input_ids, use_cache=False, **inputs).logits
     if observe is not None:
         observe(output, labels)
     if micro_batch.is_paired:
@@ -135,7 +136,9 @@ def places_of_all(labels: Sequence[Tensor]) -> Tensor | None:
     return torch.sort(counts, dim=1, descending=True, stable=True).indices[:, : max(most, 1)].contiguous()
 
 
-PLAIN_HEADS = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
+PLAIN_HEADS = frozenset(
+    {"gpt2", "llama", "mistral", "qwen2", "qwen3", "idefics3", "llava", "qwen2_vl", "smolvlm"},
+)
 """Model types whose logits are the output head of the last hidden state: no cap, no scale."""
 
 

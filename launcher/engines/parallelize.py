@@ -6,13 +6,15 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_outputs import CausalLMOutput
 
+from launcher.config.model.image_text import is_image_text
 from launcher.config.parallel.data_parallel import Ddp, Fsdp
 from launcher.engines.distributed import DTYPES, mesh_of, submesh
 from launcher.engines.model import build_run_model
@@ -198,11 +200,33 @@ def _gathered(units: Sequence[FSDPModule], *, reshards: bool) -> Iterator[None]:
             unit.reshard()
 
 
-def _replicated(module: nn.Module, *, bucket_mb: int) -> DistributedDataParallel:
+class _LogitsAlone(nn.Module):
+    """An image-text model whose output holds logits alone: DDP waits for gradients of all that an output depends on.
+
+    The last layer of an image encoder may have none: many models read the layer before.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.module(**inputs).logits)
+
+
+def _replicated(module: PreTrainedModel, *, bucket_mb: int) -> DistributedDataParallel:
     """Return ``module`` under DDP.
 
     Buffers are constants and are not synchronised.
     """
+    takes_images = is_image_text(module.config.to_dict())
+    inner: nn.Module = _LogitsAlone(module) if takes_images else module
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # renamed in 2.13
-    return DistributedDataParallel(module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, **{buffers: False})
+    return DistributedDataParallel(
+        inner,
+        bucket_cap_mb=bucket_mb,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=takes_images,
+        **{buffers: False},
+    )

@@ -194,7 +194,7 @@ def _padding_details(run: Run, data: AutoData, own: Path | None, work: Work) -> 
     if not equal_shapes:
         rows = f"rows are padded to the longest of {work.batch.micro_batch} of about one length"
     tokenizer = None if own is None else folder_tokenizer(own)
-    if tokenizer is None:
+    if tokenizer is None or run.model.image_text() is not None:  # a rank counts the tokens of images
         return {"padding": f"{rows}; rank 0 prints the share when it has the tokenizer"}
     found = estimate_padding(
         data,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from launcher.models.layers import units
+from launcher.config.model.image_text import is_image_text
+from launcher.models.layers import inner_models, units
 from launcher.models.plugin_transforms import own_tensors
 from launcher.utils.heap import trim_heap
 
@@ -88,7 +89,9 @@ def meta_model(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) 
 
     own = copy.deepcopy(config)
     own._attn_implementation = attention  # noqa: SLF001  (what from_config sets, which would partition under ZeRO-3)
-    own.dtype = dtype
+    for each in (own, *(getattr(own, key, None) for key in own.sub_configs)):
+        if each is not None:
+            each.dtype = dtype  # parts that are models themselves, as image encoders, are built in their own
     with torch.device("meta"), _default_dtype(dtype), no_init_weights():  # there is nothing to draw into
         built = causal_lm_class(own)(own)
     _discard_values(built)
@@ -115,14 +118,19 @@ def _discard_values(model: nn.Module) -> None:
 
 
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of a causal language model that Transformers builds for a configuration.
+    """Return the class that Transformers builds to write text, also about images.
 
     Raises:
         KeyError: it has none.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    tables = [MODEL_FOR_CAUSAL_LM_MAPPING]
+    if is_image_text(config.to_dict()):
+        tables.insert(0, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    found = next((table[type(config)] for table in tables if type(config) in table), None)
+    if found is None:
+        raise KeyError(type(config).__name__)
     classes: tuple[type[PreTrainedModel], ...] = found if isinstance(found, tuple) else (found,)
     names = config.architectures or ()
     return next((each for each in classes if each.__name__ in names), classes[0])
@@ -199,7 +207,7 @@ class ModelBuilder:
 
     def finish(self) -> None:
         """Fill what belongs to no part: parameters and buffers of the outermost modules themselves."""
-        for name, module in (("", self._model), (self._model.base_model_prefix, self._model.base_model)):
+        for name, module in (("", self._model), *inner_models(self._model)):
             fresh = self._materialise(module)
             if fresh or any(True for _ in module.buffers(recurse=False)):
                 shell = copy.copy(module)

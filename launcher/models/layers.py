@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from launcher.config.parallel.deepspeed_pipeline import unknown_family_error
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield a model's parts by name: embeddings, each block, norms, the output head.
 
-    Containers of blocks are opened, everything else is a part as a whole.
+    Containers of blocks, and models inside of the base model (of text, of images), are opened; everything else is a
+    part as a whole.
     """
     base = model.base_model
     for name, child in model.named_children():
@@ -42,14 +44,39 @@ def _parts(base: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(child, nn.ModuleList):
             for key, block in child.named_children():
                 yield f"{prefix}{name}.{key}", block
+        elif isinstance(child, PreTrainedModel):
+            yield from _parts(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
 
 
+def inner_models(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield the base model and the models inside of it, which :func:`units` opens, by name."""
+    base = model.base_model
+    prefix = "" if base is model else model.base_model_prefix
+    pending = [(prefix, base)]
+    while pending:
+        name, opened = pending.pop(0)
+        yield name, opened
+        dot = f"{name}." if name else ""
+        children = ((f"{dot}{key}", child) for key, child in opened.named_children())
+        pending += [(key, child) for key, child in children if isinstance(child, PreTrainedModel)]
+
+
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the repeated blocks in order: the longest list of modules in the base model."""
-    lists = [child for child in model.base_model.children() if isinstance(child, nn.ModuleList)]
+    """Return the repeated blocks in order: the longest list of modules in the base model.
+
+    Of a model that takes images, those of its text model.
+    """
+    base: nn.Module = model.base_model
+    named = (getattr(base, name, None) for name in _TEXT_MODELS)
+    base = next((inner for inner in named if isinstance(inner, PreTrainedModel)), base)
+    lists = [child for child in base.children() if isinstance(child, nn.ModuleList)]
     return max(map(list, lists), key=len, default=[])
+
+
+_TEXT_MODELS = ("language_model", "text_model")
+"""Names that base models of image-text models have for their text model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from launcher.config.data.conversations import BadRow
 from launcher.config.data.examples import Example, ExampleEncoder, OnLong, PreferencePair, RenderedExample
 from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, inspect_file, look_bytes_of_each
 from launcher.config.data.hf import LONGEST_LINE_BYTES
+from launcher.config.data.images import EncodedImage, ImageLimits, ImageReader
 from launcher.config.data.mixture import source_names, weights_error
 from launcher.config.data.rows import FirstRows, Record, count_rows, first_rows, read_rows
 from launcher.config.data.shapes import (
@@ -35,7 +36,7 @@ from launcher.config.data.sources import Source, left_out_of_folder, url_problem
 from launcher.config.data.text import PYTHON_DOCS, python_docs, validate_python_docs
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
-from launcher.utils.text import counted, cut_middle
+from launcher.utils.text import bytes_text, counted, cut_middle
 
 _SKIP = "set data.on_bad_row=skip to leave such rows out"
 _CHECKED_BYTES = 4 << 20
@@ -142,19 +143,20 @@ class DataSource:
             return _builtin_fingerprint(self.name)
         return files.fingerprint(file.path for file in self.files)
 
-    def examples_of(
+    def placed_examples_of(
         self, file_number: int, template: ChatTemplate | None, *, wanted: Every = every_row
-    ) -> Iterator[Example]:
-        """Yield the examples of one of ``files``; of a source without files, file 0 is all of it.
+    ) -> Iterator[tuple[str, Example]]:
+        """Yield the examples of one of ``files`` with their places, for messages.
+
+        Of a source without files, file 0 is all of it.
 
         Raises:
             ConfigError: a row gives no example, and ``data.on_bad_row`` is ``refuse``.
         """
         if self.files:
-            placed = self.data.examples_of_file(self.files[file_number], template, wanted=wanted)
+            yield from self.data.examples_of_file(self.files[file_number], template, wanted=wanted)
         else:
-            placed = self.placed_examples(template, wanted=wanted)
-        yield from (example for _, example in placed)
+            yield from self.placed_examples(template, wanted=wanted)
 
     def examples(self, template: ChatTemplate | None = None, *, wanted: Every = every_row) -> Iterator[Example]:
         """Yield the examples in a fixed order: file by file, row by row.
@@ -265,12 +267,23 @@ class AutoData(Corpus):
     Without packing, batches hold examples of about one
     length. Text in one entry of ``path`` is a stream of tokens, unless this is ``true``."""
 
+    image_folder: PathText | None = None
+    """Folder that paths of images start from, and that all images are in.
+    By default it is that of the file whose rows name them."""
+
+    max_image_pixels: int = ImageLimits.max_pixels
+    """Width times height of the largest image that is decoded."""
+
+    max_image_bytes: int = ImageLimits.max_bytes
+    """Size of the largest file of an image."""
+
     def validate(self) -> Iterator[ConfigError]:
         """Reject empty paths, wrong weights, and options that contradict each other."""
         yield from super().validate()
         if not self.path:
             yield ConfigError("data.path", "[]", why="names no data", fix=f"set data.path={PYTHON_DOCS}")
         yield from self._validate_weights()
+        yield from self.validate_minimum(1, "max_image_pixels", "max_image_bytes")
         named = self.named_columns
         for part in named:
             shapes = shapes_with(part)
@@ -298,6 +311,8 @@ class AutoData(Corpus):
         yield from super().validate_machine()
         if PYTHON_DOCS in (*self.entries("path"), *self.entries("eval_path")):
             yield from validate_python_docs(PYTHON_DOCS)
+        if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
+            yield self.error("image_folder", "there is no such folder", "name the folder of the images")
         errors, kinds = [], []
         for field in ENTRY_FIELDS:
             for entry, weight in zip(self.entries(field), self._weights(field), strict=True):
@@ -555,6 +570,10 @@ class AutoData(Corpus):
         yield "chat template", "of the tokenizer, which the first rank fetches" if is_unknown else how
         if not is_unknown:
             yield "first example", marked_text(first, limit=_SHOWN_CHARS)
+        if template is not None and template.image_token:
+            shown = [source.placed_examples(template) for source in sources if not source.is_documents]
+            first_of_each = (itertools.islice(placed, _CHECKED_ROWS) for placed in shown)
+            yield "images", images_text(example for placed in first_of_each for _, example in placed)
 
     def _template_words(self, template: ChatTemplate, tokenizer: Path | None) -> str:
         """Return a template's name, and whether servers can stop where its turns end."""
@@ -650,6 +669,11 @@ class AutoData(Corpus):
             records, columns, template, place=lambda record: f"{unit} {record.line:,}", origin=name, wanted=wanted
         )
 
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The largest image that is decoded."""
+        return ImageLimits(max_pixels=self.max_image_pixels, max_bytes=self.max_image_bytes)
+
     def _examples(
         self,
         records: Iterable[Record],
@@ -660,7 +684,10 @@ class AutoData(Corpus):
         origin: object,
         wanted: Every,
     ) -> Iterator[tuple[str, Example]]:
-        renderer = Renderer(columns=columns, template=template, train_on=self.train_on)
+        folder = origin.parent if isinstance(origin, Path) else Path()
+        folder = folder if self.image_folder is None else Path(self.image_folder).expanduser()
+        reader = ImageReader(folder=folder, limits=self.image_limits)
+        renderer = Renderer(columns=columns, template=template, train_on=self.train_on, images=reader)
         num_rows = num_bad = 0
         first_bad = ""
         for record in records:
@@ -672,8 +699,7 @@ class AutoData(Corpus):
             except BadRow as bad:
                 where = place(record)
                 if self.on_bad_row == "refuse":
-                    fix = f"{_SKIP}, or {record.fix}" if record.fix else f"{bad.fix or 'correct it'}, or {_SKIP}"
-                    raise ConfigError("data.path", None, why=f"{where} {bad}", fix=fix) from bad
+                    raise self._bad_row(f"{where} {bad}", bad.fix, repair=record.fix) from bad
                 first_bad = first_bad or f"{where} {bad}"
                 num_bad += 1
                 continue
@@ -683,6 +709,21 @@ class AutoData(Corpus):
             raise ConfigError("data.path", origin, why=why, fix="correct the rows, or give other data")
         if num_bad:
             _print_once(f"{num_bad:,} of {num_rows:,} rows of {origin} are skipped; the first: {first_bad}")
+
+    def refuse_or_skip(self, why: str, fix: str) -> None:
+        """Do what ``on_bad_row`` says with a row that turns out to be bad while its images are decoded.
+
+        Raises:
+            ConfigError: it says to refuse it.
+        """
+        if self.on_bad_row == "refuse":
+            raise self._bad_row(why, fix)
+        print(f"a row is skipped: {why}", flush=True)
+
+    @staticmethod
+    def _bad_row(why: str, fix: str, *, repair: str = "") -> ConfigError:
+        remedy = f"{_SKIP}, or {repair}" if repair else f"{fix or 'correct it'}, or {_SKIP}"
+        return ConfigError("data.path", None, why=why, fix=remedy)
 
     def _records(self, file: OpenFile, wanted: Every) -> Iterator[Record]:
         if file.written.kind == "text":
@@ -720,6 +761,8 @@ class AutoData(Corpus):
         """Return a string that changes with the examples of ``sources``, rendered by ``template``."""
         decides = [self.format, self.shape, sorted(self.named_columns.items()), self.on_bad_row, self.split, self.name]
         how = None if template is None else [template.source, sorted(template.special_tokens.items())]
+        if how is not None and template is not None and template.image_token:
+            how += [template.image_token, self.image_folder, self.max_image_pixels, self.max_image_bytes]
         return json.dumps([decides, self.train_on, how, [source.fingerprint() for source in sources]])
 
     @functools.cached_property
@@ -814,6 +857,23 @@ def marked_text(example: Example, *, limit: int) -> str:
 
 def _marked(example: RenderedExample) -> str:
     return "".join(f"⟦{one.text}⟧" if one.is_trained else one.text for one in example.segments)
+
+
+def images_text(examples: Iterable[Example]) -> str:
+    """Return how many images some examples have, and the sizes of the smallest and the largest."""
+    found, num_examples, num_with = list[EncodedImage](), 0, 0
+    for example in examples:
+        held = [image for one in texts_of(example) for image in one.images]
+        num_examples += 1
+        num_with += bool(held)
+        found += held
+    if not found:
+        return f"none in the first {counted(num_examples, 'row')}"
+    by_size = sorted(found, key=lambda image: image.width * image.height)
+    sizes = dict.fromkeys(f"{image.width:,} × {image.height:,}" for image in (by_size[0], by_size[-1]))
+    num_bytes = bytes_text(sum(image.num_bytes for image in found))
+    rows = f"{num_with:,} of the first {counted(num_examples, 'row')}"
+    return f"{len(found):,} in {rows}, {' to '.join(sizes)} pixels, {num_bytes}"
 
 
 def _line(text: str, *, limit: int) -> str:

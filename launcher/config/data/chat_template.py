@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.config.data.bpe import END
+from launcher.config.data.conversations import IMAGE_MARK
 from launcher.config.data.examples import RenderedExample, TextSegment, joined
+from launcher.config.model.image_text import has_processor, read_image_text
 from launcher.errors import ConfigError
 from launcher.utils.files import read_object, write_atomic
 from launcher.utils.text import did_you_mean
@@ -31,6 +33,8 @@ DEFAULT_TEMPLATE = "default"
 """The template that is used where none is named, as Transformers has it."""
 _DEFAULT_FILE, _NAMED_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 """Of a tokenizer's folder: its default template, and a folder of those with other names."""
+_OF_PROCESSOR = "chat_template.json"
+"""File in which processors of image-text models kept their template before there was the other one."""
 _SENTINEL = "launcher-content-of-this-turn"
 _WRITES_TOOLS = re.compile(r"\btools\b")
 _WRITES_TOOL_CALLS = re.compile(r"\btool_calls\b|\b(message|messages|msg|m)\s*\|\s*tojson")
@@ -59,6 +63,8 @@ class ChatTemplate:
     """For messages."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     """Variables of the template: ``bos_token``, ``eos_token``, …"""
+    image_token: str = ""
+    """What stands for an image in the text; empty of a model that takes text alone."""
 
     @property
     def label(self) -> str:
@@ -149,6 +155,31 @@ class ChatTemplate:
         return bool(self._compiled.is_marked)
 
     @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template of an image-text model reads messages whose content is a list of parts."""
+        import jinja2
+
+        messages = [{"role": "user", "content": [{"type": "text", "text": _SENTINEL}]}]
+        values = {**self.special_tokens, "tools": None, "documents": None, "messages": messages}
+        try:
+            text, _ = self._compiled.render({**values, "add_generation_prompt": False}, marks=False)
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, jinja2.TemplateError):
+            return False
+        return _SENTINEL in text and "'type'" not in text and '"type"' not in text
+
+    def _with_images(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return messages of an image-text model in the form that its template reads."""
+        if not self.image_token:
+            return messages
+        for message in messages:
+            content = message.get("content")
+            if self.takes_parts and isinstance(content, str):
+                message["content"] = [{"type": "text", "text": content}]
+            elif not self.takes_parts and isinstance(content, list):
+                message["content"] = "".join(part.get("text", self.image_token) for part in content)
+        return messages
+
+    @functools.cached_property
     def _compiled(self) -> _Compiled:
         return _compile(self.source)
 
@@ -162,7 +193,8 @@ class ChatTemplate:
         if (unwritten := self._unwritten(messages, tools)) is not None:
             fix = "take the template of a model that calls tools"
             raise TemplateFailed(f"has {unwritten}, and {self.name} writes none: {fix}")
-        values = {**self.special_tokens, "tools": tools, "documents": None, "messages": _plain(messages)}
+        values = {**self.special_tokens, "tools": tools, "documents": None}
+        values["messages"] = self._with_images(_plain(messages))
         try:
             return self._compiled.render({**values, "add_generation_prompt": add_generation_prompt}, marks=marks)
         except jinja2.TemplateSyntaxError as error:
@@ -389,7 +421,7 @@ def builtin_template(name: str) -> str:
 
 def stand_in_template() -> ChatTemplate:
     """Return a template that writes every conversation, for checks before the real one is here."""
-    return ChatTemplate(_STAND_IN, "the chat template")
+    return ChatTemplate(_STAND_IN, "the chat template", image_token=IMAGE_MARK)
 
 
 def find_template(choice: str, tokenizer: Path | None, *, option: str = "data.chat_template") -> ChatTemplate | None:
@@ -421,7 +453,9 @@ def find_template(choice: str, tokenizer: Path | None, *, option: str = "data.ch
         names = sorted({*own, *builtin_templates()})
         fix = f"give a Jinja file, or a name: {did_you_mean(choice, names)}"
         raise ConfigError(option, choice, why="is neither a file nor a known template", fix=fix)
-    template = ChatTemplate(source, name, {"bos_token": "", **special})
+    facts = None if tokenizer is None else read_image_text(tokenizer)
+    image_token = facts.token if facts is not None and facts.processor is not None else ""
+    template = ChatTemplate(source, name, {"bos_token": "", **special}, image_token)
     if (problem := template.syntax_problem()) is not None:
         raise ConfigError(option, choice, why=f"is no valid Jinja: {problem}", fix="correct it")
     return template
@@ -442,6 +476,8 @@ def read_templates(folder: Path) -> dict[str, str]:
     more = {file.stem: file for file in (folder / _NAMED_TEMPLATES).glob("*.jinja")}
     if (folder / _DEFAULT_FILE).is_file():
         more[DEFAULT_TEMPLATE] = folder / _DEFAULT_FILE
+    if not more and has_processor(folder) and (own := _read_settings(folder / _OF_PROCESSOR).get("chat_template")):
+        return {DEFAULT_TEMPLATE: str(own)}
     if more:  # with files of templates, Transformers does not look at those in the settings
         try:
             return {name: file.read_text(encoding="utf-8") for name, file in more.items()}
@@ -477,8 +513,12 @@ def special_tokens(folder: Path) -> dict[str, str]:
 def _settings(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            found |= read_object(folder / name)
-        except (OSError, ValueError):
-            continue
+        found |= _read_settings(folder / name)
     return found
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except (OSError, ValueError):
+        return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from launcher.config.data.rows import json_type
@@ -31,6 +31,11 @@ _MARKS = ("weight", "train", "training", "loss")
 """Fields that say whether a turn is trained, of OpenAI, axolotl (two) and ms-swift."""
 _PARTIAL_MARKS = ("train_detail", "training_detail")
 _MARK = "train"
+_IMAGE_PARTS = ("image", "image_url")
+_IMAGE_KEYS = ("bytes", "base64", "path", "image", "url", "image_url")
+"""Keys of a part that may hold the image, of Transformers and OpenAI."""
+IMAGE_MARK = "<image>"
+"""Text that stands for an image of the column ``images``, as LLaVA's and LLaMA-Factory's files have it."""
 _LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
@@ -66,7 +71,8 @@ def conversation(value: Any, column: str) -> list[Message]:
     """Return the messages of a cell, as templates take them.
 
     ShareGPT's ``from`` and ``value`` become ``role`` and ``content``; parts of text are joined; arguments of tool calls
-    become objects. A mark that a turn is trained or not stays, for :func:`take_marks`.
+    become objects. A mark that a turn is trained or not stays, for :func:`take_marks`. A message with images keeps its
+    parts, for :func:`place_images`.
 
     Raises:
         BadRow: it is no conversation, and why.
@@ -212,8 +218,11 @@ def _message(message: Any, place: str) -> Message:
         given["tool_calls"] = _tool_calls(given["tool_calls"], f"{place}.tool_calls")
     content = given.get("content")
     if isinstance(content, list):
-        content = "".join(_part(part, f"{place}.content[{number}]") for number, part in enumerate(content))
-        given["content"] = content
+        parts = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
+        if any(part["type"] == "image" for part in parts):
+            given["content"] = parts
+            return given
+        content = given["content"] = "".join(part["text"] for part in parts)
     if content is None and role == "assistant" and given.get("tool_calls"):
         return given
     if not isinstance(content, str):
@@ -266,9 +275,63 @@ def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {**function, "arguments": ToolArguments(arguments)} if isinstance(arguments, dict) else dict(function)
 
 
-def _part(part: Any, place: str) -> str:
+def place_images(messages: Sequence[Message], column: str, given: Sequence[Any]) -> list[Any]:
+    """Return the images of messages in order, and leave a part without content in the place of each.
+
+    Images of a column of their own stand where a part names none, or where the text has ``<image>``; without any such
+    place they stand before the text of the first turn of the user.
+
+    Args:
+        messages: changed in place.
+        column: that holds ``given``, for messages.
+        given: images of the row beside its messages.
+
+    Raises:
+        BadRow: there are more or fewer images than places.
+    """
+    has_parts = any(isinstance(message.get("content"), list) for message in messages)
+    if given and not has_parts:
+        _make_places(messages)
+    rest, found, num_places = iter(given), list[Any](), 0
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if part["type"] != "image":
+                continue
+            num_places += part["image"] is None
+            found.append(next(rest, None) if part["image"] is None else part["image"])
+            del part["image"]
+    if num_places != len(given):
+        what = f"{column} holds {len(given)}" if column else "no column images holds any"
+        raise BadRow(f"has {num_places} places for images that its messages do not name, and {what}")
+    return found
+
+
+def _make_places(messages: Sequence[Message]) -> None:
+    """Make parts of the messages' texts, with one for each image mark; without any, the first turn begins with one."""
+    texts = [message for message in messages if isinstance(message.get("content"), str)]
+    if any(IMAGE_MARK in message["content"] for message in texts):
+        for message in texts:
+            pieces = message["content"].split(IMAGE_MARK)
+            if len(pieces) > 1:
+                parts = [part for text in pieces for part in ({"type": "image", "image": None}, _text_part(text))][1:]
+                message["content"] = [part for part in parts if part["type"] == "image" or part["text"]]
+        return
+    first = next((message for message in texts if message["role"] == "user"), None)
+    if first is not None:
+        first["content"] = [{"type": "image", "image": None}, _text_part(first["content"])]
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _part(part: Any, place: str) -> dict[str, Any]:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
+        check_characters(part["text"], place)
+        return _text_part(str(part["text"]))
+    if isinstance(part, Mapping) and part.get("type") in _IMAGE_PARTS:
+        return {"type": "image", "image": next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)}
     what = f"of type {part['type']}" if isinstance(part, Mapping) and "type" in part else json_type(part)
     raise BadRow(f"{place} takes text, and is {what}")
 

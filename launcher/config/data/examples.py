@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import tokenizers
 
+    from launcher.config.data.images import EncodedImage
+
 OnLong = Literal["refuse", "truncate", "drop"]
 
 
@@ -30,6 +32,8 @@ class RenderedExample:
     has_special_tokens: bool = False
     """Whether the text holds its special tokens, as chat templates write them.
     Otherwise the tokenizer's beginning and end of text are put around it."""
+    images: tuple[EncodedImage, ...] = ()
+    """In the order of their places in the text, each of which holds the model's image token."""
 
     @property
     def text(self) -> str:

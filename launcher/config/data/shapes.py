@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.config.data.chat_template import ChatTemplate, TemplateFailed, TrainOn
 from launcher.config.data.conversations import (
@@ -16,13 +16,18 @@ from launcher.config.data.conversations import (
     conversation,
     decoded,
     history_of,
+    place_images,
     take_marks,
     tools_of,
     user_turn,
 )
 from launcher.config.data.examples import Example, PreferencePair, RenderedExample, TextSegment, joined
+from launcher.config.data.images import BadImage
 from launcher.config.data.rows import json_type
-from launcher.utils.text import did_you_mean, shell_word
+from launcher.utils.text import counted, did_you_mean, shell_word
+
+if TYPE_CHECKING:
+    from launcher.config.data.images import EncodedImage, ImageReader
 
 Shape = Literal["text", "prompt_response", "messages", "alpaca", "preference"]
 
@@ -42,18 +47,26 @@ _BY_DETAIL: tuple[Shape, ...] = ("preference", "messages", "alpaca", "prompt_res
 _LABELS = ("label", "kto_tag")
 """Columns that say whether a response is good, where they are true or false."""
 
-Part = Literal["system", "tools", "history", "input", "prompt", "messages"]
+Part = Literal["images", "system", "tools", "history", "input", "prompt", "messages"]
+_IMAGES = ("images", "image")
 _OPTIONAL: dict[Shape, dict[Part, tuple[str, ...]]] = {
     "text": {},
-    "prompt_response": {"system": ("system", "system_prompt"), "tools": ("tools",), "history": ("history",)},
-    "messages": {"system": ("system", "system_prompt"), "tools": ("tools",)},
+    "prompt_response": {
+        "images": _IMAGES,
+        "system": ("system", "system_prompt"),
+        "tools": ("tools",),
+        "history": ("history",),
+    },
+    "messages": {"images": _IMAGES, "system": ("system", "system_prompt"), "tools": ("tools",)},
     "alpaca": {
+        "images": _IMAGES,
         "system": ("system", "system_prompt"),
         "tools": ("tools",),
         "history": ("history",),
         "input": ("input",),
     },
     "preference": {
+        "images": _IMAGES,
         "system": ("system", "system_prompt"),
         "tools": ("tools",),
         "prompt": (*_PROMPTS, "instruction"),
@@ -103,7 +116,8 @@ class Columns:
     def used(self) -> tuple[str, ...]:
         """Names of the columns that are read and that the first rows have, in a row's order."""
         seen = {part: [name for name in self.optional(part) if name in self.seen] for part in _OPTIONAL[self.shape]}
-        before = [name for part in ("system", "tools", "history", "messages", "prompt") for name in seen.get(part, ())]
+        parts: tuple[Part, ...] = ("images", "system", "tools", "history", "messages", "prompt")
+        before = [name for part in parts for name in seen.get(part, ())]
         prompt = (self.prompt,) if self.prompt else ()
         return (*before, *prompt, *seen.get("input", ()), *(name for name in self.required if name not in prompt))
 
@@ -310,6 +324,8 @@ class Renderer:
     template: ChatTemplate | None
     """``None`` leaves prompts and responses as they are, and cannot render conversations."""
     train_on: TrainOn = "assistant"
+    images: ImageReader | None = None
+    """Finds the images that rows name; ``None`` refuses rows with images."""
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """Return the example of a row.
@@ -321,6 +337,8 @@ class Renderer:
         if columns.shape == "text":
             return RenderedExample((TextSegment(_text(row, columns.text), True),))
         if columns.shape == "preference":
+            if _given_images(row, columns)[1]:
+                raise BadRow("holds images beside preferences, which are trained on text alone")
             return self._preference(row)
         _check_labels(row, columns)
         if columns.shape == "messages":
@@ -345,6 +363,8 @@ class Renderer:
         if self.template is not None or earlier:
             messages = [*earlier, user_turn(before_text), assistant_turn(answer)]
             return self._chat(_with_system(messages, row, columns), row)
+        if _given_images(row, columns)[1]:
+            raise BadRow("holds images, and there is no chat template that places them")
         if _tools(row, columns):
             raise BadRow("has tools, and there is no chat template that writes them")
         gap = "\n" if columns.shape == "alpaca" else ""
@@ -357,6 +377,7 @@ class Renderer:
         if self.template is None:
             raise BadRow("holds a conversation, and there is no chat template")
         tools = _tools(row, self.columns)
+        images = self._images(messages, row)
         marks = take_marks(messages)
         untrained = frozenset(number for number, is_trained in marks.items() if not is_trained)
         assistant = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -382,9 +403,29 @@ class Renderer:
                 which = "the last one is" if self.train_on == "last" else "all are"
                 raise BadRow(f"has no assistant turn to train on: {which} marked not to be trained")
         try:
-            return self.template.render_example(messages, tools=tools, train_on=self.train_on, untrained=untrained)
+            found = self.template.render_example(messages, tools=tools, train_on=self.train_on, untrained=untrained)
         except TemplateFailed as failed:
             raise BadRow(str(failed)) from failed
+        token = self.template.image_token
+        if token and (written := found.text.count(token)) != len(images):
+            why = f"gives a text with {written} × {token}, which stands for an image, and has {len(images)} images"
+            raise BadRow(why, f"take {token} out of its text")
+        return replace(found, images=images)
+
+    def _images(self, messages: list[Message], row: Mapping[str, Any]) -> tuple[EncodedImage, ...]:
+        """Return the images of a conversation, whose messages then hold places for them."""
+        assert self.template is not None, "checked by the caller"
+        column, given = _given_images(row, self.columns)
+        found = place_images(messages, column, given)
+        if not found:
+            return ()
+        if self.images is None or not self.template.image_token:
+            which = "a model that takes images: model=hf with LLaVA, Idefics3, SmolVLM or Qwen2-VL"
+            raise BadRow(f"holds {counted(len(found), 'image')}, and the model takes text alone", f"choose {which}")
+        try:
+            return tuple(self.images.find(value, f"image {number}") for number, value in enumerate(found, 1))
+        except BadImage as bad:
+            raise BadRow(str(bad), bad.fix) from bad
 
     def _preference(self, row: Mapping[str, Any]) -> PreferencePair:
         columns = self.columns
@@ -539,6 +580,13 @@ def _with_system(messages: list[Message], row: Mapping[str, Any], columns: Colum
         name = next(name for name in columns.optional("system") if row.get(name))
         raise BadRow(f"has a system message in the conversation and another in {name}")
     return [{"role": "system", "content": system}, *messages]
+
+
+def _given_images(row: Mapping[str, Any], columns: Columns) -> tuple[str, list[Any]]:
+    """Return the column of a row's images and what is in it; empty without any."""
+    name = next((name for name in columns.optional("images") if row.get(name)), "")
+    value = row.get(name)
+    return name, list(value) if isinstance(value, list) else [value] if value else []
 
 
 def _tools(row: Mapping[str, Any], columns: Columns) -> Any:

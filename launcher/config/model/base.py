@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from launcher.config.component import Component
 from launcher.config.model.folder import validate_model_folder
+from launcher.config.model.image_text import PROCESSOR_FILES, ImageText
 from launcher.config.model.shape import Shape
 from launcher.config.paths import PathText
 from launcher.config.quantization import METHODS, QuantizationManifest, QuantizationName, read_manifest
@@ -22,8 +23,9 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
     *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
+    *PROCESSOR_FILES[:3],
 )
-"""Files of a tokenizer in a model folder, and those that name the end-of-sequence tokens."""
+"""Files of a tokenizer and processor in a model folder, and those that name the end-of-sequence tokens."""
 
 VOCABULARY_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -152,6 +154,10 @@ class Model(Component):
 
     def stored_config(self) -> Mapping[str, Any] | None:
         """Return the model's own ``config.json``; ``None`` if it is not on this machine."""
+        return None
+
+    def image_text(self) -> ImageText | None:
+        """Return what the files say about images; ``None`` of a text model, or without files here."""
         return None
 
     @abstractmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.model.config_json import invalid_sizes, sizes_from_config
+from launcher.config.model.image_text import is_image_text
 from launcher.config.model.shape import Gpt2Sizes
 from launcher.config.model.transformers_support import causal_lm_types, rope_types
 from launcher.config.option_text import quoted_word
@@ -285,7 +286,7 @@ def validate_config_json(
     if not isinstance(family, str):
         fix = "give a folder that save_pretrained wrote"
         yield ConfigError(option, value, why="config.json names no model_type", fix=fix)
-    elif known is not None and family not in known and family != own_family:
+    elif known is not None and family not in known and family != own_family and not is_image_text(config):
         why = f"the installed Transformers has no causal language model of type {family}"
         fix = "choose another model, or install a Transformers that has it"
         if "auto_map" in config:

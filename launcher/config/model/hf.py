@@ -1,4 +1,4 @@
-"""Any causal language model that Transformers knows, from the hub or a local folder."""
+"""Any language model that Transformers knows, with images or not, of the hub or a folder."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from launcher.config.model.folder import (
     validate_config_json,
     validate_model_folder,
 )
+from launcher.config.model.image_text import ImageText, read_image_text
 from launcher.config.model.shape import LlamaSizes, Shape
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
@@ -53,6 +54,17 @@ class Hf(Model):
         """Return the ``model_type`` of the config where it is on this machine."""
         config = self.stored_config()
         return None if config is None else str(config.get("model_type"))
+
+    def image_text(self) -> ImageText | None:
+        """Return what the files say about images, of the weights' folder where it has a tokenizer."""
+        config = self.stored_config()
+        if config is None:
+            return None
+        weights = self.local_weights
+        if weights is not None and has_tokenizer(weights):
+            return read_image_text(weights, config)
+        folder = Path(self.name).expanduser() if self.is_local else cached_folder(self.name)
+        return None if folder is None else read_image_text(folder, config)
 
     def architecture(self) -> dict[str, Any]:
         """Return the sizes that decide the parameters' shapes, or the name if they are unknown."""

@@ -48,9 +48,16 @@ def causal_lm_types() -> frozenset[str] | None:
 
 
 @functools.cache
+def image_text_types() -> frozenset[str] | None:
+    """Return every ``model_type`` that has a model which writes text about images and text."""
+    classes = _image_text_classes()
+    return None if classes is None else frozenset(classes)
+
+
+@functools.cache
 def attention_support(model_type: str) -> AttentionSupport | None:
-    """Return the attention support of a family's causal language model."""
-    name = (_causal_lm_classes() or {}).get(model_type)
+    """Return the attention support of a family's class that writes text."""
+    name = {**(_image_text_classes() or {}), **(_causal_lm_classes() or {})}.get(model_type)
     for folder in {file.parent for file in _configuration_files(model_type)}:
         for file in folder.glob("modeling_*.py"):
             text = file.read_text(encoding="utf-8")
@@ -82,7 +89,16 @@ def _support_of(name: str, classes: Mapping[str, ast.ClassDef]) -> AttentionSupp
 @functools.cache
 def _causal_lm_classes() -> Mapping[str, str] | None:
     """Return the name of the class by ``model_type``."""
-    table = _assigned(_module("models/auto/modeling_auto.py")).get("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    return _classes_of("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+@functools.cache
+def _image_text_classes() -> Mapping[str, str] | None:
+    return _classes_of("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+
+
+def _classes_of(table_name: str) -> Mapping[str, str] | None:
+    table = _assigned(_module("models/auto/modeling_auto.py")).get(table_name)
     return dict(ast.literal_eval(table.args[0])) if isinstance(table, ast.Call) else None
 
 

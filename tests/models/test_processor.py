@@ -1,0 +1,136 @@
+"""The processor of image-text models, and batches of what it makes: the inputs and logits that Transformers has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, PreTrainedModel
+
+import image_model
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import SdpaAttention
+from launcher.config.data.auto import AutoData
+from launcher.config.model.hf import Hf
+from launcher.data.dataloader import Loader
+from launcher.data.dataset import open_splits
+from launcher.data.rows import IGNORE_INDEX
+from launcher.engines.loss import token_loss_sum
+from launcher.errors import ConfigError
+from launcher.models.build import build_model
+from launcher.models.processor import join_arrays, load_processor
+from launcher.protocol.plan import Batch
+from tests.image_rows import picture, write_image_rows, write_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=image_model.KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    image_model.write_image_model(tmp_path / request.param, request.param)
+    return tmp_path / request.param
+
+
+def built(folder: Path) -> PreTrainedModel:
+    model = Hf(name=str(folder), weights="random")
+    return build_model(model, seed=1, attention=SdpaAttention(), activation=NoCheckpointing()).eval()
+
+
+def test_a_batch_has_the_loss_of_its_rows_one_by_one(folder: Path, tmp_path: Path) -> None:
+    """Rows as the processor alone makes them, without padding or other rows: the same sums within 1e-5 of fp32."""
+    data = AutoData(path=str(write_image_rows(tmp_path / "data")), tokenizer="model", cache=str(tmp_path / "cache"))
+    model = Hf(name=str(folder), weights="random")
+    splits = open_splits(data, model, sequence_length=512, seed=0, packs=False)
+    module, processor = built(folder), load_processor(folder, option="model.name")
+    batch = Batch(micro_batch=4, global_batch=4, gradient_accumulation_steps=1, data_parallel=1)
+    batches = [one for step in range(3) for one in Loader(splits, batch, seed=0, rank=0).step(step)]
+    template = data.template(folder)
+    assert template is not None
+    alone = sum(_loss_alone(module, processor, example) for example in data.sources()[0].examples(template))
+    seen = [splits.train.row(number) for number in range(splits.train.num_sequences)]
+    held = [splits.held_out.row(number) for number in range(splits.held_out.num_sequences)]
+    assert len(seen) + len(held) == 12
+    everything = Loader(splits, batch, seed=0, rank=0)
+    parts = [*everything.in_order(splits.train, 12), *everything.in_order(splits.held_out, 12)]
+    with torch.no_grad():
+        together = sum(token_loss_sum(module, one, device=CPU) for part in parts for one in part)
+    assert float(together) == pytest.approx(float(alone), rel=1e-5)
+    assert any(one.arrays for one in batches)
+
+
+def _loss_alone(module: PreTrainedModel, processor: Any, example: Any) -> torch.Tensor:
+    """Return the summed loss of an example's answer, from what the processor returns for it."""
+    made = processor.inputs(example.text, [image.open() for image in example.images])
+    arrays = {name: torch.from_numpy(value) for name, value in made.arrays.items()} if example.images else {}
+    ids = torch.tensor([made.input_ids])
+    with torch.no_grad():
+        logits = module(input_ids=ids, use_cache=False, **arrays).logits[0, :-1].float()
+    answer = "".join(segment.text for segment in example.segments if segment.is_trained)
+    num_trained = len(processor.tokenizer.encode(answer, add_special_tokens=False).ids)
+    after = example.segments[-1].text if not example.segments[-1].is_trained else ""
+    num_after = len(processor.tokenizer.encode(after, add_special_tokens=False).ids)
+    labels = ids[0, 1:].clone()
+    labels[: len(labels) - num_after - num_trained] = IGNORE_INDEX
+    if num_after:
+        labels[-num_after:] = IGNORE_INDEX
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "llava"])
+def test_inputs_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    """The whole processor of Qwen2-VL cannot be loaded here: its part for videos needs torchvision."""
+    image_model.write_image_model(tmp_path, kind)
+    theirs = AutoProcessor.from_pretrained(tmp_path)
+    parts = [{"type": "image", "image": picture(1)}, {"type": "image", "image": picture(2, (40, 20))}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}]
+    made = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="np")
+    text = theirs.apply_chat_template(messages)
+    ours = load_processor(tmp_path, option="model.name").inputs(text, [picture(1), picture(2, (40, 20))])
+    assert ours.input_ids == made["input_ids"][0].tolist()
+    for name, value in ours.arrays.items():
+        assert np.array_equal(value, made[name]), name
+    assert "pixel_values" in ours.arrays
+
+
+def test_the_number_of_images_must_be_that_of_the_text(tmp_path: Path) -> None:
+    image_model.write_image_model(tmp_path, "llava")
+    processor = load_processor(tmp_path, option="model.name")
+    with pytest.raises(ValueError, match="2 × <image>, and there are 1 images"):
+        processor.inputs("<image> <image>", [picture(1)])
+
+
+def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
+    image_model.write_image_model(tmp_path, "llava")
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.name.*cannot load the processor"):
+        load_processor(tmp_path, option="model.name")
+
+
+def test_arrays_of_other_sizes_are_filled_up_with_zeros() -> None:
+    one, other = np.ones((1, 2, 3)), np.full((2, 1, 4), 2.0)
+    joined = join_arrays([one, other])
+    assert joined.shape == (3, 2, 4)
+    assert joined.sum() == one.sum() + other.sum()
+    assert joined[0, :2, :3].tolist() == one[0].tolist()
+
+
+def test_images_are_read_again_when_their_files_change(tmp_path: Path) -> None:
+    """A cache by the rows alone would keep the pixels of the old image."""
+    image_model.write_image_model(tmp_path / "model", "llava")
+    picture(1).save(tmp_path / "a.png")
+    row = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}
+    file = write_rows(tmp_path, [{**row, "images": ["a.png"]}] * 4)
+    data = AutoData(path=str(file), tokenizer="model", cache=str(tmp_path / "cache"))
+    model = Hf(name=str(tmp_path / "model"), weights="random")
+
+    def pixels() -> np.ndarray:
+        row = open_splits(data, model, sequence_length=64, seed=0, packs=False).train.row(0)
+        return np.array(row.arrays["pixel_values"])
+
+    first = pixels()
+    assert np.array_equal(pixels(), first)
+    picture(2).save(tmp_path / "a.png")
+    assert not np.array_equal(pixels(), first)

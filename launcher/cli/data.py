@@ -45,6 +45,9 @@ class Preview:
         """Yield the pieces of one example's text: whether the loss counts them, ``None`` for titles."""
         encoded = self.encoder.encode(example)
         parts = [title, counted(len(encoded.ids), "token"), f"{encoded.num_trained:,} trained"]
+        if example.images:
+            sizes = ", ".join(f"{image.width:,} × {image.height:,}" for image in example.images)
+            parts.append(f"{counted(len(example.images), 'image')} ({sizes}), whose tokens a rank counts")
         try:
             fitted = fit_example(encoded, self.sequence_length + 1, self.data.on_long)
             if fitted is None:

@@ -83,11 +83,11 @@ def _loss_alone(module: PreTrainedModel, processor: Any, example: Any) -> torch.
 def test_inputs_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     """The whole processor of Qwen2-VL cannot be loaded here: its part for videos needs torchvision."""
     image_model.write_image_model(tmp_path, kind)
-    theirs = AutoProcessor.from_pretrained(tmp_path)
+    whole = AutoProcessor.from_pretrained(tmp_path)
     parts = [{"type": "image", "image": picture(1)}, {"type": "image", "image": picture(2, (40, 20))}]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}]
-    made = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="np")
-    text = theirs.apply_chat_template(messages)
+    made = whole.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="np")
+    text = whole.apply_chat_template(messages)
     ours = load_processor(tmp_path, option="model.name").inputs(text, [picture(1), picture(2, (40, 20))])
     assert ours.input_ids == made["input_ids"][0].tolist()
     for name, value in ours.arrays.items():

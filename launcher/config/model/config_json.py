@@ -56,13 +56,16 @@ def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]
 
     It works for any family.
 
+    Of a model that takes images, layers and width are those of its text model, and all parameters count.
+
     ``None`` where the configuration names its sizes in words that are not known here.
     """
+    whole, config = config, _text_part(config)
     layers, width, heads, vocab_size, context = (_positive_int(config, *names) for names in _SIZE_KEYS)
     if None in (layers, width, heads, vocab_size, context) or not tensors:
         return None
     sizes = {name: math.prod(shape) for name, shape in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    blocks = sum(size for name, size in sizes.items() if _BLOCK_TENSOR.search(name))
+    blocks = sum(size for name, size in sizes.items() if _BLOCK_TENSOR.search(name) and not _OF_IMAGES.search(name))
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     all_experts = _positive_int(config, "num_local_experts", "num_experts", "n_routed_experts")
     used = _positive_int(config, "num_experts_per_tok", "moe_topk")
@@ -80,11 +83,11 @@ def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]
         intermediate_size=_positive_int(config, *_INTERMEDIATE_KEYS) or 4 * width,
         block_params=blocks // layers,
         tie_word_embeddings=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in sizes),
-        family=str(config.get("model_type")),
+        family=str(whole.get("model_type")),
     )
 
 
-_BLOCK_TENSOR = re.compile(r"\.\d+\.|^\d+\.")
+_BLOCK_TENSOR, _OF_IMAGES = re.compile(r"\.\d+\.|^\d+\."), re.compile(r"(^|\.)(vision\w*|visual)\.")
 
 _SIZE_KEYS = (
     ("num_hidden_layers", "n_layer", "n_layers"),

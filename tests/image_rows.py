@@ -55,7 +55,7 @@ def write_image_rows(folder: Path, num_rows: int = 12, *, without: int = 3) -> P
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(num_rows):
-        names = [f"pictures/{number}-{one}.png" for one in range(0 if number % without == 0 else 1 + number % 2)]
+        names = [f"pictures/{number}-{one}.png" for one in range(0 if number % without == 0 else 2 - number % 2)]
         for one, name in enumerate(names):
             picture(number + one, SIZES[(number + one) % len(SIZES)]).save(folder / name)
         content = [*({"type": "image", "path": name} for name in names), {"type": "text", "text": f"What is {number}?"}]

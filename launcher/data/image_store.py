@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +36,12 @@ class ImageStamp:
 def pack_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Return arrays as bytes, for :func:`unpack_arrays`: a line of JSON, then their contents."""
     head = [[name, array.dtype.str, array.shape] for name, array in arrays.items()]
-    return json.dumps(head).encode() + b"\n" + b"".join(np.ascontiguousarray(each).tobytes() for each in arrays.values())
+    return (
+        json.dumps(head).encode() + b"\n" + b"".join(np.ascontiguousarray(each).tobytes() for each in arrays.values())
+    )
 
 
-def unpack_arrays(packed: bytes | np.ndarray) -> dict[str, np.ndarray]:
+def unpack_arrays(packed: Any) -> dict[str, np.ndarray]:
     """Return the arrays of :func:`pack_arrays`, which may share memory with it."""
     raw = memoryview(packed).cast("B")
     end = bytes(raw[: 1 << 16]).find(b"\n")

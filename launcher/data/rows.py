@@ -150,7 +150,7 @@ class ExampleRows:
         arrays = self._store.filler()
         if arrays is None:
             return None
-        ids = arrays.pop("input_ids")
+        ids = arrays.pop("input_ids").copy()
         return TokenRow(input_ids=ids, labels=np.full(len(ids), IGNORE_INDEX), arrays=arrays)
 
 

@@ -200,7 +200,7 @@ def _gathered(units: Sequence[FSDPModule], *, reshards: bool) -> Iterator[None]:
             unit.reshard()
 
 
-class _LogitsAlone(nn.Module):
+class _LogitsAlone(nn.Module):  # type: ignore[misc]  # torch is not followed
     """An image-text model whose output holds logits alone: DDP waits for gradients of all that an output depends on.
 
     The last layer of an image encoder may have none: many models read the layer before.

@@ -70,7 +70,8 @@ class ImageTextProcessor:
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer, which knows the tokens of images."""
-        return self._inner.tokenizer.backend_tokenizer
+        inner: tokenizers.Tokenizer = self._inner.tokenizer.backend_tokenizer
+        return inner
 
     def begins_itself(self, text: str) -> bool:
         """Return whether a text holds its special tokens, by the rule of Transformers' processors."""
@@ -102,9 +103,16 @@ class ImageTextProcessor:
         replaced = tuple(Replacement(start=one["span"][0], text=one["replacement"]) for one in offsets[0])
         if len(replaced) != len(images):
             raise ValueError(f"{type(self._inner).__name__} does not say what it writes for an image")
-        arrays = {name: np.asarray(value) for name, value in made.items() if name not in _TEXT_INPUTS}
+        arrays = {name: _as_model_takes(value) for name, value in made.items() if name not in _TEXT_INPUTS}
         ids = [int(token) for token in made["input_ids"][0]]
         return ImageTextInputs(input_ids=ids, arrays=arrays, replacements=replaced)
+
+
+def _as_model_takes(value: Any) -> np.ndarray:
+    """Return an array whose numbers are no wider than those of weights in fp32."""
+    array: np.ndarray = np.asarray(value)
+    found: np.ndarray = array.astype(np.float32) if array.dtype == np.float64 else array
+    return found
 
 
 def load_processor(folder: Path, *, option: str) -> ImageTextProcessor:
@@ -182,8 +190,9 @@ def join_arrays(parts: Sequence[np.ndarray]) -> np.ndarray:
     """
     sizes = tuple(max(part.shape[axis] for part in parts) for axis in range(1, parts[0].ndim))
     if all(part.shape[1:] == sizes for part in parts):
-        return np.concatenate(parts)
-    whole: np.ndarray = np.zeros((sum(len(part) for part in parts), *sizes), parts[0].dtype)
+        whole: np.ndarray = np.concatenate(parts)
+        return whole
+    whole = np.zeros((sum(len(part) for part in parts), *sizes), parts[0].dtype)
     first = 0
     for part in parts:
         place = (slice(first, first + len(part)), *(slice(0, size) for size in part.shape[1:]))

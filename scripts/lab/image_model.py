@@ -100,7 +100,7 @@ def _write_tokenizer(folder: Path, special: list[str]) -> dict[str, int]:
     if special[0] == "</s>":
         ends["bos_token"] = "<s>"  # noqa: S105
     (folder / "tokenizer_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
-    return {text: int(tokenizer.token_to_id(text)) for text in special}
+    return {text: len(words) + number for number, text in enumerate(special)}
 
 
 Parts = tuple[dict[str, Any], dict[str, Any], list[str], str]

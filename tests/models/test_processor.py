@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import image_model
 import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, PreTrainedModel
 
-import image_model
 from launcher.config.activation import NoCheckpointing
 from launcher.config.attention import SdpaAttention
 from launcher.config.data.auto import AutoData
@@ -45,7 +45,7 @@ def test_a_batch_has_the_loss_of_its_rows_one_by_one(folder: Path, tmp_path: Pat
     model = Hf(name=str(folder), weights="random")
     splits = open_splits(data, model, sequence_length=512, seed=0, packs=False)
     module, processor = built(folder), load_processor(folder, option="model.name")
-    batch = Batch(micro_batch=4, global_batch=4, gradient_accumulation_steps=1, data_parallel=1)
+    batch = Batch(micro_batch=4, gradient_accumulation_steps=1, data_parallel=1)
     batches = [one for step in range(3) for one in Loader(splits, batch, seed=0, rank=0).step(step)]
     template = data.template(folder)
     assert template is not None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import image_model
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-import image_model
 from launcher.models.processor import load_processor
 from launcher.utils.files import read_json
 from tests.helpers import losses
@@ -52,8 +52,7 @@ def test_a_run_continues_to_the_bit_and_transformers_loads_it(launch, tmp_path, 
     made("idefics3")
     words = (*WORDS, "parallel=ddp", "job.micro_batch=2", "job.steps=4", "job.eval_every=2", "job.sample_tokens=0")
     words = (*words, "checkpoint.every=2", "checkpoint.keep=0", "job.eval_sequences=2")
-    ended = launch(*words, "run.dir=whole").expect(0)
-    assert "images" in ended.stdout
+    launch(*words, "run.dir=whole").expect(0)
     launch(*words, "run.dir=again", "checkpoint.resume=whole/checkpoints/step_00000002").expect(0)
     assert losses(tmp_path / "again") == losses(tmp_path / "whole", after=2)
     launch("export", "whole", "exported").expect(0)
@@ -90,4 +89,4 @@ def test_a_text_model_and_what_splits_a_model_are_refused(launch, tmp_path, made
         assert expected in ended.output
     text = ("data=auto", "data.path=data/rows.jsonl", "data.chat_template=chatml", "tracker=local", "run.dir=refused")
     ended = launch("model=gpt2_tiny", *text).expect(2)
-    assert "holds 2 images, and the model takes text alone" in ended.output
+    assert "holds images, and the model takes text alone" in ended.output

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -669,6 +670,10 @@ class AutoData(Corpus):
             records, columns, template, place=lambda record: f"{unit} {record.line:,}", origin=name, wanted=wanted
         )
 
+    def _image_folder(self, file: Path) -> Path:
+        """Return the folder that the images of a file's rows are in."""
+        return file.parent if self.image_folder is None else Path(self.image_folder).expanduser()
+
     @property
     def image_limits(self) -> ImageLimits:
         """The largest image that is decoded."""
@@ -684,9 +689,7 @@ class AutoData(Corpus):
         origin: object,
         wanted: Every,
     ) -> Iterator[tuple[str, Example]]:
-        folder = origin.parent if isinstance(origin, Path) else Path()
-        folder = folder if self.image_folder is None else Path(self.image_folder).expanduser()
-        reader = ImageReader(folder=folder, limits=self.image_limits)
+        reader = ImageReader(folder=self._image_folder(Path(str(origin))), limits=self.image_limits)
         renderer = Renderer(columns=columns, template=template, train_on=self.train_on, images=reader)
         num_rows = num_bad = 0
         first_bad = ""
@@ -760,9 +763,11 @@ class AutoData(Corpus):
     def examples_fingerprint(self, sources: Sequence[DataSource], template: ChatTemplate | None) -> str:
         """Return a string that changes with the examples of ``sources``, rendered by ``template``."""
         decides = [self.format, self.shape, sorted(self.named_columns.items()), self.on_bad_row, self.split, self.name]
-        how = None if template is None else [template.source, sorted(template.special_tokens.items())]
+        how: list[Any] | None = None if template is None else [template.source, sorted(template.special_tokens.items())]
         if how is not None and template is not None and template.image_token:
-            how += [template.image_token, self.image_folder, self.max_image_pixels, self.max_image_bytes]
+            folders = sorted({self._image_folder(file.path) for source in sources for file in source.files})
+            how += [template.image_token, list(map(os.path.realpath, folders))]
+            how += [self.max_image_pixels, self.max_image_bytes]
         return json.dumps([decides, self.train_on, how, [source.fingerprint() for source in sources]])
 
     @functools.cached_property

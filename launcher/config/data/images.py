@@ -262,7 +262,7 @@ def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None
 @contextmanager
 def _opened(source: Any, name: str) -> Iterator[Image.Image]:
     """Yield an image whose header has been read; errors of decoders become ``BadImage``."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
@@ -270,7 +270,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"{name} is too large: {error}", "scale it down") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadImage(f"{name} is no image of {', '.join(FORMATS)}", "save it as PNG or JPEG") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, TypeError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -24,7 +24,7 @@ from launcher.config.data.conversations import (
 from launcher.config.data.examples import Example, PreferencePair, RenderedExample, TextSegment, joined
 from launcher.config.data.images import BadImage
 from launcher.config.data.rows import json_type
-from launcher.utils.text import counted, did_you_mean, shell_word
+from launcher.utils.text import did_you_mean, shell_word
 
 if TYPE_CHECKING:
     from launcher.config.data.images import EncodedImage, ImageReader
@@ -416,12 +416,12 @@ class Renderer:
         """Return the images of a conversation, whose messages then hold places for them."""
         assert self.template is not None, "checked by the caller"
         column, given = _given_images(row, self.columns)
-        found = place_images(messages, column, given)
-        if not found:
+        if not given and not any(isinstance(message.get("content"), list) for message in messages):
             return ()
         if self.images is None or not self.template.image_token:
             which = "a model that takes images: model=hf with LLaVA, Idefics3, SmolVLM or Qwen2-VL"
-            raise BadRow(f"holds {counted(len(found), 'image')}, and the model takes text alone", f"choose {which}")
+            raise BadRow("holds images, and the model takes text alone", f"choose {which}")
+        found = place_images(messages, column, given)
         try:
             return tuple(self.images.find(value, f"image {number}") for number, value in enumerate(found, 1))
         except BadImage as bad:

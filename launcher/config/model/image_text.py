@@ -88,7 +88,9 @@ def _token_text(folder: Path, token_id: int) -> str:
         if token_id in added:
             return added[token_id]
         vocabulary = tree["model"]["vocab"]
-        names = vocabulary.items() if isinstance(vocabulary, dict) else ((one[0], at) for at, one in enumerate(vocabulary))
+        names = (
+            vocabulary.items() if isinstance(vocabulary, dict) else ((one[0], at) for at, one in enumerate(vocabulary))
+        )
         return next((str(name) for name, number in names if number == token_id), "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass

@@ -22,6 +22,7 @@ DISTRIBUTIONS = {
     "cyclonedx": "cyclonedx-python-lib",
     "hydra": "hydra-core",
     "mlflow": "mlflow-skinny",
+    "PIL": "pillow",
     "yaml": "pyyaml",
 }
 """Modules whose distribution has another name."""

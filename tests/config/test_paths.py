@@ -23,6 +23,7 @@ from launcher.utils.schema import defaults
 OPTIONS = {
     "data.path": ["data.path="],
     "data.cache": ["data.cache="],
+    "data.image_folder": ["data=auto", "data.image_folder="],
     "data.chat_template": ["data=auto", "data.chat_template="],
     "data.eval_path": ["data=auto", "data.eval_path="],
     "data.tokenizer": ["data.tokenizer="],

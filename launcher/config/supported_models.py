@@ -55,7 +55,7 @@ def validate_family(
 
 
 def _validate_images(parallel: Parallel, model: Model, *, world_size: int) -> Iterator[ConfigError]:
-    """Reject strategies that split layers, matrices or sequences: the image encoder is a model beside the layers."""
+    """Reject strategies that split layers, matrices or sequences of an image-text model."""
     dims = parallel.dims(world_size)
     instead = "set parallel=single, ddp, zero2, zero3 or fsdp"
     if parallel.kind in ("pipeline", "deepspeed_pipeline"):

@@ -194,7 +194,7 @@ def _tensors(rows: Sequence[TokenRow], *, fixed: int | None, num_labelled: int |
 
 
 def _image_tensors(rows: Sequence[TokenRow], *, length: int) -> dict[str, torch.Tensor]:
-    """Return the inputs of the images of all rows, those of one row after those of the row before."""
+    """Return the inputs of the images of all rows, row after row."""
     found = {}
     for name in dict.fromkeys(name for row in rows for name in row.arrays):
         if name in PER_TOKEN:

@@ -39,7 +39,7 @@ _TOKENIZER = "tokenizer.json"
 _BYTES_A_PROCESS = 8 << 20
 """Data for which another process is worth its start."""
 _WAITING_BLOCKS, _WAITING_IMAGE_BLOCKS = 64, 2
-"""Most finished blocks of a process that wait for those before them; the second of rows with images."""
+"""Most blocks of a process that wait for those before; the second of rows with images."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class EncodedBlock:
     lengths: np.ndarray
     """int32, tokens of each example."""
     arrays: tuple[bytes, ...] = ()
-    """What the model's processor made of the images of each example; empty where none of the data is for it."""
+    """What the model's processor made of the images of each example."""
     stamps: tuple[ImageStamp, ...] = ()
     """The files of their images."""
 
@@ -99,7 +99,7 @@ class ExampleStore:
         return int(self._array_ends[number] - (self._array_ends[number - 1] if number else 0)) if self.has_images else 0
 
     def arrays(self, number: int) -> dict[str, np.ndarray]:
-        """Return what the processor made of an example's images, by the model's names; empty without any."""
+        """Return what the processor made of an example's images, by the model's names."""
         size = self.array_bytes(number)
         if not size:
             return {}
@@ -209,7 +209,7 @@ def _first_trained(block: EncodedBlock) -> np.ndarray:
 
 
 def is_intact(folder: Path, *, heartbeat: Callable[[], None]) -> bool:
-    """Return whether a folder holds its files as they were written, and images are what they were.
+    """Return whether a folder holds its files as they were written, of images as they are.
 
     They are compared by checksum, large ones by size alone; files of images by size and time, then by checksum.
     """

@@ -1,4 +1,4 @@
-"""Examples with images: their tokens as the model's processor writes them, and its pixels as bytes for the cache."""
+"""Examples with images: tokens and pixels, as the model's processor makes them."""
 
 from __future__ import annotations
 

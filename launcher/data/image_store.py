@@ -1,4 +1,4 @@
-"""What a cache keeps of images: their arrays as bytes, and what their files were like when they were read."""
+"""What a cache keeps of images: their arrays as bytes, and the state of their files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ImageStamp:
     sha256: str
 
     def is_current(self) -> bool:
-        """Return whether the file holds the same image; it is read only if its time or size is another."""
+        """Return whether the file holds the same image; it is read only if its time differs."""
         try:
             status = Path(self.path).stat()
             if (status.st_size, status.st_mtime_ns) == (self.num_bytes, self.modified_ns):

@@ -146,7 +146,7 @@ class ExampleRows:
 
     @functools.cached_property
     def filler(self) -> TokenRow | None:
-        """A row with a blank image and no labels, for batches that have none; ``None`` where no row has images."""
+        """A row with a blank image and no labels; ``None`` where no row has images."""
         arrays = self._store.filler()
         if arrays is None:
             return None

@@ -201,7 +201,7 @@ def _gathered(units: Sequence[FSDPModule], *, reshards: bool) -> Iterator[None]:
 
 
 class _LogitsAlone(nn.Module):  # type: ignore[misc]  # torch is not followed
-    """An image-text model whose output holds logits alone: DDP waits for gradients of all that an output depends on.
+    """An image-text model whose output holds logits alone, so that DDP waits for no others.
 
     The last layer of an image encoder may have none: many models read the layer before.
     """

@@ -1,4 +1,4 @@
-"""The processor of an image-text model: a rendered conversation and its images to the inputs of the model.
+"""The processor of an image-text model: from a conversation and its images to inputs.
 
 Images are preprocessed by Pillow and numpy, so the result does not depend on whether torchvision is installed. Videos
 are left out: their processors need it.
@@ -49,7 +49,7 @@ class ImageTextInputs:
     input_ids: list[int]
     """With one token for each place that an image takes."""
     arrays: Mapping[str, np.ndarray]
-    """Further inputs by the names of the model's ``forward``: pixels, grids; those of :data:`PER_TOKEN`."""
+    """Further inputs by the names of the model's ``forward``: pixels, grids, types of tokens."""
     replacements: tuple[Replacement, ...]
     """Of each image, in order."""
 
@@ -148,7 +148,7 @@ def load_processor(folder: Path, *, option: str) -> ImageTextProcessor:
 
 
 def processor_fingerprint(folder: Path) -> str:
-    """Return a hash of what decides the pixels that a model is given: its processor, and the program that runs it."""
+    """Return a hash of what decides the pixels: the processor's files and its libraries."""
     import PIL
     import transformers
 
@@ -202,7 +202,7 @@ def join_arrays(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def pad_per_token(parts: Sequence[np.ndarray | None], *, length: int) -> np.ndarray:
-    """Return values for each token of several sequences, (sequences, length), with zeros where there are none.
+    """Return values for each token, (sequences, length), with zeros where there are none.
 
     Args:
         parts: of each sequence, (tokens,); ``None`` is zeros.

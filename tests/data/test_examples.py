@@ -268,7 +268,7 @@ def test_without_a_template_prompt_and_response_stay_as_they_are(tmp_path: Path)
         ({"messages": [{"content": "q"}]}, "messages[0].role is missing"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content takes text, and is a number"),
         ({"messages": [ASKED[0], {"role": "assistant", "content": " "}]}, "messages[1].content is empty"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "holds images, and the model takes text alone"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "and the model takes text alone"),
         ({"messages": ["hi"]}, "messages[0] takes an object with role and content, and is text"),
         ({"prompt": "q", "response": None}, "response is null"),
         ({"prompt": "q"}, "response is missing"),

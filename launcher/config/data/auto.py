@@ -714,7 +714,7 @@ class AutoData(Corpus):
             _print_once(f"{num_bad:,} of {num_rows:,} rows of {origin} are skipped; the first: {first_bad}")
 
     def refuse_or_skip(self, why: str, fix: str) -> None:
-        """Do what ``on_bad_row`` says with a row that turns out to be bad while its images are decoded.
+        """Refuse or skip a row, as ``on_bad_row`` says, whose images cannot be decoded.
 
         Raises:
             ConfigError: it says to refuse it.

@@ -34,7 +34,7 @@ DEFAULT_TEMPLATE = "default"
 _DEFAULT_FILE, _NAMED_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 """Of a tokenizer's folder: its default template, and a folder of those with other names."""
 _OF_PROCESSOR = "chat_template.json"
-"""File in which processors of image-text models kept their template before there was the other one."""
+"""File in which older processors of image-text models have their template."""
 _SENTINEL = "launcher-content-of-this-turn"
 _WRITES_TOOLS = re.compile(r"\btools\b")
 _WRITES_TOOL_CALLS = re.compile(r"\btool_calls\b|\b(message|messages|msg|m)\s*\|\s*tojson")
@@ -156,7 +156,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def takes_parts(self) -> bool:
-        """Whether the template of an image-text model reads messages whose content is a list of parts."""
+        """Whether the template reads messages whose content is a list of parts."""
         import jinja2
 
         messages = [{"role": "user", "content": [{"type": "text", "text": _SENTINEL}]}]

@@ -35,7 +35,7 @@ _IMAGE_PARTS = ("image", "image_url")
 _IMAGE_KEYS = ("bytes", "base64", "path", "image", "url", "image_url")
 """Keys of a part that may hold the image, of Transformers and OpenAI."""
 IMAGE_MARK = "<image>"
-"""Text that stands for an image of the column ``images``, as LLaVA's and LLaMA-Factory's files have it."""
+"""Text that stands for an image of the column ``images``, as LLaVA writes rows."""
 _LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
@@ -276,7 +276,7 @@ def _with_arguments(function: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def place_images(messages: Sequence[Message], column: str, given: Sequence[Any]) -> list[Any]:
-    """Return the images of messages in order, and leave a part without content in the place of each.
+    """Return the images of messages in order; an empty part stays in the place of each.
 
     Images of a column of their own stand where a part names none, or where the text has ``<image>``; without any such
     place they stand before the text of the first turn of the user.
@@ -308,7 +308,7 @@ def place_images(messages: Sequence[Message], column: str, given: Sequence[Any])
 
 
 def _make_places(messages: Sequence[Message]) -> None:
-    """Make parts of the messages' texts, with one for each image mark; without any, the first turn begins with one."""
+    """Make a part for each image mark in the texts; without any, the first turn begins with one."""
     texts = [message for message in messages if isinstance(message.get("content"), str)]
     if any(IMAGE_MARK in message["content"] for message in texts):
         for message in texts:

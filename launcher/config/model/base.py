@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
     *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
     *PROCESSOR_FILES[:3],
 )
-"""Files of a tokenizer and processor in a model folder, and those that name the end-of-sequence tokens."""
+"""Files of a tokenizer and processor in a model folder, with what names its end tokens."""
 
 VOCABULARY_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),

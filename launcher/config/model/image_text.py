@@ -1,4 +1,4 @@
-"""Whether a model folder holds an image-text model, and the token that stands for an image, from its files alone."""
+"""Whether a folder holds an image-text model, and its image token, from its files alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def is_image_text(config: Mapping[str, Any]) -> bool:
 
 
 def read_image_text(folder: Path, config: Mapping[str, Any] | None = None) -> ImageText | None:
-    """Return what the files of a folder say; ``None`` of a text model, and where they cannot be read.
+    """Return what a folder says; ``None`` of a text model, and where it cannot be read.
 
     Args:
         folder: with the tokenizer and, if it holds one, the processor.

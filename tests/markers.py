@@ -36,7 +36,7 @@ _BY_PLACE = (
     *((f"models/test_{name}.py*", "process") for name in ("adapters", "checkpoint_weights", "export", "families")),
     *(
         (f"inference/test_{name}.py*", "process")
-        for name in ("adapters", "beams", "chat", "engine", "exactness", "invariance")
+        for name in ("adapters", "beams", "chat", "engine", "exactness", "invariance", "speculation")
     ),
     *(
         (f"inference/test_{name}.py*", "process")

@@ -15,11 +15,12 @@ from launcher.config.run import Run
 from launcher.errors import ConfigError
 
 BatchingMode = Literal["continuous", "dynamic", "static", "none"]
+Speculation = Literal["none", "early_exit"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLimits:
-    """Capacity and batching limits of an engine, as the ``GeneratingJob`` fields of those names."""
+    """Capacity, batching and drafts of an engine, as the ``GeneratingJob`` fields of those names."""
 
     batching: BatchingMode = "continuous"
     max_num_seqs: int = 32
@@ -30,6 +31,14 @@ class EngineLimits:
     max_wait_s: float = 0.1
     bucket_size: int = 32
     aging_s: float = 10.0
+    speculation: Speculation = "none"
+    speculation_layers: int | None = None
+    speculation_tokens: int = 4
+    speculation_adaptive: bool = True
+
+    def exit_layer(self, num_layers: int) -> int:
+        """Return how many layers of a model draft; by default a third."""
+        return self.speculation_layers or max(1, num_layers // 3)
 
     def rank(self, *, arrived_s: float, priority: int) -> float:
         """Return a request's rank in the queue, smallest first.

@@ -13,6 +13,9 @@ from launcher.config.parallel.data_parallel import TENSOR_STYLES
 from launcher.config.parallel.deepspeed_pipeline import PIPELINE_FAMILIES, unknown_family_error
 from launcher.errors import ConfigError
 
+EXIT_FAMILIES = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
+"""Families whose norm and output head can follow any layer in training."""
+
 _ALTERNATIVE = "set parallel=fsdp or parallel=zero3, which shard any model"
 
 

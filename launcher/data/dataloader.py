@@ -46,6 +46,10 @@ class MicroBatch:
     """int64, of each row, or of each pair: the number of its source in a mixture."""
     arrays: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Inputs of images, by the names of the model's ``forward``; empty where no row has images."""
+    drawn: torch.Tensor | None = None
+    """int64, of each row, or of each pair: its place among the sequences that a run trains on."""
+    step: int = 0
+    """Optimizer step that it is for, from 0."""
 
 
 class Loader:
@@ -80,7 +84,11 @@ class Loader:
         """
         train, first = self._splits.train, self.drawn(step)
         return [
-            self._batch_of(train, [self._number_at(first + at) for at in places])
+            replace(
+                self._batch_of(train, [self._number_at(first + at) for at in places]),
+                drawn=torch.tensor([first + at for at in places]),
+                step=step,
+            )
             for places in batch_positions(self._rank, batch=self._batch)
         ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 Logits are (sequences, tokens, vocabulary), labels (sequences, tokens), ``IGNORE_INDEX`` where none counts."""
 
 
+class ExitLosses(Protocol):
+    """Losses after early layers, besides that after the last one."""
+
+    def at_head(
+        self, micro_batch: MicroBatch, labels: Tensor, places: Tensor | None, of_sources: TokenSources | None
+    ) -> AbstractContextManager[None]:
+        """Return a context in which a forward pass returns the loss, summed over labelled tokens."""
+
+
 def loss_function(job: BatchedJob) -> LossFunction | None:
     """Return the loss of a plugin that a job trains on; ``None`` for cross-entropy."""
     name = getattr(job, "loss", CROSS_ENTROPY)
@@ -50,6 +59,7 @@ def token_loss_sum(
     observe: Observer | None = None,
     preferences: DpoLoss | None = None,
     by_source: SourceLosses | None = None,
+    exits: ExitLosses | None = None,
 ) -> Tensor:
     """Return the loss summed over labelled tokens or pairs, an fp32 scalar on ``device``.
 
@@ -61,6 +71,7 @@ def token_loss_sum(
         observe: gets all logits, and the labels.
         preferences: computes the loss of batches of pairs.
         by_source: adds up the same loss by the sources of a mixture.
+        exits: computes the loss, of exits too.
     """
     input_ids = micro_batch.input_ids.to(device, non_blocking=True)
     labels = micro_batch.labels.to(device, non_blocking=True)
@@ -70,7 +81,12 @@ def token_loss_sum(
     needs_all = function is not None or observe is not None
     places = None if needs_all else counted_places(micro_batch.labels, device)
     of_sources = sources_of_tokens(None if micro_batch.is_paired else by_source, micro_batch.sources, labels)
-    with _head(module, labels, places, of_sources, paired=micro_batch.is_paired, whole=needs_all):
+    at_head = (
+        _head(module, labels, places, of_sources, paired=micro_batch.is_paired, whole=needs_all)
+        if exits is None
+        else exits.at_head(micro_batch, labels, places, of_sources)
+    )
+    with at_head:
         output = module(input_ids=input_ids, use_cache=False, **inputs).logits
     if observe is not None:
         observe(output, labels)
@@ -157,11 +173,11 @@ def labels_at_head(
         places: of the labels that count; others, as of prompts and padding, then cost nothing.
         of_sources: of all tokens; gets the loss of each too.
     """
-    head = _plain_head(module)
+    head = plain_head(module)
     if head is None:
         yield
         return
-    with _replaced(head, lambda hidden: linear_cross_entropy(hidden, head.weight, labels, places, of_sources)):
+    with replaced_forward(head, lambda hidden: linear_cross_entropy(hidden, head.weight, labels, places, of_sources)):
         yield
 
 
@@ -173,7 +189,7 @@ def logits_at_places(module: nn.Module, places: Tensor | None) -> Iterator[None]
         module: as :func:`labels_at_head` takes it.
         places: of the labels that count; ``None`` changes nothing.
     """
-    head = None if places is None else _plain_head(module)
+    head = None if places is None else plain_head(module)
     if head is None:
         yield
         return
@@ -183,12 +199,13 @@ def logits_at_places(module: nn.Module, places: Tensor | None) -> Iterator[None]
         chosen: Tensor = linear(head, hidden.flatten(0, -2).index_select(0, places).unsqueeze(0))
         return chosen
 
-    with _replaced(head, forward):
+    with replaced_forward(head, forward):
         yield
 
 
 @contextmanager
-def _replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_forward(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """In this context, let an output head compute something else."""
     assert "forward" not in vars(head), "the head has been replaced already"
     head.forward = forward
     try:
@@ -202,7 +219,7 @@ def loss_of(output: Tensor, labels: Tensor, of_sources: TokenSources | None = No
     return output if output.ndim == 0 else cross_entropy(output, labels, of_sources)
 
 
-def _plain_head(module: nn.Module) -> nn.Linear | None:
+def plain_head(module: nn.Module) -> nn.Linear | None:
     """Return the output head if logits are just its product with the hidden state, or ``None``."""
     while not isinstance(module, PreTrainedModel):  # DistributedDataParallel, DeepSpeed's engine
         module = module.module

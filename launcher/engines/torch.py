@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from launcher.config.parallel.data_parallel import Fsdp
 from launcher.engines.base import Engine, Observer, StepResult, WholeModel, never_preempted
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_items
+from launcher.engines.early_exit import early_exit_loss
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model_state import torch_state_bytes
@@ -53,6 +54,7 @@ class TorchEngine(Engine):
         self._update = OptimizerStep([self.module], run, device=self.device)
         self._loss = loss_function(run.batched_job)
         self.preferences = preference_loss(run.batched_job, device=self.device)
+        self._exits = early_exit_loss(run.batched_job, self.module)
         self._adapter_only = run.lora is not None
         self._state_names, self._trains = run.optimizer.saved_names, run.batched_job.trains
 
@@ -80,6 +82,7 @@ class TorchEngine(Engine):
                         function=self._loss,
                         preferences=self.preferences,
                         by_source=self.by_source,
+                        exits=self._exits,
                     )
                 with self._clock.phase("backward"):
                     own_sum += loss.detach()

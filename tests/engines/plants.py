@@ -135,3 +135,15 @@ def ranks_count_their_own_tokens() -> None:
             self._work, self._total = None, torch.tensor(zero.num_items(micro_batches))
 
     zero.TokenCount = Own
+
+
+def rows_are_numbered_by_each_rank() -> None:
+    """Draw which layers a sequence skips by its row, not by its place in the run."""
+    from dataclasses import replace
+
+    from launcher.engines.early_exit import EarlyExitLoss
+
+    kept = EarlyExitLoss._kept
+    EarlyExitLoss._kept = lambda self, batch, device: kept(
+        self, replace(batch, drawn=torch.arange(len(batch.input_ids))), device
+    )

@@ -194,7 +194,11 @@ def micro_batches(context: Any, step: int, documents: str = "whole") -> list[Any
     places = range(first, first + share)
     return [
         MicroBatch(
-            input_ids=inputs[part], labels=labels[part], position_ids=None if positions is None else positions[part]
+            input_ids=inputs[part],
+            labels=labels[part],
+            position_ids=None if positions is None else positions[part],
+            drawn=GLOBAL_BATCH * step + torch.tensor(part),
+            step=step,
         )
         for part in (
             list(places[at : at + context.batch.micro_batch]) for at in range(0, share, context.batch.micro_batch)

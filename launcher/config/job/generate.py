@@ -32,6 +32,7 @@ _IRRELEVANT_OPTIONS = frozenset(
     (
         *("input", "output", "batching", "max_num_seqs", "kv_cache_tokens", "prefill_chunk_size"),
         *("enable_prefix_caching", "max_batch_size", "max_wait_s", "bucket_size", "aging_s", "echo_step_s"),
+        *("speculation", "speculation_layers", "speculation_tokens", "speculation_adaptive"),
     )
 )
 """Options of the job that no answer depends on."""
@@ -243,6 +244,7 @@ class Generate(GeneratingJob):
         yield "engines", f"engine={self.engine} {several} {world_size} ranks" if world_size > 1 else self.engine
         yield "batching", f"{self.batching}, {self.max_concurrent} sequences at once"
         yield "tokenizer", self.describe_tokenizer(run)
+        yield from self.describe_speculation(run)
         yield from self.describe_adapters()
 
     def files(self) -> Iterator[str]:

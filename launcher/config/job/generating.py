@@ -20,7 +20,7 @@ from launcher.config.adapter_folder import (
     validate_adapter_fits,
 )
 from launcher.config.data.chat_template import find_template
-from launcher.config.inference import BatchingMode, EngineLimits, validate_engine
+from launcher.config.inference import BatchingMode, EngineLimits, Speculation, validate_engine
 from launcher.config.model.linear_layers import module_sizes
 from launcher.config.paths import PathText
 from launcher.config.profile import ProfileUnit
@@ -47,6 +47,7 @@ _UNUSED_BY_ENGINE: Mapping[str, tuple[str, ...]] = {
 }
 """Options that other engines than the launcher's own have no use for."""
 
+_OF_SPECULATION = ("speculation_layers", "speculation_tokens", "speculation_adaptive")
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,99}")
 
 _SHAPE_OF_ECHO = ("name", "max_position_embeddings", "vocab_size")
@@ -111,6 +112,20 @@ class GeneratingJob(Job):
 
     aging_s: float = 10.0
     """Seconds of waiting that count as one step of priority."""
+
+    speculation: Speculation = "none"
+    """``early_exit`` drafts tokens with the model's first layers; the others verify them in one pass.
+    Answers are those without it: greedy and seeded ones token for token, others in distribution."""
+
+    speculation_layers: int | None = None
+    """Layers that draft under ``early_exit``; ``null`` takes a third of the model's."""
+
+    speculation_tokens: int = 4
+    """Tokens of a draft at most."""
+
+    speculation_adaptive: bool = True
+    """Whether drafts become shorter where few tokens are accepted, and end where they cost time.
+    Both ways are timed in turn, for each size of batch."""
 
     vllm_python: PathText | None = None
     """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
@@ -188,6 +203,8 @@ class GeneratingJob(Job):
         if self.engine == "paged":
             why = f"job.batching={self.batching} does not use it"
             names |= dict.fromkeys(_UNUSED_BY_BATCHING.get(self.batching, ()), why)
+        if self.speculation == "none":
+            names |= dict.fromkeys(_OF_SPECULATION, "job.speculation=none drafts nothing")
         for engine, option in (("echo", "echo_step_s"), ("vllm", "vllm_python")):
             if self.engine != engine:
                 names[option] = f"it is for job.engine={engine}, and {named}"
@@ -213,6 +230,7 @@ class GeneratingJob(Job):
         if self.engine == "vllm":
             yield from self._validate_for_vllm(run)
         yield from self._validate_adapters(run)
+        yield from self._validate_speculation(run)
         if run.profile.kind == "true" and self.engine != "paged":
             why = f"engine={self.engine} computes nothing that torch's profiler could record"
             yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=paged")
@@ -241,6 +259,32 @@ class GeneratingJob(Job):
             elif name == self.name_of(run):
                 why = f"{name} is the name of the base model, so requests could not choose between them"
                 yield ConfigError(option, self.adapters[name], why=why, fix="choose another name for the adapter")
+
+    def _validate_speculation(self, run: Run) -> Iterator[ConfigError]:
+        """Yield why nothing can be drafted, or drafts would have no effect."""
+        if self.speculation == "none":
+            return
+        off = "set job.speculation=none"
+        if self.engine != "paged":
+            why = f"job.engine={self.engine} drafts nothing: only job.engine=paged does"
+            yield self.error("speculation", why, f"{off}, or job.engine=paged")
+        if self.batching != "continuous":
+            why = f"job.batching={self.batching} is for comparisons, and computes one token of a sequence at a time"
+            yield self.error("speculation", why, f"{off}, or job.batching=continuous")
+        if run.parallel.dims(1).pipeline > 1:
+            why = f"parallel={run.parallel.kind} puts first and last layers on different ranks"
+            yield self.error("speculation", why, f"{off}, or parallel=single")
+        if getattr(self, "num_beams", 1) > 1:
+            why = f"beam search (job.num_beams={getattr(self, 'num_beams', 1)}) drafts nothing"
+            yield self.error("speculation", why, f"{off}, or job.num_beams=1")
+        shape = run.model.shape()
+        count, layers = 0 if shape is None else shape.num_hidden_layers, self.speculation_layers
+        if count == 1:
+            why = f"{run.model.name} has one layer, so there is none to draft with"
+            yield self.error("speculation", why, off)
+        elif count and layers is not None and layers >= count:
+            why = f"{run.model.name} has {count} layers, and at least one must be left to verify"
+            yield self.error("speculation_layers", why, f"set job.speculation_layers={max(1, count // 3)}")
 
     def _validate_for_vllm(self, run: Run) -> Iterator[ConfigError]:
         if self.vllm_python is None:
@@ -298,6 +342,17 @@ class GeneratingJob(Job):
             source = None
         return f"job.tokenizer=model, {source} on the hub" if isinstance(source, str) else "job.tokenizer=model"
 
+    def describe_speculation(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield which layers draft, and how far."""
+        if self.speculation == "none":
+            return
+        shape = run.model.shape()
+        layers = self.speculation_layers or (None if shape is None else self.limits.exit_layer(shape.num_hidden_layers))
+        of = "a third of the layers drafts" if layers is None else f"the first {counted(layers, 'layer')} draft"
+        of = of.replace("1 layer draft", "layer drafts")
+        ends = "ends where it costs time" if self.speculation_adaptive else "always on"
+        yield "speculation", f"{of} at most {counted(self.speculation_tokens, 'token')}; {ends}"
+
     def describe_adapters(self) -> Iterator[tuple[str, str]]:
         """Yield a line with the adapters, their largest rank and their size."""
         found = self.adapter_folders()
@@ -315,6 +370,7 @@ class GeneratingJob(Job):
         yield from self.validate_minimum(
             1, "max_num_seqs", "kv_cache_tokens", "prefill_chunk_size", "max_batch_size", "bucket_size"
         )
+        yield from self.validate_minimum(1, "speculation_layers", "speculation_tokens")
         yield from self.validate_minimum(0, "seed", "max_wait_s", "echo_step_s")
         if self.engine in ("transformers", "vllm") and self.batching != "continuous":
             yield self.error(

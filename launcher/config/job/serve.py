@@ -219,6 +219,7 @@ class Serve(GeneratingJob):
         yield "engines", f"{counted(self.replicas, 'replica')} of engine={self.engine}{ranks}"
         yield "batching", f"{self.batching}, {self.capacity} sequences at once, {self.max_queue} may wait"
         yield "tokenizer", self.describe_tokenizer(run)
+        yield from self.describe_speculation(run)
         yield from self.describe_adapters()
         shapes = " ".join(f"{sequences}×{tokens}" for sequences, tokens in self.warm_up)
         yield "warm-up", shapes or "none"

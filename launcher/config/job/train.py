@@ -15,6 +15,7 @@ from launcher.config.job.eval_sets import EvaluatingJob
 from launcher.config.job.eval_tasks import TASK_METRICS, TaskAnsweringJob
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import LearningJob, Run
+from launcher.config.supported_models import EXIT_FAMILIES
 from launcher.errors import ConfigError
 from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, LOSS, METRIC, TRANSFORM
 from launcher.plugins.loading import origin_of, validate_callback_metrics, validate_named
@@ -112,6 +113,23 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
 
     Evaluations always measure cross-entropy."""
 
+    early_exit_loss: float = 0.0
+    """Weight of the losses after layers before the last (LayerSkip's e_scale, arXiv:2404.16710).
+    It teaches the first layers to draft for ``job.speculation=early_exit``; 0 trains no exits. What is recorded as the
+    loss of training is then the weighted mean; evaluations measure the whole model."""
+
+    early_exit_curriculum: Literal["rotational", "gradual", "all"] = "rotational"
+    """Exits that count in a step: ``rotational`` every so many layers, other ones in each step; ``all``.
+    ``gradual`` is one more from time to time, from the last on, and all from the middle of the run."""
+
+    early_exit_rotation: int = 8
+    """Layers between two exits of a step under ``rotational``."""
+
+    layer_dropout: float = 0.0
+    """Probability that a sequence skips the last layer in training.
+    That of the first is 0, and it grows with depth, as in LayerSkip. The seed and the place of the sequence in the run
+    decide, whatever the ranks are. Skipped layers are computed all the same."""
+
     objective: Literal["auto", "next_token", "sft", "dpo"] = "auto"
     """What is trained; ``auto`` decides by the rows of the data.
     ``next_token``: all tokens of text. ``sft``: the answers of conversations, or of prompts with responses. ``dpo``:
@@ -166,6 +184,11 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
         if self.objective in ("next_token", "sft"):
             why = f"job.objective={self.objective} trains on no preferences"
             unused |= {"dpo_beta": why, "dpo_label_smoothing": why}
+        if not self.early_exit_loss:
+            why = "job.early_exit_loss=0 trains no exits"
+            unused |= {"early_exit_curriculum": why, "early_exit_rotation": why}
+        elif self.early_exit_curriculum != "rotational":
+            unused["early_exit_rotation"] = f"job.early_exit_curriculum={self.early_exit_curriculum} rotates nothing"
         if self.early_stopping_patience is None:
             unused["early_stopping_threshold"] = "without job.early_stopping_patience no run stops early"
         return unused | ({"max_bad_steps": "job.on_bad_step=stop ends the run"} if self.on_bad_step == "stop" else {})
@@ -174,7 +197,13 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
         """Reject counts that make no training run."""
         yield from super().validate()
         yield from self.validate_minimum(1, "log_every", "eval_sequences", "max_bad_steps", "early_stopping_patience")
-        yield from self.validate_minimum(0, "early_stopping_threshold")
+        yield from self.validate_minimum(0, "early_stopping_threshold", "early_exit_loss")
+        yield from self.validate_minimum(1, "early_exit_rotation")
+        if not 0 <= self.layer_dropout < 1:
+            yield self.error("layer_dropout", "must be from 0 to below 1", "set job.layer_dropout=0.1")
+        if self.early_exit_loss and self.early_exit_curriculum == "gradual" and self.epochs is not None:
+            why = "job.epochs leaves the number of steps to the ranks, and exits come by it"
+            yield self.error("early_exit_curriculum", why, "set job.steps, or job.early_exit_curriculum=rotational")
         if self.epochs is not None and self.epochs <= 0:
             yield self.error("epochs", "must be above 0", "set job.epochs=1")
         if self.early_stopping_patience is not None and self.eval_every == 0:
@@ -221,9 +250,35 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
             if "/" in name:
                 fix = f"set checkpoint.best_metric={LOWEST_LOSS}, or name its text in job.eval_sets"
             yield ConfigError("checkpoint.best_metric", run.checkpoint.best_metric, why=why, fix=fix)
+        yield from self._validate_early_exit(run, world_size=world_size)
         if self.loss != CROSS_ENTROPY and run.parallel.kind in _PIPELINES:
             why = f"parallel={run.parallel.kind} trains on {CROSS_ENTROPY} only"
             yield self.error("loss", why, f"set job.loss={CROSS_ENTROPY}, or parallel=ddp")
+
+    def _validate_early_exit(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Yield why exits cannot be trained, or layers not dropped, with the rest of the run."""
+        fields = [name for name in ("early_exit_loss", "layer_dropout") if getattr(self, name)]
+        dims, family = run.parallel.dims(world_size), run.model.family()
+        for field in fields:
+            if dims.pipeline > 1 or run.parallel.kind in _PIPELINES:
+                why = f"under parallel={run.parallel.kind} no rank has the whole model"
+                yield self.error(field, why, "set parallel=ddp, fsdp, zero2 or zero3")
+            if dims.tensor > 1:
+                why = f"parallel.tensor={dims.tensor} splits the output head that exits share"
+                yield self.error(field, why, "set parallel.tensor=1")
+            if dims.sequence > 1:
+                why = f"parallel.sequence_parallel={dims.sequence} splits sequences, which skip layers as a whole"
+                yield self.error(field, why, "set parallel.sequence_parallel=1")
+            if run.compile.kind != "false":
+                why = "exits and skipped layers change what a block does at every step"
+                yield ConfigError("compile", run.compile.kind, why=f"job.{field}: {why}", fix="set compile=false")
+            if self.loss != CROSS_ENTROPY:
+                yield self.error(field, f"job.loss={self.loss} has no exits", f"set job.loss={CROSS_ENTROPY}")
+            if self.objective == "dpo":
+                yield self.error(field, "job.objective=dpo has no exits", "leave it out")
+            if family is not None and family not in EXIT_FAMILIES:
+                why = f"{family} is none of the families whose head exits can share: {', '.join(sorted(EXIT_FAMILIES))}"
+                yield self.error(field, why, "leave it out, or choose such a model")
 
     def validate_shapes(self, run: Run, data: AutoData, shapes: Collection[Shape]) -> Iterator[ConfigError]:
         """Yield contradictions between objective and data, and what cannot train on preferences."""
@@ -276,6 +331,9 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
 
     def _validate_preferences(self, run: Run, data: AutoData) -> Iterator[ConfigError]:
         what = "the data is preferences (job.objective=dpo), and"
+        for field in ("early_exit_loss", "layer_dropout"):
+            if getattr(self, field):
+                yield self.error(field, f"{what} their loss has no exits", "leave it out")
         if run.parallel.kind in _PIPELINES:
             why = f"{what} no stage of a pipeline computes the probabilities of whole answers"
             yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=ddp, fsdp, zero2 or zero3")
@@ -321,6 +379,15 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
             sequences = run.data.known_train_sequences
             known = "the training sequences, which rank 0 counts and prints"
             yield "epochs", f"{self.epochs:g} of {known if sequences is None else f'{sequences:,} sequences'}"
+        if self.early_exit_loss:
+            which = {
+                "rotational": f"after one in {self.early_exit_rotation} layers, other ones in each step",
+                "gradual": "after one more layer from time to time, from the last on",
+                "all": "after every layer",
+            }
+            yield "exits", f"{which[self.early_exit_curriculum]}, scale {self.early_exit_loss:g}"
+        if self.layer_dropout:
+            yield "layer dropout", f"from 0 at the first layer to {self.layer_dropout:g} at the last"
         if self.early_stopping_patience is not None:
             direction, _, name = run.checkpoint.best_metric.partition(":")
             better = f"eval/{name} that is {'lower' if direction == 'min' else 'higher'}"

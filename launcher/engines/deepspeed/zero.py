@@ -22,6 +22,7 @@ from launcher.engines.base import Observer, StepResult, WholeModel, never_preemp
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam, read_parameters_once
 from launcher.engines.deepspeed.nvme import SwapFolder
 from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_items, sum_over_ranks
+from launcher.engines.early_exit import early_exit_loss
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model import build_run_model
@@ -60,6 +61,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         model = self._build()
         self._initialize(model, config, names=parameter_names([model]))
         self.module = self._engine.module
+        self._exits = early_exit_loss(context.run.batched_job, self.module)
         self._check_swap()
 
     def _swap_folder(self) -> SwapFolder | None:
@@ -125,6 +127,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
                     function=self._loss,
                     preferences=self.preferences,
                     by_source=self.by_source,
+                    exits=self._exits,
                 )
             with self._clock.phase("backward"):
                 own_sum += loss.detach()

@@ -20,7 +20,7 @@ from launcher.config.prompt_file import BadLine
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigErrors, JobError
 from launcher.inference.batch.output import PartIndex, PartWriter, claim_output, merge_parts
 from launcher.inference.batch.requests import GenerationResult, error_line, parse_request
-from launcher.inference.engine.base import EngineRequest, InvalidRequest
+from launcher.inference.engine.base import EngineRequest, InvalidRequest, describe_speculation
 from launcher.inference.engine.registry import make_engine
 from launcher.inference.tokenizer import TextTokenizer, open_tokenizer
 from launcher.profiling.performance import peak_memory_bytes
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from launcher.config.job.generate import Generate
     from launcher.engines.context import Context
     from launcher.engines.preemption import Preemption
-    from launcher.inference.engine.base import EngineOutput, InferenceEngine
+    from launcher.inference.engine.base import EngineOutput, EngineStats, InferenceEngine
 
 
 _QUEUE_FACTOR = 4
@@ -228,6 +228,7 @@ def generate(job: Generate, context: Context) -> None:
         )
         try:
             worker.run()
+            stats = engine.stats()
         finally:
             engine.close()
             if job.is_model_parallel(context.run):
@@ -235,6 +236,8 @@ def generate(job: Generate, context: Context) -> None:
 
                 disconnect()
         parts.sync()
+        if stats.decoded_tokens_total:
+            print(f"speculation: {describe_speculation(stats)}", flush=True)
         if not context.is_main:
             return
         while not index.is_complete:  # the other ranks are still at it
@@ -244,7 +247,7 @@ def generate(job: Generate, context: Context) -> None:
     seconds = time.monotonic() - started
     claim_output(folder, output)
     merge_parts(index, output, heartbeat=lambda: context.heartbeat.update("merge", size))
-    _record_metrics(context, index, size=size, seconds=seconds, tokens=index.num_tokens - before)
+    _record_metrics(context, index, stats, size=size, seconds=seconds, tokens=index.num_tokens - before)
     write_json(folder / "done", {"bad": index.num_errors, "first": _line_of(output, index.first_error)})
     for part in folder.glob("*.part"):
         part.unlink()
@@ -313,8 +316,13 @@ def _uses_cuda() -> bool:
     return "torch" in sys.modules and bool(sys.modules["torch"].cuda.is_available())
 
 
-def _record_metrics(context: Context, index: PartIndex, *, size: int, seconds: float, tokens: int) -> None:
+def _record_metrics(
+    context: Context, index: PartIndex, stats: EngineStats, *, size: int, seconds: float, tokens: int
+) -> None:
     """Record what was done, and say it."""
+    drafted = {}
+    if stats.decoded_tokens_total:
+        drafted = {"generate/acceptance": stats.acceptance, "generate/layer_share": stats.layer_share}
     with MetricsWriter(context.run_dir.metrics) as metrics:
         metrics.record(
             size,
@@ -323,6 +331,7 @@ def _record_metrics(context: Context, index: PartIndex, *, size: int, seconds: f
                 "generate/errors": index.num_errors,
                 "generate/tokens": index.num_tokens,
                 "perf/tokens_per_s": tokens / seconds,
+                **drafted,
                 "memory/peak_bytes": peak_memory_bytes(cuda=_uses_cuda()),
             },
         )

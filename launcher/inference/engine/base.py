@@ -89,9 +89,36 @@ class EngineStats:
     prefix_query_tokens_total: int = 0
     preemptions_total: int = 0
     """Requests put back into the queue because the KV cache was full."""
+    drafts_total: int = 0
+    """Drafts of speculative decoding that were verified."""
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0
+    """Drafted tokens that were accepted."""
+    decoded_tokens_total: int = 0
+    """Tokens of answers after the first, where the engine may draft; otherwise 0."""
+    decoding_passes_total: float = 0.0
+    """Passes through all layers, one after the other, that those took: without drafts 1 each."""
     since_step_s: float = 0.0
     """Seconds since the last step, 0 if there is no work.
     A high value means that the engine hangs."""
+
+    @property
+    def layer_share(self) -> float:
+        """Share of the model's layers that ran for a decoded token, one after the other; 1 without drafts."""
+        return self.decoding_passes_total / self.decoded_tokens_total if self.decoded_tokens_total else 1.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that were accepted."""
+        return self.accepted_tokens_total / self.draft_tokens_total if self.draft_tokens_total else 0.0
+
+
+def describe_speculation(stats: EngineStats) -> str:
+    """Return in words what drafts have saved."""
+    return (
+        f"{stats.acceptance:.0%} of {stats.draft_tokens_total:,} drafted tokens accepted; "
+        f"{stats.layer_share:.0%} of the layers run for a token"
+    )
 
 
 class InvalidRequest(Exception):

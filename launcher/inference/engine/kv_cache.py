@@ -174,6 +174,7 @@ class AttentionMetadata:
 
     def __init__(self, plan: StepPlan, cache: PagedCache, *, device: torch.device) -> None:
         self.cache, self._plan, self._device = cache, plan, device
+        self.first_layer, self.exit_layer = plan.first_layer, plan.exit_layer
         tokens: list[int] = []
         positions: list[int] = []
         logits_indices: list[int] = []
@@ -183,8 +184,7 @@ class AttentionMetadata:
             tokens += part.tokens
             positions += span
             slot_mapping += [part.block_table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in span]
-            if part.needs_logits:
-                logits_indices.append(len(tokens) - 1)
+            logits_indices += range(len(tokens) - part.num_logits, len(tokens))
         for numbers, filler in ((tokens, 0), (positions, 0), (slot_mapping, cache.scratch * BLOCK_SIZE)):
             numbers += [filler] * plan.padding
         self.input_ids = torch.tensor([tokens], device=device)

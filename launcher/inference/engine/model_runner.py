@@ -21,6 +21,7 @@ from launcher.inference.engine.kv_cache import (
     PagedCache,
     register_attention,
 )
+from launcher.inference.engine.layer_skipping import ExitStates
 from launcher.inference.engine.step_plan import Segment, StepPlan
 from launcher.inference.kernels.low_rank import NO_ADAPTERS, AdapterSet
 from launcher.quantization.codecs import rounds_activations
@@ -69,6 +70,9 @@ class ModelRunner:
         cache: of this rank.
         stage: which one the model is.
         adapters: those of its layers.
+
+    Attributes:
+        exits: hidden states between plans of some layers; ``None`` where every plan runs all of them.
     """
 
     isolates = True
@@ -83,6 +87,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.cache, self.stage, self._adapters = model, cache, stage, adapters
         self._cache_name = cache_argument(model)
+        self.exits: ExitStates | None = None
 
     def run(self, plan: StepPlan, hidden: Tensor | None = None) -> Tensor:
         """Compute one plan.
@@ -92,9 +97,16 @@ class ModelRunner:
             hidden: output of the stage before, (1, tokens, hidden size).
 
         Returns:
-            The logits of sampled sequences, in order; (sampled sequences, vocabulary), fp32. A stage that is not the
-            last one returns hidden states.
+            The logits of sampled sequences, in order; (sampled sequences, vocabulary), fp32; those of a sequence with
+            drafts are one behind the other. A stage that is not the last one returns hidden states.
         """
+        try:
+            return self._run(plan, hidden)
+        finally:
+            if self.exits is not None and not plan.exit_layer:
+                self.exits.clear()
+
+    def _run(self, plan: StepPlan, hidden: Tensor | None) -> Tensor:
         with torch.inference_mode():
             self.cache.copy(plan.copies)
             self._adapters.begin(plan, device=self.model.device)

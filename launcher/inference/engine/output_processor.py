@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,13 @@ from launcher.inference.engine.base import FinishReason, GeneratedToken
 from launcher.inference.engine.sampler import (
     NO_TOKEN,
     BeamSearch,
+    DraftedToken,
     NoCandidates,
     SamplerState,
     apply_penalties,
     is_unchanged,
     make_tokens,
+    sample_drafts,
     sample_tokens,
 )
 from launcher.inference.engine.scheduler import ScheduledStep, Scheduler
@@ -27,6 +29,8 @@ from launcher.inference.engine.sequence import Sequence, SequenceGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from launcher.inference.engine.draft_lengths import Draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +68,45 @@ class OutputProcessor:
     def process(self, step: ScheduledStep, logits: Tensor) -> list[StepOutput]:
         """Sample from the logits of a step; return the output of each request.
 
+        A sequence with a draft gets tokens one after the other, for as long as they are those of the draft.
+
         Args:
             step: computed.
-            logits: of its sampled sequences; (sequences, vocabulary), fp32.
+            logits: of its sampled sequences; (rows, vocabulary), fp32; a sequence with a draft has a row for each of
+                its tokens, and one more.
         """
-        sequences = list(step.sampled)
-        if not sequences:
-            return []
+        rows, first = [], 0
+        for sequence, draft in step.sampled:
+            rows.append(_Row(sequence, first, draft))
+            first += 1 if draft is None else 1 + len(draft.tokens)
+        outcomes: dict[SequenceGroup, StepOutput] = {}
+        while rows:
+            is_whole = len(rows) == len(logits)
+            found = self._process_rows(rows, logits if is_whole else logits[[row.index for row in rows]])
+            for outcome in found:
+                before = outcomes.get(outcome.group)
+                known = before.tokens if before is not None else ()
+                outcomes[outcome.group] = replace(outcome, tokens=(*known, *outcome.tokens))
+            rows = [row.next for row in rows if row.is_accepted(outcomes.get(row.sequence.group))]
+        return list(outcomes.values())
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def sample_drafts(
+        self, sequences: AbstractSequence[Sequence], drafted: AbstractSequence[AbstractSequence[int]], logits: Tensor
+    ) -> list[tuple[int, Tensor | None]]:
+        """Return the next drafted token of each sequence, and the probabilities that it was drawn from.
+
+        Args:
+            sequences: to continue.
+            drafted: tokens of each draft so far.
+            logits: of the model that drafts, (sequences, vocabulary), fp32.
+        """
+        states = [self._state(sequence.group) for sequence in sequences]
+        return sample_drafts(logits, states, drafted, eos_token_ids=self._eos_token_ids)
+
+    def _process_rows(self, rows: AbstractSequence[_Row], logits: Tensor) -> list[StepOutput]:
+        """Sample one token of each sequence, or advance its beams."""
+        sequences = [row.sequence for row in rows]
         # the maximum is NaN or infinite where any value is; minus infinity is how models mask tokens
         failed = {
             sequence.group
@@ -87,7 +123,7 @@ class OutputProcessor:
         ]
         if single:
             selected = logits if len(single) == len(sequences) else logits[single]
-            outcomes += self._sample([sequences[i] for i in single], selected)
+            outcomes += self._sample([rows[i] for i in single], selected)
         beams: dict[SequenceGroup, list[int]] = defaultdict(list)
         for index, sequence in enumerate(sequences):
             if sequence.group not in failed and sequence.group.max_num_seqs > 1:
@@ -120,8 +156,9 @@ class OutputProcessor:
             self._scheduler.free(sequence)
         return None
 
-    def _sample(self, sequences: AbstractSequence[Sequence], logits: Tensor) -> list[StepOutput]:
+    def _sample(self, rows: AbstractSequence[_Row], logits: Tensor) -> list[StepOutput]:
         """Give each sequence its next token; an error ends only the request that caused it."""
+        sequences = [row.sequence for row in rows]
         params = [sequence.group.request.sampling for sequence in sequences]
         model_logits = logits  # before penalties
         if not all(map(is_unchanged, params)) and any(sampling.logprobs is not None for sampling in params):
@@ -132,7 +169,8 @@ class OutputProcessor:
                 state = self._state(sequence.group)
                 if not is_unchanged(params[index]):
                     apply_penalties(logits[index : index + 1], [state], eos_token_ids=self._eos_token_ids)
-                drawn.append(_Draw(index, sequence, state, state.draw() if params[index].temperature > 0 else 0.0))
+                number = state.draw() if params[index].temperature > 0 else 0.0
+                drawn.append(_Draw(index, sequence, state, number, rows[index].drafted_token(state)))
             except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
                 outcomes.append(_failed(sequence.group, error))
         for each, token in self._sample_isolated(drawn, logits, model_logits):
@@ -156,7 +194,8 @@ class OutputProcessor:
         indexes, states = [each.index for each in drawn], [each.state for each in drawn]
         is_whole = len(drawn) == len(logits)
         try:
-            picked = sample_tokens(logits if is_whole else logits[indexes], states, [each.number for each in drawn])
+            numbers, drafted = [each.number for each in drawn], [each.drafted for each in drawn]
+            picked = sample_tokens(logits if is_whole else logits[indexes], states, numbers, drafted)
             tokens = make_tokens(model_logits if is_whole else model_logits[indexes], picked, states)
         except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
             if len(drawn) == 1:
@@ -192,6 +231,43 @@ class _Draw:
     sequence: Sequence
     state: SamplerState
     number: float
+    drafted: DraftedToken | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A sequence that gets a token, and the logits for it."""
+
+    sequence: Sequence
+    index: int
+    """Index of the logits in the step."""
+    draft: Draft | None
+    place: int = 0
+    """Tokens that it got before in this step, all of them drafted."""
+
+    @property
+    def next(self) -> _Row:
+        """The row after the drafted token."""
+        return replace(self, index=self.index + 1, place=self.place + 1)
+
+    def is_accepted(self, outcome: StepOutput | None) -> bool:
+        """Return whether the token that the sequence got is the drafted one, and it goes on."""
+        return (
+            self.draft is not None
+            and self.place < len(self.draft.tokens)
+            and outcome is not None
+            and outcome.finish_reason is None
+            and outcome.tokens[-1].id == self.draft.tokens[self.place]
+        )
+
+    def drafted_token(self, state: SamplerState) -> DraftedToken | None:
+        """Return the drafted token, where it was drawn at random."""
+        if self.draft is None or self.place >= len(self.draft.tokens):
+            return None
+        probabilities = self.draft.probabilities[self.place]
+        if probabilities is None:
+            return None
+        return DraftedToken(self.draft.tokens[self.place], probabilities, state.draw())
 
 
 def _failed(group: SequenceGroup, error: Exception) -> StepOutput:

@@ -22,7 +22,10 @@ from launcher.inference.engine.base import (
 )
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.inference.engine.distributed import LeaderRunner, PipelinedRunner, follow_leader
+from launcher.inference.engine.draft_lengths import DraftCounts, DraftLengths
+from launcher.inference.engine.early_exit import EarlyExitDrafter, check_early_exit
 from launcher.inference.engine.kv_cache import PagedCache, num_kv_blocks
+from launcher.inference.engine.layer_skipping import ExitStates
 from launcher.inference.engine.model_loader import load_eos_token_ids, load_model_part
 from launcher.inference.engine.model_runner import WHOLE_MODEL, KVSelfTest, ModelRunner, ModelStage
 from launcher.inference.engine.output_processor import OutputProcessor, StepOutput
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
     from launcher.config.run import Run
     from launcher.engines.context import Context
+    from launcher.inference.engine.speculation import Drafter, DraftSampler
 
 
 class StepRunner(Protocol):
@@ -66,6 +70,7 @@ class PagedEngine(InferenceEngine):
         vocab_size: of the model.
         eos_token_ids: tokens that end a sequence.
         adapters: names of the adapters of the model, in the order of their numbers.
+        make_drafter: makes what drafts tokens, from what chooses them; ``None`` drafts none.
         clock: seconds.
     """
 
@@ -81,14 +86,21 @@ class PagedEngine(InferenceEngine):
         vocab_size: int,
         eos_token_ids: Sequence[int],
         adapters: Sequence[str] = (),
+        make_drafter: Callable[[DraftSampler], Drafter] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         longest = min(max_model_len, num_blocks * BLOCK_SIZE)
         super().__init__(limits, max_model_len=longest, vocab_size=vocab_size, num_blocks=num_blocks)
         self._runner, self._clock = runner, clock
         self.adapters = tuple(adapters)
-        self._scheduler = Scheduler(limits, num_blocks=num_blocks)
+        self._draft_lengths = DraftLengths(
+            limits.speculation_tokens, max_model_len=longest, adaptive=limits.speculation_adaptive, clock=clock
+        )
+        drafts = None if make_drafter is None else self._draft_lengths
+        self._scheduler = Scheduler(limits, num_blocks=num_blocks, drafts=drafts)
         self._output_processor = OutputProcessor(self._scheduler, max_model_len=longest, eos_token_ids=eos_token_ids)
+        self._drafter = None if make_drafter is None else make_drafter(self._output_processor)
+        self._drafted = DraftCounts()
         self._steps = self._generated = 0
         self._stepped_s = clock()
 
@@ -127,6 +139,11 @@ class PagedEngine(InferenceEngine):
             prefix_hit_tokens_total=counts.prefix_hits,
             prefix_query_tokens_total=counts.prefix_queries,
             preemptions_total=counts.preemptions,
+            drafts_total=self._drafted.drafts,
+            draft_tokens_total=self._drafted.draft_tokens,
+            accepted_tokens_total=self._drafted.accepted_tokens,
+            decoded_tokens_total=self._drafted.tokens,
+            decoding_passes_total=self._drafted.passes,
             since_step_s=self._clock() - self._stepped_s if self._active else 0.0,
         )
 
@@ -134,6 +151,7 @@ class PagedEngine(InferenceEngine):
         """Run sequences of each shape; they do not count."""
         self._run_shapes(shapes)
         self._scheduler.counts = SchedulerCounts()
+        self._drafted = DraftCounts()
         self._steps = self._generated = 0
 
     def close(self) -> None:
@@ -155,7 +173,10 @@ class PagedEngine(InferenceEngine):
     def _compute(self, step: ScheduledStep) -> list[EngineOutput]:
         """Run a step; where it fails, run each request of it alone, to find the one at fault."""
         try:
-            logits = self._runner.run(step.plan)
+            verified = step
+            if self._drafter is not None and step.draft_lengths:
+                verified = step.with_drafts(self._drafter.draft(step), first_layer=self._drafter.first_layer)
+            logits = self._runner.run(verified.plan)
         except Exception as error:  # any error: the other requests continue
             if not self._runner.isolates:
                 raise
@@ -163,8 +184,34 @@ class PagedEngine(InferenceEngine):
             if len(groups) == 1:
                 return [self._finish(groups[0], "error", f"{type(error).__name__}: {error}")]
             return [output for group in groups for output in self._compute(_part_of_group(step, group))]
-        self._scheduler.mark_computed(step)
-        return [self._report(outcome) for outcome in self._output_processor.process(step, logits)]
+        self._scheduler.mark_computed(verified)
+        outcomes = self._output_processor.process(verified, logits)
+        if self._drafter is not None:
+            self._scheduler.roll_back(verified)
+            self._count_drafts(verified, outcomes, cost=self._drafter.cost)
+        return [self._report(outcome) for outcome in outcomes]
+
+    def _count_drafts(self, step: ScheduledStep, outcomes: Sequence[StepOutput], *, cost: float) -> None:
+        """Count what the decoding sequences of a step got, and how they got it."""
+        tokens = {outcome.group: [token.id for token in outcome.tokens] for outcome in outcomes}
+        accepted, counts, before = {}, self._drafted, self._drafted.tokens
+        decoding = [index for index in range(len(step.sequences)) if step.is_decoding(index)]
+        for index in decoding:
+            group, draft = step.sequences[index].group, step.drafts[index] if step.drafts else None
+            got = tokens.get(group, [])
+            if group.max_num_seqs > 1:
+                continue
+            counts.tokens += len(got)
+            counts.passes += 1
+            if draft is not None and draft.tokens:
+                taken = sum(one == other for one, other in zip(got, draft.tokens, strict=False))
+                counts.drafts += 1
+                counts.draft_tokens += len(draft.tokens)
+                counts.accepted_tokens += taken
+                counts.passes += cost * len(draft.tokens)
+                accepted[group] = (len(draft.tokens), taken)
+        is_timed = len(decoding) == len(step.sequences)
+        self._draft_lengths.record(accepted, tokens=counts.tokens - before, is_timed=is_timed)
 
     def _report(self, outcome: StepOutput) -> EngineOutput:
         group = outcome.group
@@ -184,6 +231,7 @@ class PagedEngine(InferenceEngine):
     ) -> EngineOutput:
         self._scheduler.finish(group)
         self._output_processor.release(group)
+        self._draft_lengths.release(group)
         del self._active[group.request.id]
         return self._output(group, tokens=tokens, finish_reason=finish_reason, error=error, param=param)
 
@@ -317,6 +365,11 @@ def paged_engine_for(
     if world_size > 1:
         group = dist.new_group(backend="gloo")
         runs = LeaderRunner(PipelinedRunner(runner, group) if stage.count > 1 else runner, group)
+
+    def early_exit(sampler: DraftSampler) -> EarlyExitDrafter:
+        num_layers = config.num_hidden_layers
+        return EarlyExitDrafter(runs, sampler, exit_layer=limits.exit_layer(num_layers), num_layers=num_layers)
+
     return PagedEngine(
         runs,
         limits=limits,
@@ -325,6 +378,7 @@ def paged_engine_for(
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
         adapters=adapters.names,
+        make_drafter=early_exit if limits.speculation == "early_exit" else None,
     )
 
 
@@ -358,6 +412,16 @@ def _make_runner(
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"engine: {swapped.what}", flush=True)
     adapters.wrap(model)
+    if limits.speculation == "early_exit":
+        assert stage.count == 1, "refused in the plan"
+        runner.exits = ExitStates(model)
+        check_early_exit(
+            runner,
+            exit_layer=limits.exit_layer(model.config.get_text_config().num_hidden_layers),
+            family=model.config.model_type,
+            vocab_size=model.config.get_text_config().vocab_size,
+            tolerance=self_test.tolerance(model),
+        )
     return runner, num_blocks
 
 

@@ -6,7 +6,7 @@ Formulas and order are those of Transformers' ``generate``; tests compare with i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class SamplerState:
     generator: torch.Generator | None = None
     _grams: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
     _seen: int = 0
+    _ahead: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.sampling.temperature > 0:
@@ -43,6 +44,15 @@ class SamplerState:
 
     def draw(self) -> float:
         """Return the next of its random numbers, in [0, 1)."""
+        return self._ahead.pop(0) if self._ahead else self._number()
+
+    def peek(self, place: int) -> float:
+        """Return the number that ``draw`` will return after ``place`` others."""
+        while len(self._ahead) <= place:
+            self._ahead.append(self._number())
+        return self._ahead[place]
+
+    def _number(self) -> float:
         assert self.generator is not None
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
@@ -157,7 +167,23 @@ NO_TOKEN = -1
 """Stands for no token: no score is a comparable number, or all are ruled out."""
 
 
-def sample_tokens(logits: Tensor, states: Sequence[SamplerState], numbers: Sequence[float] | None = None) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class DraftedToken:
+    """A token that was drawn at random from other probabilities than the model's."""
+
+    id: int
+    probabilities: Tensor
+    """fp64 of shape (vocabulary,)."""
+    number: float
+    """Random number for the token that replaces it."""
+
+
+def sample_tokens(
+    logits: Tensor,
+    states: Sequence[SamplerState],
+    numbers: Sequence[float] | None = None,
+    drafted: Sequence[DraftedToken | None] = (),
+) -> list[int]:
     """Return the next token of each sequence, or ``NO_TOKEN``.
 
     A random choice takes one number of the sequence's own and looks it up in the cumulated probabilities: what is
@@ -167,6 +193,7 @@ def sample_tokens(logits: Tensor, states: Sequence[SamplerState], numbers: Seque
         logits: (sequences, vocabulary), fp32, already changed.
         states: one for each.
         numbers: one of each, from ``SamplerState.draw``; drawn here where they are left out.
+        drafted: of each, to be accepted with the probability that keeps the distribution; empty: of none.
     """
     best = logits.argmax(-1)
     finite = logits.gather(1, best[:, None])[:, 0].isfinite()
@@ -181,6 +208,63 @@ def sample_tokens(logits: Tensor, states: Sequence[SamplerState], numbers: Seque
         found = found.clamp(max=logits.shape[-1] - 1).where(sums[:, -1].isfinite(), NO_TOKEN)
         for row, token in zip(rows, found.tolist(), strict=True):
             chosen[row] = token
+        for at, row in enumerate(rows):
+            draft = drafted[row] if drafted else None
+            if draft is not None and chosen[row] != NO_TOKEN:
+                chosen[row] = accept_or_replace(left[at].softmax(-1, dtype=torch.float64), draft, drawn[at])
+    return chosen
+
+
+def accept_or_replace(probabilities: Tensor, draft: DraftedToken, number: float) -> int:
+    """Return a drafted token with probability p/q, at most 1, else one drawn from the rest of p (arXiv:2211.17192).
+
+    The result has the distribution ``probabilities``, whatever the draft was drawn from.
+
+    Args:
+        probabilities: p, the model's, fp64 of shape (vocabulary,).
+        draft: drawn from q.
+        number: random, decides about the draft.
+    """
+    if number * float(draft.probabilities[draft.id]) < float(probabilities[draft.id]):
+        return draft.id
+    sums = (probabilities - draft.probabilities).clamp(min=0).cumsum(-1)
+    return _look_up(sums, draft.number)
+
+
+def _look_up(sums: Tensor, number: float) -> int:
+    """Return the token at a random number from 0 to 1 in the cumulated probabilities of one sequence."""
+    place = number * sums[-1:] * _BELOW_ONE
+    return int(torch.searchsorted(sums, place, right=True)[0].clamp(max=len(sums) - 1))
+
+
+def sample_drafts(
+    logits: Tensor, states: Sequence[SamplerState], drafted: Sequence[Sequence[int]], *, eos_token_ids: Sequence[int]
+) -> list[tuple[int, Tensor | None]]:
+    """Return the next drafted token of each sequence, and the probabilities that it was drawn from.
+
+    A request with a seed drafts with the numbers that will choose its tokens: nothing is drawn, so ``None``.
+
+    Args:
+        logits: (sequences, vocabulary), fp32, of the model that drafts; changed in place.
+        states: one for each.
+        drafted: tokens of each draft so far.
+        eos_token_ids: the model's own end-of-sequence tokens.
+    """
+    for row, (state, tokens) in enumerate(zip(states, drafted, strict=True)):
+        if not is_unchanged(state.sampling):
+            greedy = replace(state.sampling, temperature=0.0)  # which draws no numbers
+            ahead = SamplerState(greedy, state.prompt, [*state.output, *tokens])
+            apply_penalties(logits[row : row + 1], [ahead], eos_token_ids=eos_token_ids)
+    chosen: list[tuple[int, Tensor | None]] = [(token, None) for token in logits.argmax(-1).tolist()]
+    for row, (state, tokens) in enumerate(zip(states, drafted, strict=True)):
+        sampling = state.sampling
+        if sampling.temperature > 0:
+            is_seeded = sampling.seed is not None
+            probabilities = filter_logits(logits[row : row + 1], [sampling])[0].softmax(-1, dtype=torch.float64)
+            number = state.peek(len(tokens)) if is_seeded else state.draw()
+            sums = probabilities.cumsum(-1)
+            if sums[-1].isfinite():
+                chosen[row] = (_look_up(sums, number), None if is_seeded else probabilities)
     return chosen
 
 

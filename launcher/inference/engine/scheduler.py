@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, replace
 
 from launcher.config.inference import EngineLimits
 from launcher.inference.engine.batching import BatchingPolicy, WaitingQueue
 from launcher.inference.engine.block_manager import BLOCK_SIZE, BlockManager
+from launcher.inference.engine.draft_lengths import Draft, DraftLengths
 from launcher.inference.engine.sequence import Sequence, SequenceGroup
 from launcher.inference.engine.step_plan import Segment, StepPlan
 
@@ -30,12 +32,49 @@ class ScheduledStep:
     plan: StepPlan
     sequences: tuple[Sequence, ...]
     """Of each segment."""
+    draft_lengths: tuple[int, ...] = ()
+    """Most tokens to draft for each segment; the blocks of its sequence have room for them. Empty: none for any."""
+    drafts: tuple[Draft | None, ...] = ()
+    """Of each segment, part of the plan; empty: of none."""
 
     @property
-    def sampled(self) -> Iterator[Sequence]:
-        """Yield the sequences that get a token, in the order of their logits."""
-        segments = zip(self.sequences, self.plan.segments, strict=True)
-        yield from (sequence for sequence, segment in segments if segment.needs_logits)
+    def sampled(self) -> Iterator[tuple[Sequence, Draft | None]]:
+        """Yield the sequences that get tokens and their drafts, in the order of their logits."""
+        drafts = self.drafts or (None,) * len(self.sequences)
+        for sequence, segment, draft in zip(self.sequences, self.plan.segments, drafts, strict=True):
+            if segment.needs_logits:
+                yield sequence, draft
+
+    def is_decoding(self, index: int) -> bool:
+        """Return whether a segment continues an answer: its one token, drafts aside, follows all others."""
+        part, draft_length = self.plan.segments[index], self.draft_lengths[index] if self.draft_lengths else 0
+        return draft_length > 0 or part.start >= len(self.sequences[index].group.request.prompt)
+
+    def segment(self, index: int, *, start: int, tokens: tuple[int, ...], needs_logits: bool) -> Segment:
+        """Return a segment of other tokens of the same sequence."""
+        end = start + len(tokens)
+        table = tuple(self.sequences[index].block_table[: -(-end // BLOCK_SIZE)])
+        return replace(
+            self.plan.segments[index], start=start, tokens=tokens, block_table=table, needs_logits=needs_logits
+        )
+
+    def with_drafts(self, drafts: AbstractSequence[Draft | None], *, first_layer: int) -> ScheduledStep:
+        """Return the step that verifies drafts.
+
+        Args:
+            drafts: of each segment.
+            first_layer: the first layer that still has to run; where others have, blocks were copied too.
+        """
+        segments = list(self.plan.segments)
+        for index, draft in enumerate(drafts):
+            if draft is not None and draft.tokens:
+                part = segments[index]
+                tokens = (*part.tokens, *draft.tokens)
+                made = self.segment(index, start=part.start, tokens=tokens, needs_logits=True)
+                segments[index] = replace(made, num_drafts=len(draft.tokens))
+        copies = () if first_layer else self.plan.copies
+        plan = replace(self.plan, segments=tuple(segments), first_layer=first_layer, copies=copies)
+        return replace(self, plan=plan, drafts=tuple(drafts))
 
 
 class Scheduler:
@@ -44,14 +83,15 @@ class Scheduler:
     Args:
         limits: sizes of steps and batches.
         num_blocks: of the KV cache.
+        drafts: decides how many tokens are drafted; ``None`` drafts none.
     """
 
-    def __init__(self, limits: EngineLimits, *, num_blocks: int) -> None:
+    def __init__(self, limits: EngineLimits, *, num_blocks: int, drafts: DraftLengths | None = None) -> None:
         self.waiting: WaitingQueue[SequenceGroup] = WaitingQueue(limits.aging_s)
         self.running: list[SequenceGroup] = []
         self.block_manager = BlockManager(num_blocks, share=limits.enable_prefix_caching)
         self.counts = SchedulerCounts()
-        self._limits = limits
+        self._limits, self._drafts = limits, drafts
         self._policy = BatchingPolicy(limits)
         self._batch_longest = 0
         self._batch_size = 0
@@ -93,17 +133,51 @@ class Scheduler:
         self.counts.padding_tokens += padding
         segments = tuple(_segment(sequence, count) for sequence, count in parts)
         return ScheduledStep(
-            StepPlan(segments, copies=copies, padding=padding), tuple(sequence for sequence, _ in parts)
+            StepPlan(segments, copies=copies, padding=padding),
+            tuple(sequence for sequence, _ in parts),
+            draft_lengths=self._draft_lengths([sequence for sequence, _ in parts]),
         )
 
     def mark_computed(self, step: ScheduledStep) -> None:
-        """Record that the keys and values of a step are in the cache."""
+        """Record that the keys and values of a step, drafts aside, are in the cache."""
         for sequence, part in zip(step.sequences, step.plan.segments, strict=True):
-            sequence.num_computed += len(part.tokens)
-            end = part.start + len(part.tokens)
+            end = part.start + len(part.tokens) - part.num_drafts
             self.counts.prompt_tokens += max(0, min(end, len(sequence.group.request.prompt)) - part.start)
-            done = sequence.tokens[: sequence.num_computed]
-            sequence.prefix = self.block_manager.cache_full_blocks(done, sequence.block_table, prefix=sequence.prefix)
+            self._mark(sequence, end)
+
+    def roll_back(self, step: ScheduledStep) -> None:
+        """Keep the keys and values of accepted drafts, and free the blocks of rejected ones."""
+        for sequence, length in zip(step.sequences, step.draft_lengths, strict=bool(step.draft_lengths)):
+            if length:
+                self._mark(sequence, len(sequence.tokens) - 1)
+                num_blocks = -(-sequence.num_computed // BLOCK_SIZE)
+                self.block_manager.free(sequence.block_table[num_blocks:])
+                del sequence.block_table[num_blocks:]
+
+    def _mark(self, sequence: Sequence, end: int) -> None:
+        """Record that a sequence is computed up to a token."""
+        sequence.num_computed = end
+        done = sequence.tokens[:end]
+        sequence.prefix = self.block_manager.cache_full_blocks(done, sequence.block_table, prefix=sequence.prefix)
+
+    def _draft_lengths(self, sequences: list[Sequence]) -> tuple[int, ...]:
+        """Return the most tokens to draft for each sequence of a step, having allocated blocks for them.
+
+        No request is preempted for a draft.
+        """
+        decoding = [sequence for sequence in sequences if sequence.num_uncomputed == 1]
+        if self._drafts is None or not decoding or not self._drafts.begin(len(decoding)):
+            return ()
+        lengths = [0] * len(sequences)
+        for index, sequence in enumerate(sequences):
+            if sequence.num_uncomputed > 1 or sequence.group.max_num_seqs > 1:
+                continue
+            most = self._drafts.length(sequence)
+            need = -(-(len(sequence.tokens) + most) // BLOCK_SIZE) - len(sequence.block_table)
+            if need > 0 and (fresh := self.block_manager.allocate(need)) is not None:
+                sequence.block_table += fresh
+            lengths[index] = max(0, min(most, len(sequence.block_table) * BLOCK_SIZE - len(sequence.tokens)))
+        return tuple(lengths) if any(lengths) else ()
 
     def fork(self, sequence: Sequence, tokens: list[int]) -> Sequence:
         """Return a sequence that shares the blocks of another one and continues differently."""

@@ -22,23 +22,35 @@ class Segment:
     """Whether the logits of the last of these tokens are returned."""
     adapter: int = 0
     """Number of the sequence's adapter, from 1; 0 is the base model."""
+    num_drafts: int = 0
+    """Of the last tokens, how many are drafts; with ``needs_logits`` the logits before each are returned too."""
+
+    @property
+    def num_logits(self) -> int:
+        """Tokens whose logits are returned, the last ones."""
+        return 1 + self.num_drafts if self.needs_logits else 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass."""
+    """One forward pass, through all layers or some."""
 
     segments: tuple[Segment, ...]
     copies: tuple[tuple[int, int], ...] = ()
     """Blocks that are copied first: target, source."""
     padding: int = 0
     """Padding tokens, which belong to no sequence."""
+    first_layer: int = 0
+    """The first layer that runs; it takes what layers before it gave for the same tokens in the plans just before."""
+    exit_layer: int = 0
+    """The first layer that does not run: norm and head follow the one before it; 0 runs all."""
     stop: bool = field(default=False)
     """Whether this is the last plan."""
 
     def encode(self) -> list[int]:
         """Return it as integers."""
-        numbers = [int(self.stop), self.padding, len(self.copies), len(self.segments)]
+        layers = (self.first_layer, self.exit_layer)
+        numbers = [int(self.stop), self.padding, *layers, len(self.copies), len(self.segments)]
         for pair in self.copies:
             numbers += pair
         for part in self.segments:
@@ -46,6 +58,7 @@ class StepPlan:
                 part.start,
                 int(part.needs_logits),
                 part.adapter,
+                part.num_drafts,
                 len(part.tokens),
                 len(part.block_table),
                 *part.tokens,
@@ -57,11 +70,11 @@ class StepPlan:
     def decode(numbers: Sequence[int]) -> StepPlan:
         """Return the value that was encoded."""
         rest = iter(numbers)
-        stop, padding, num_copies, num_segments = _take(rest, 4)
+        stop, padding, first_layer, exit_layer, num_copies, num_segments = _take(rest, 6)
         copies = tuple((target, source) for target, source in (_take(rest, 2) for _ in range(num_copies)))
         segments = []
         for _ in range(num_segments):
-            start, needs_logits, adapter, num_tokens, num_blocks = _take(rest, 5)
+            start, needs_logits, adapter, num_drafts, num_tokens, num_blocks = _take(rest, 6)
             tokens, block_table = _take(rest, num_tokens), _take(rest, num_blocks)
             segments.append(
                 Segment(
@@ -70,9 +83,17 @@ class StepPlan:
                     block_table=block_table,
                     needs_logits=bool(needs_logits),
                     adapter=adapter,
+                    num_drafts=num_drafts,
                 )
             )
-        return StepPlan(segments=tuple(segments), copies=copies, padding=padding, stop=bool(stop))
+        return StepPlan(
+            segments=tuple(segments),
+            copies=copies,
+            padding=padding,
+            first_layer=first_layer,
+            exit_layer=exit_layer,
+            stop=bool(stop),
+        )
 
 
 def _take(numbers: Iterator[int], count: int) -> tuple[int, ...]:
@@ -89,6 +110,7 @@ def split_plan(plan: StepPlan, count: int) -> list[StepPlan]:
 
     They have about as many tokens each; a sequence that is cut attends in the later part to what the earlier one wrote.
     """
+    assert not any(segment.num_drafts for segment in plan.segments), "the plan of a run refuses drafts in a pipeline"
     total = sum(len(segment.tokens) for segment in plan.segments)
     count = max(1, min(count, total // _MIN_TOKENS))
     bounds = [total * number // count for number in range(count + 1)]

@@ -205,6 +205,20 @@ class _StateCollector(Collector):
                 "Sequences put back into the queue because the KV cache was full",
                 totals.preemptions_total,
             ),
+            f"{SHARED_PREFIX}spec_decode_num_drafts": ("Drafts of speculative decoding", totals.drafts_total),
+            f"{SHARED_PREFIX}spec_decode_num_draft_tokens": ("Drafted tokens", totals.draft_tokens_total),
+            f"{SHARED_PREFIX}spec_decode_num_accepted_tokens": (
+                "Drafted tokens that were accepted",
+                totals.accepted_tokens_total,
+            ),
+            f"{OWN_PREFIX}decoded_tokens": (
+                "Tokens of answers after the first, where engines may draft",
+                totals.decoded_tokens_total,
+            ),
+            f"{OWN_PREFIX}decoding_passes": (
+                "Passes through all layers, one after the other, that those took",
+                totals.decoding_passes_total,
+            ),
             f"{OWN_PREFIX}engine_restarts": ("Engines restarted", self._pool.restarts),
             f"{OWN_PREFIX}result_cache_hits": ("Sequences whose result was cached", results.hits),
             f"{OWN_PREFIX}result_cache_shared": ("Sequences that joined an equal one in flight", results.shared),

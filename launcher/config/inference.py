@@ -20,7 +20,7 @@ Speculation = Literal["none", "early_exit"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLimits:
-    """Capacity, batching and drafts of an engine, as the ``GeneratingJob`` fields of those names."""
+    """Capacity, batching and drafts of an engine, as in the fields of ``GeneratingJob``."""
 
     batching: BatchingMode = "continuous"
     max_num_seqs: int = 32

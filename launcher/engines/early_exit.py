@@ -1,7 +1,7 @@
-"""Train exits after early layers: LayerSkip's loss and layer dropout (arXiv:2404.16710, sections 4.1 and 4.2).
+"""Train exits after early layers: LayerSkip's loss and layer dropout.
 
-All is done by hooks of the stock model, which stay for the whole run, so that activation checkpointing recomputes what
-the forward pass did.
+Formulas are those of arXiv:2404.16710, sections 4.1 and 4.2. All is done by hooks of the stock model, which stay for the
+whole run, so that activation checkpointing recomputes what the forward pass did.
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ class EarlyExitLoss:
             self._states = None
 
     def _kept(self, micro_batch: MicroBatch, device: torch.device) -> Tensor | None:
-        """Return which layers each sequence runs, bool of shape (sequences, layers); ``None`` if all run all.
+        """Return which layers each sequence runs; ``None`` if all run all.
 
-        It depends on the seed and on the place of the sequence among those of the run, so not on the ranks.
+        It is bool of shape (sequences, layers), and depends on the seed and on the place of the sequence among those of
+        the run, so not on the ranks.
         """
         if not self._job.layer_dropout:
             return None
@@ -115,7 +116,7 @@ class EarlyExitLoss:
         return torch.from_numpy(np.stack(rows) >= np.array(self._drop)).to(device, non_blocking=True)
 
     def _after_block(self, number: int) -> Any:
-        """Return the hook that takes back what a block did to sequences that skip it, and keeps the state."""
+        """Return the hook that undoes a block for sequences that skip it, and keeps the state."""
 
         def hook(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not block.training:
@@ -129,7 +130,7 @@ class EarlyExitLoss:
         return hook
 
     def _before_norm(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Let norm and head take the states at the exits too, as further sequences in front."""
+        """Put the states at the exits in front, as further sequences for norm and head."""
         if not norm.training or not self._states:
             return inputs
         states, self._states = self._states, None
@@ -137,7 +138,9 @@ class EarlyExitLoss:
 
 
 def exit_weights(job: Train, step: int, num_layers: int) -> Mapping[int, float]:
-    """Return the weight of the loss after each layer that counts in a step, by number; they add up to 1.
+    """Return the weight of the loss after each layer that counts in a step, by number.
+
+    They add up to 1.
 
     Args:
         job: its options.

@@ -65,6 +65,28 @@ def test_a_step_holds_the_same_samples_however_it_is_divided() -> None:
             )
 
 
+def test_a_sequence_has_its_place_in_the_run_on_any_rank_and_after_a_resume() -> None:
+    expected = {}
+    for step in range(4):
+        (whole,) = Loader(
+            splits(100, 9), Batch(micro_batch=12, gradient_accumulation_steps=1, data_parallel=1), seed=3, rank=0
+        ).step(step)
+        assert whole.drawn is not None
+        assert (whole.step, whole.drawn.tolist()) == (step, list(range(12 * step, 12 * step + 12)))
+        expected |= dict(zip(whole.drawn.tolist(), whole.input_ids[:, 0].tolist(), strict=True))
+    batch = Batch(micro_batch=3, gradient_accumulation_steps=1, data_parallel=2)  # half of the batch, from step 2 on
+    found = {}
+    for rank in (0, 1):
+        loader = Loader(splits(100, 9), batch, seed=3, rank=rank)
+        loader.continue_at(2, sequences=24)
+        for step in range(2, 6):
+            (part,) = loader.step(step)
+            assert part.drawn is not None
+            assert part.step == step
+            found |= dict(zip(part.drawn.tolist(), part.input_ids[:, 0].tolist(), strict=True))
+    assert found == {place: number for place, number in expected.items() if place >= 24}
+
+
 def test_an_epoch_passes_each_sequence_once() -> None:
     batch = Batch(micro_batch=5, gradient_accumulation_steps=2, data_parallel=2)
     seen = [sample for step in range(5) for sample in samples(batch, step)]

@@ -19,21 +19,19 @@ from launcher.errors import ConfigErrors
 
 from .conftest import losses
 
-STEPS = 4
+STEPS = 3
 OPTIONS = {"early_exit_loss": 0.5, "early_exit_rotation": 2, "layer_dropout": 0.5}
 HALF = {"micro_batch": 4, "gradient_accumulation_steps": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddp": ("gpt2", {"parallel": {"kind": "ddp"}}),
-    "ddp_split": ("gpt2", {"parallel": {"kind": "ddp"}, "job": HALF}),
+    "ddp": ("gpt2", {"parallel": {"kind": "ddp"}, "job": HALF}),
     "zero0": ("gpt2", {"parallel": {"kind": "zero", "stage": 0}}),
-    "zero1": ("gpt2", {"parallel": {"kind": "zero", "stage": 1}}),
+    "zero1": ("llama", {"parallel": {"kind": "zero", "stage": 1}}),
     "zero2": ("llama", {"parallel": {"kind": "zero", "stage": 2}}),
     "zero3": (
         "llama",
         {"parallel": {"kind": "zero", "stage": 3, "persistence_threshold": 0}, "activation": {"kind": "full"}},
     ),
-    "fsdp": ("llama", {"parallel": {"kind": "fsdp"}}),
-    "fsdp_recomputed": ("gpt2", {"parallel": {"kind": "fsdp"}, "activation": {"kind": "full"}}),
+    "fsdp": ("gpt2", {"parallel": {"kind": "fsdp"}, "activation": {"kind": "full"}}),
 }
 PLANT = "rows_are_numbered_by_each_rank"
 
@@ -58,8 +56,6 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     cases = [case(f"single_{family}", family, alone, world=1) for family in ("gpt2", "llama")]
     cases += [case(name, family, groups) for name, (family, groups) in CASES.items()]
     cases.append(case(PLANT, *CASES["ddp"], plant=PLANT))
-    plain = {"parallel": {"kind": "single"}, "job": {"micro_batch": 16, "early_exit_loss": 0.0, "layer_dropout": 0.0}}
-    cases.append(case("plain_gpt2", "gpt2", plain, world=1))
     return run_cases(cases, tmp_path_factory.mktemp("early_exit"))
 
 
@@ -78,7 +74,6 @@ def test_strategy_equals_one_process(answers: dict[str, Any], name: str) -> None
 
 def test_drops_that_depend_on_the_rank_are_seen(answers: dict[str, Any]) -> None:
     assert not same(answers, PLANT, "single_gpt2")
-    assert not same(answers, "plain_gpt2", "single_gpt2")
 
 
 def loss_by_hand(model: Any, batch: MicroBatch, weights: dict[int, float]) -> torch.Tensor:
@@ -115,11 +110,11 @@ def test_the_loss_is_the_weighted_mean_of_those_after_each_exit(llama: Any) -> N
     loss = token_loss_sum(llama, batch, device=torch.device("cpu"), exits=exits)
     loss.backward()
     # fp32 sums in another order
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in llama.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
     plain = token_loss_sum(llama, batch, device=torch.device("cpu"))
-    assert float(plain) == pytest.approx(float(loss_by_hand(llama, batch, {3: 1.0})), rel=1e-5)
+    assert plain.item() == pytest.approx(loss_by_hand(llama, batch, {3: 1.0}).item(), rel=1e-5)
 
 
 def test_a_dropped_layer_changes_nothing_of_its_sequence(llama: Any) -> None:
@@ -144,10 +139,10 @@ def test_a_dropped_layer_changes_nothing_of_its_sequence(llama: Any) -> None:
                 [layer for layer, stays in zip(layers, kept[row].tolist(), strict=True) if stays]
             )
             llama.eval()
-            expected += float(token_loss_sum(llama, one, device=device))
+            expected += token_loss_sum(llama, one, device=device).item()
             llama.base_model.layers = torch.nn.ModuleList(layers)
             llama.train()
-    assert float(together) == pytest.approx(expected, rel=1e-5)
+    assert together.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 
 from torch import distributed as dist
 
@@ -21,6 +22,8 @@ def main() -> None:
     if world_size > 1:
         dist.init_process_group("gloo")
     limits = EngineLimits(max_num_seqs=3, kv_cache_tokens=1024 if rank else None, prefill_chunk_size=40)
+    if run.parallel.dims(world_size).tensor > 1:  # drafts change no token
+        limits = replace(limits, speculation="early_exit", speculation_layers=1, speculation_adaptive=False)
     if rank:
         follow_paged_engine(run, limits=limits, rank=rank, world_size=world_size, heartbeat=lambda: None)
         dist.destroy_process_group()
@@ -33,6 +36,7 @@ def main() -> None:
     while not engine.idle:
         for update in engine.step():
             found.setdefault(update.request_id, []).extend(token.id for token in update.tokens)
+    assert (engine.stats().accepted_tokens_total > 0) == (limits.speculation != "none")
     engine.close()
     print("found", json.dumps(found, sort_keys=True), flush=True)
     if world_size > 1:

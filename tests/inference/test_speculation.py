@@ -100,7 +100,7 @@ def test_answers_are_those_without_drafts_in_any_batch(family: str, kernels: boo
         found, paged = served(family, requests, kernels=kernels, **DRAFTS, **limits)
         got = answers(found)
         for name, answer in expected.items():
-            # sums of fp32 in another order; compiled kernels keep the order, so theirs are equal to the bit
+            # sums of fp32 in another order; compiled kernels keep the order, and give equal bits
             assert_same(got[name], answer, tolerance=0.0 if kernels else 1e-4)
         stats = paged.stats()
         assert 0 < stats.accepted_tokens_total < stats.draft_tokens_total
@@ -232,7 +232,6 @@ def chained(target: Chain, drafting: Chain, **limits: object) -> PagedEngine:
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_samples_without_a_seed_have_the_models_distribution(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = itertools.count()
-
 
     def seeded(state: SamplerState) -> None:
         state.generator = torch.Generator().manual_seed(next(seeds))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,5 +50,6 @@ def test_every_token_is_computed_once_in_order_and_sees_what_is_before_it(
 
 @given(segments, st.booleans())
 def test_a_plan_reaches_other_ranks_as_integers(whole: tuple[Segment, ...], stop: bool) -> None:
-    plan = StepPlan(whole, copies=((1, 2), (7, 0)), padding=3, stop=stop)
+    drafted = tuple(replace(segment, num_drafts=len(segment.tokens) - 1) for segment in whole)
+    plan = StepPlan(drafted, copies=((1, 2), (7, 0)), padding=3, first_layer=4, exit_layer=7, stop=stop)
     assert StepPlan.decode(plan.encode()) == plan

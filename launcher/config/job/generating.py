@@ -114,7 +114,7 @@ class GeneratingJob(Job):
     """Seconds of waiting that count as one step of priority."""
 
     speculation: Speculation = "none"
-    """``early_exit`` drafts tokens with the model's first layers; the others verify them in one pass.
+    """``early_exit`` drafts tokens with the first layers, and verifies with the others.
     Answers are those without it: greedy and seeded ones token for token, others in distribution."""
 
     speculation_layers: int | None = None

@@ -114,12 +114,13 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
     Evaluations always measure cross-entropy."""
 
     early_exit_loss: float = 0.0
-    """Weight of the losses after layers before the last (LayerSkip's e_scale, arXiv:2404.16710).
-    It teaches the first layers to draft for ``job.speculation=early_exit``; 0 trains no exits. What is recorded as the
-    loss of training is then the weighted mean; evaluations measure the whole model."""
+    """Weight of the losses after early layers; 0 trains no exits.
+    It is LayerSkip's e_scale (arXiv:2404.16710), and teaches the first layers to draft for
+    ``job.speculation=early_exit``. What is recorded as the loss of training is then the weighted mean; evaluations
+    measure the whole model."""
 
     early_exit_curriculum: Literal["rotational", "gradual", "all"] = "rotational"
-    """Exits that count in a step: ``rotational`` every so many layers, other ones in each step; ``all``.
+    """Exits of a step: ``rotational`` (one in so many, others in each step), ``gradual``, ``all``.
     ``gradual`` is one more from time to time, from the last on, and all from the middle of the run."""
 
     early_exit_rotation: int = 8

@@ -104,7 +104,7 @@ class EngineStats:
 
     @property
     def layer_share(self) -> float:
-        """Share of the model's layers that ran for a decoded token, one after the other; 1 without drafts."""
+        """Share of the layers that ran one after the other for a decoded token; 1 without drafts."""
         return self.decoding_passes_total / self.decoded_tokens_total if self.decoded_tokens_total else 1.0
 
     @property

@@ -1,4 +1,4 @@
-"""Drafts of speculative decoding: how many tokens each has, and whether drafting is worth its time."""
+"""Drafts of speculative decoding: how long they are, and whether they are worth their time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Draft:
 
     tokens: list[int]
     probabilities: list[Tensor | None]
-    """From which each was drawn, fp64 of shape (vocabulary,); ``None`` where it was not drawn at random."""
+    """Of fp64 and shape (vocabulary,), from which each was drawn; ``None`` if not at random."""
 
 
 @dataclass(slots=True)
@@ -32,17 +32,20 @@ class DraftCounts:
     tokens: int = 0
     """Tokens that decoding sequences got, with and without drafts."""
     passes: float = 0.0
-    """Passes through all layers, one after the other, that they took: 1 for each token without drafts."""
+    """Passes through all layers, one after the other, for them; without drafts 1 each."""
 
 
 _TRIAL_STEPS = 12
 """Steps after which the speeds with and without drafts are compared."""
 _FIRST_RUN_STEPS, _LONGEST_RUN_STEPS = 96, 3072
-"""Steps that the faster way has before the other is tried again: twice as many each time that it stays the faster."""
+"""Steps that the faster way has before the other is tried again; twice as many each time."""
 
 
 class SpeedTrial:
-    """Decides whether batches of one size draft: both ways are timed in turn, and the faster one has most steps."""
+    """Decides whether batches of one size draft.
+
+    Both ways are timed in turn, and the faster one has most steps.
+    """
 
     def __init__(self) -> None:
         self.drafts = False

@@ -1,7 +1,8 @@
-"""Draft with the first layers of the model itself, and verify with the others (arXiv:2404.16710).
+"""Draft with the first layers of the model itself, and verify with the others.
 
-The model's own norm and output head follow the exit. Keys and values that the first layers write while they draft stay,
-and so do hidden states at the exit, so that a verified token has run each layer exactly once.
+This is the self-speculation of LayerSkip (arXiv:2404.16710). The model's own norm and output head follow the exit. Keys
+and values that the first layers write while they draft stay, and so do hidden states at the exit, so that a verified
+token has run each layer exactly once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class EarlyExitDrafter:
-    """Drafts with the first layers; prompts of the same step go through them with the first draft.
+    """Drafts with the first layers.
+
+    Prompts of the same step go through them with the first draft.
 
     Args:
         runner: of the model.
@@ -72,7 +75,9 @@ _TOKENS = 8
 
 
 def check_early_exit(runner: PlanRunner, *, exit_layer: int, family: str, vocab_size: int, tolerance: float) -> None:
-    """Check that first and other layers, one after the other, give the logits of the model; writes block 0.
+    """Check that first and other layers together give the logits of the model.
+
+    It overwrites the first block.
 
     Raises:
         ConfigError: they do not.

@@ -94,7 +94,7 @@ class OutputProcessor:
     def sample_drafts(
         self, sequences: AbstractSequence[Sequence], drafted: AbstractSequence[AbstractSequence[int]], logits: Tensor
     ) -> list[tuple[int, Tensor | None]]:
-        """Return the next drafted token of each sequence, and the probabilities that it was drawn from.
+        """Return the next drafted token of each sequence, and what it was drawn from.
 
         Args:
             sequences: to continue.

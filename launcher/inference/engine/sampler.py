@@ -216,9 +216,9 @@ def sample_tokens(
 
 
 def accept_or_replace(probabilities: Tensor, draft: DraftedToken, number: float) -> int:
-    """Return a drafted token with probability p/q, at most 1, else one drawn from the rest of p (arXiv:2211.17192).
+    """Return a drafted token with probability p/q, else one drawn from the rest of p.
 
-    The result has the distribution ``probabilities``, whatever the draft was drawn from.
+    The result (arXiv:2211.17192) has the distribution ``probabilities``, whatever the draft was drawn from.
 
     Args:
         probabilities: p, the model's, fp64 of shape (vocabulary,).
@@ -232,7 +232,7 @@ def accept_or_replace(probabilities: Tensor, draft: DraftedToken, number: float)
 
 
 def _look_up(sums: Tensor, number: float) -> int:
-    """Return the token at a random number from 0 to 1 in the cumulated probabilities of one sequence."""
+    """Return the token at a number from 0 to 1 in cumulated probabilities, (vocabulary,)."""
     place = number * sums[-1:] * _BELOW_ONE
     return int(torch.searchsorted(sums, place, right=True)[0].clamp(max=len(sums) - 1))
 
@@ -240,7 +240,7 @@ def _look_up(sums: Tensor, number: float) -> int:
 def sample_drafts(
     logits: Tensor, states: Sequence[SamplerState], drafted: Sequence[Sequence[int]], *, eos_token_ids: Sequence[int]
 ) -> list[tuple[int, Tensor | None]]:
-    """Return the next drafted token of each sequence, and the probabilities that it was drawn from.
+    """Return the next drafted token of each sequence, and what it was drawn from.
 
     A request with a seed drafts with the numbers that will choose its tokens: nothing is drawn, so ``None``.
 

@@ -33,7 +33,7 @@ class ScheduledStep:
     sequences: tuple[Sequence, ...]
     """Of each segment."""
     draft_lengths: tuple[int, ...] = ()
-    """Most tokens to draft for each segment; the blocks of its sequence have room for them. Empty: none for any."""
+    """Most tokens to draft for each segment, for which its sequence has blocks; empty: no drafts."""
     drafts: tuple[Draft | None, ...] = ()
     """Of each segment, part of the plan; empty: of none."""
 
@@ -46,7 +46,7 @@ class ScheduledStep:
                 yield sequence, draft
 
     def is_decoding(self, index: int) -> bool:
-        """Return whether a segment continues an answer: its one token, drafts aside, follows all others."""
+        """Return whether a segment continues an answer, drafts aside by one token."""
         part, draft_length = self.plan.segments[index], self.draft_lengths[index] if self.draft_lengths else 0
         return draft_length > 0 or part.start >= len(self.sequences[index].group.request.prompt)
 
@@ -161,9 +161,9 @@ class Scheduler:
         sequence.prefix = self.block_manager.cache_full_blocks(done, sequence.block_table, prefix=sequence.prefix)
 
     def _draft_lengths(self, sequences: list[Sequence]) -> tuple[int, ...]:
-        """Return the most tokens to draft for each sequence of a step, having allocated blocks for them.
+        """Return the most tokens to draft for each sequence of a step.
 
-        No request is preempted for a draft.
+        Blocks for them are allocated. No request is preempted for a draft.
         """
         decoding = [sequence for sequence in sequences if sequence.num_uncomputed == 1]
         if self._drafts is None or not decoding or not self._drafts.begin(len(decoding)):

@@ -1,4 +1,4 @@
-"""Speculative decoding: tokens are drafted at low cost, and verified by one pass of the model.
+"""Speculative decoding: tokens are drafted cheaply, and verified by one pass of the model.
 
 Greedy answers, and those to requests with a seed, are token for token what they are without drafts: the model's own
 choice at each place is computed in any case, with the same random number, and a draft is accepted where it is that
@@ -25,7 +25,7 @@ class DraftSampler(Protocol):
     def sample_drafts(
         self, sequences: Sequence[TokenSequence], drafted: Sequence[Sequence[int]], logits: Tensor
     ) -> list[tuple[int, Tensor | None]]:
-        """Return the next drafted token of each sequence, and the probabilities that it was drawn from.
+        """Return the next drafted token of each sequence, and what it was drawn from.
 
         Args:
             sequences: to continue.
@@ -38,7 +38,7 @@ class Drafter(Protocol):
     """Drafts tokens of sequences that are decoding."""
 
     first_layer: int
-    """The first layer that the verifying pass runs: drafting has run those before it, for all tokens of the step."""
+    """The first layer of the verifying pass: drafting has run those before it, for the whole step."""
     cost: float
     """Share of the model's layers that run for one drafted token."""
 

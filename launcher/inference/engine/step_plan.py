@@ -23,7 +23,7 @@ class Segment:
     adapter: int = 0
     """Number of the sequence's adapter, from 1; 0 is the base model."""
     num_drafts: int = 0
-    """Of the last tokens, how many are drafts; with ``needs_logits`` the logits before each are returned too."""
+    """Of the last tokens, how many are drafts: the logits before each are returned too."""
 
     @property
     def num_logits(self) -> int:
@@ -41,7 +41,8 @@ class StepPlan:
     padding: int = 0
     """Padding tokens, which belong to no sequence."""
     first_layer: int = 0
-    """The first layer that runs; it takes what layers before it gave for the same tokens in the plans just before."""
+    """The first layer that runs.
+    It takes what layers before it gave for the same tokens in the plans just before."""
     exit_layer: int = 0
     """The first layer that does not run: norm and head follow the one before it; 0 runs all."""
     stop: bool = field(default=False)

@@ -1,7 +1,7 @@
 """Train exits after early layers: LayerSkip's loss and layer dropout.
 
-Formulas are those of arXiv:2404.16710, sections 4.1 and 4.2. All is done by hooks of the stock model, which stay for the
-whole run, so that activation checkpointing recomputes what the forward pass did.
+Formulas are those of arXiv:2404.16710, sections 4.1 and 4.2. All is done by hooks of the stock model, which stay for
+the whole run, so that activation checkpointing recomputes what the forward pass did.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Train(LearningJob, PluggableJob, TaskAnsweringJob):
     measure the whole model."""
 
     early_exit_curriculum: Literal["rotational", "gradual", "all"] = "rotational"
-    """Exits of a step: ``rotational`` (one in so many, others in each step), ``gradual``, ``all``.
+    """Exits of a step: ``rotational`` (one in so many, others each step), ``gradual``, ``all``.
     ``gradual`` is one more from time to time, from the last on, and all from the middle of the run."""
 
     early_exit_rotation: int = 8

@@ -33,7 +33,7 @@ class ScheduledStep:
     sequences: tuple[Sequence, ...]
     """Of each segment."""
     draft_lengths: tuple[int, ...] = ()
-    """Most tokens to draft for each segment, for which its sequence has blocks; empty: no drafts."""
+    """Most tokens to draft for each segment; its sequence has blocks for them. Empty: none."""
     drafts: tuple[Draft | None, ...] = ()
     """Of each segment, part of the plan; empty: of none."""
 

@@ -38,7 +38,7 @@ class Drafter(Protocol):
     """Drafts tokens of sequences that are decoding."""
 
     first_layer: int
-    """The first layer of the verifying pass: drafting has run those before it, for the whole step."""
+    """First layer of the verifying pass; drafting has run those before, for the whole step."""
     cost: float
     """Share of the model's layers that run for one drafted token."""
 

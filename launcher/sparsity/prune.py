@@ -60,7 +60,7 @@ def prune_model(
     heartbeat: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
-    """Prune a model in place; return the share of zeros of each pruned matrix by its layer's name.
+    """Prune a model in place; return the share of zeros of each matrix, by its layer's name.
 
     Like the reference implementations (github.com/locuslab/wanda, github.com/IST-DASLab/sparsegpt), a block is
     calibrated on what the pruned blocks before it return, and all matrices of a block on the same pass.

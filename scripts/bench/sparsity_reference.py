@@ -3,17 +3,19 @@
     python scripts/bench/sparsity_reference.py RUN_DIRECTORY
 
 The original model is loaded again and pruned by the code below on the run's calibration text. It shares none with the
-launcher's: the whole model runs again for each block, until that block; SparseGPT removes inputs one after the other
-from the inverse Hessian by elimination instead of a Cholesky factor. Both perplexities are of the run's held-out text.
+launcher's: SparseGPT removes inputs one after the other from the inverse Hessian, by elimination instead of a Cholesky
+factor, and updates all weights at once. Both perplexities are of the run's held-out text.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ MOST = 0.02
 
 
 class _Reached(Exception):
-    """The block whose inputs are wanted has run."""
+    """The block whose arguments or inputs are wanted has been called."""
 
 
 def layers_of(block: nn.Module) -> dict[str, nn.Module]:
@@ -45,24 +47,46 @@ def layers_of(block: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
 
 
-def inputs_of(model: Any, block: nn.Module, batches: Sequence[Any]) -> dict[str, Tensor]:
-    """Return all inputs of a block's layers, (tokens, inputs) in float64, by running the model from its start."""
+@dataclass
+class Call:
+    """Arguments of a block in one forward pass."""
+
+    hidden: Tensor
+    rest: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def run(self, block: nn.Module) -> Tensor:
+        """Return the block's hidden states."""
+        found = block(self.hidden, *self.rest, **self.named)
+        return found[0] if isinstance(found, tuple) else found
+
+
+def call_of(model: Any, block: nn.Module, batch: Any) -> Call:
+    """Return how a block is called, by running the model from its start."""
+    found: list[Call] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(Call(args[0], args[1:], named))
+        raise _Reached
+
+    hook = block.register_forward_pre_hook(take, with_kwargs=True)
+    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    with contextlib.suppress(_Reached):
+        model(input_ids=batch.input_ids, use_cache=False, **positions)
+    hook.remove()
+    return found[0]
+
+
+def inputs_of(block: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
+    """Return all inputs of a block's layers, (tokens, inputs) in float64."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers_of(block)}
 
     def take(name: str) -> Callable[..., None]:
         return lambda _, args: found[name].append(args[0].flatten(0, 1))
 
-    def stop(*_: Any) -> None:
-        raise _Reached
-
     hooks = [layer.register_forward_pre_hook(take(name)) for name, layer in layers_of(block).items()]
-    hooks.append(block.register_forward_hook(stop))
-    for batch in batches:
-        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        try:
-            model(input_ids=batch.input_ids, use_cache=False, **positions)
-        except _Reached:
-            continue
+    for call in calls:
+        call.run(block)
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -130,11 +154,25 @@ def sparsegpt(weight: Tensor, inputs: Tensor, method: SparseGpt) -> Tensor:
     return weight
 
 
-def prune(model: Any, blocks: Sequence[nn.Module], batches: Sequence[Any], method: Pruning) -> Iterator[int]:
-    """Prune a float64 model in place; yield the number of each block that is done."""
+def prune(
+    model: Any, blocks: Sequence[nn.Module], batches: Sequence[Any], method: Pruning, *, from_start: bool = True
+) -> Iterator[int]:
+    """Prune a float64 model in place; yield the number of each block that is done.
+
+    Args:
+        model: whose blocks they are.
+        blocks: in order.
+        batches: calibration text.
+        method: of pruning.
+        from_start: run the whole model again for each block; else the arguments of the first block besides hidden
+            states are those of all others, as in the reference implementations.
+    """
+    calls = [call_of(model, blocks[0], batch) for batch in batches]
     for number, block in enumerate(blocks):
+        if from_start:
+            calls = [call_of(model, block, batch) for batch in batches]
         layers = layers_of(block)
-        inputs = inputs_of(model, block, batches) if isinstance(method, CalibratedPruning) else dict.fromkeys(layers)
+        inputs = inputs_of(block, calls) if isinstance(method, CalibratedPruning) else dict.fromkeys(layers)
         for name, layer in layers.items():
             weight = layer.weight.t().clone() if isinstance(layer, Conv1D) else layer.weight.clone()
             if isinstance(method, SparseGpt):
@@ -144,6 +182,8 @@ def prune(model: Any, blocks: Sequence[nn.Module], batches: Sequence[Any], metho
             else:
                 made = weight.masked_fill(zeros_of(weight.abs(), method, by_row=False), 0.0)
             layer.weight.copy_(made.t() if isinstance(layer, Conv1D) else made)
+        if not from_start:
+            calls = [replace(call, hidden=call.run(block)) for call in calls]
         yield number
 
 
@@ -173,7 +213,7 @@ def compare(run_dir: Path) -> dict[str, float]:
     model.eval().requires_grad_(False).double()  # built in fp32: random weights of float64 would be others
     parts = max((each for each in model.base_model.children() if isinstance(each, nn.ModuleList)), key=len)
     started = time.monotonic()
-    for number in prune(model, list(parts), batches, method):
+    for number in prune(model, list(parts), batches, method, from_start=False):
         print(f"block {number + 1} of {len(parts)}: {time.monotonic() - started:.0f} s", flush=True)
     held_out = [splits.held_out.row(at) for at in range(min(job.eval_sequences, splits.held_out.num_sequences))]
     found: Mapping[str, Any] = read_json(run_dir / "sparsify.json")

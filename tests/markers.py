@@ -33,7 +33,10 @@ _BY_PLACE = (
     ("checkpoint/foreign/*", "process"),
     *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
     *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),
-    *((f"models/test_{name}.py*", "process") for name in ("adapters", "checkpoint_weights", "export", "families")),
+    *(
+        (f"models/test_{name}.py*", "process")
+        for name in ("adapters", "checkpoint_weights", "export", "families", "gguf")
+    ),
     *(
         (f"inference/test_{name}.py*", "process")
         for name in ("adapters", "beams", "chat", "engine", "exactness", "invariance", "speculation")

@@ -52,6 +52,7 @@ FORKED_MODULES = (
     "launcher.supervision.external_launcher",
     "launcher.backends.kubernetes.entrypoint",
     "launcher.jobs.export",
+    "launcher.jobs.import_gguf",
     "launcher.api.starter",
 )
 """Modules whose processes are forked."""

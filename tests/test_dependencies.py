@@ -35,9 +35,15 @@ OWNERS = {
     "prometheus": ("launcher/trackers/prometheus_run.py",),
     "eval": ("launcher/benchmarks/lm_eval/", "launcher/training/lm_eval_harness.py"),
     "testing": ("launcher/testing/",),
+    "gguf": ("launcher/verification/runtime.py",),
+    "onnx": ("launcher/verification/runtime.py",),
+    "openvino": ("launcher/verification/runtime.py", "launcher/models/edge_folders.py"),
 }
 """Folders and files in which the packages of each extra may be imported."""
-LAZY = {"launcher/quantization/codecs.py", "launcher/models/transforms.py"}
+LAZY = {
+    *("launcher/quantization/codecs.py", "launcher/models/transforms.py"),
+    *("launcher/verification/runtime.py", "launcher/models/edge_folders.py"),
+}
 """Of these files, those that may import them within functions only, because much else imports the files."""
 OTHER_ENVIRONMENTS = {
     "scripts/bench/peer_litserve.py": "litserve",

@@ -58,6 +58,15 @@ SLOW = {
     ),
     **dict.fromkeys(
         (
+            "launch export 20260101-120000-abcd my.gguf format=gguf dtype=q8_0",
+            "launch export mymodel my.gguf format=gguf dtype=q4_k",
+            "launch job=generate model.weights=my.gguf",
+        ),
+        "jobs/test_export.py::test_a_run_goes_to_one_file_and_back",
+    ),
+    **dict.fromkeys(
+        (
+            "launch export 20260101-120000-abcd my.gguf format=gguf merge=true",
             "launch export 20260101-120000-abcd myadapter",
             "launch export 20260101-120000-abcd mymodel merge=true",
             "launch job=evaluate model=smollm2_135m model.adapter=myadapter",

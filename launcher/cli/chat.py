@@ -72,6 +72,8 @@ def _model_options(arguments: Arguments) -> dict[str, str]:
     folder = Path(word).expanduser()
     if is_model_folder(folder):
         return {"model": "hf", "model.name": quoted_text(str(folder.absolute()), escape=True)}
+    if folder.suffix == ".gguf" and folder.is_file():
+        return {"model.weights": quoted_text(str(folder.absolute()), escape=True)}
     try:
         found = find_run_or_checkpoint(word, arguments.root, option="run")
     except ConfigError:

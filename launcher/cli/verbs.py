@@ -18,10 +18,12 @@ from launcher.cli.arguments import (
     count_value,
     path_value,
 )
+from launcher.config.export import FORMATS
 from launcher.utils.text import terminal_width
 
 _EXPERIMENT_OR_RUN = (Completion.EXPERIMENT, Completion.RUN)
 _RUN_HELP = "a run id or the beginning of one, or a run directory"
+_EXPORT_DTYPES = tuple(dict.fromkeys(dtype for form in FORMATS.values() for dtype in form.dtypes))
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -347,26 +349,31 @@ run on another machine, the command to type there is printed. A session.json of 
 your own processes and jobs.""",
     ),
     "export": Verb(
-        summary="write the weights and tokenizer of a run as a folder that Transformers loads",
+        summary="write the weights and tokenizer of a run as files that other programs load",
         positionals=(
             Positional(
                 name="source",
                 metavar="RUN",
                 completes=(Completion.RUN,),
-                help=f"{_RUN_HELP}, or a checkpoint; RUN@best and RUN@step_00000010 choose one of its checkpoints",
+                help=f"{_RUN_HELP}, or a checkpoint; RUN@best and RUN@step_00000010 choose one of its checkpoints; "
+                "or a model folder",
             ),
             Positional(
                 name="folder",
                 metavar="DIR",
                 completes=(Completion.FILE,),
-                help="the folder to write, which must not exist",
+                help="the folder to write, or the file of format=gguf, which must not exist",
             ),
             Positional(
                 name="settings",
                 metavar="OPTION",
                 nargs="*",
-                completes=("format=safetensors", "dtype=fp32", "dtype=bf16", "dtype=fp16", "max_shard_size=5GB"),
-                help="dtype=fp32|bf16|fp16 (default: fp32), max_shard_size=5GB, format=safetensors",
+                completes=(
+                    *(f"format={name}" for name in FORMATS),
+                    *(f"dtype={name}" for name in _EXPORT_DTYPES),
+                    *("max_shard_size=5GB", "merge=true", "check=false"),
+                ),
+                help=f"format={'|'.join(FORMATS)}, dtype (default: fp32), merge=true, max_shard_size=5GB, check=false",
             ),
         ),
         options=(ROOT,),
@@ -375,12 +382,16 @@ your own processes and jobs.""",
   launch export 20260101@best mymodel         the one with the lowest held-out loss
   launch export 20260101 mymodel dtype=bf16   half the size
   launch export runs/gpt2_tiny/2026…/checkpoints/step_00000010 mymodel
+  launch export 20260101 my.gguf format=gguf dtype=q8_0   one file for llama.cpp
 """,
         notes="""\
 Checkpoints of every strategy and number of ranks are exported, one tensor at a time. DIR holds config, generation
 config, safetensors with an index, tokenizer and chat template, under the names that Transformers gives them:
 AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer.from_pretrained(DIR) load it without this program.
-The checkpoint is verified first. DIR appears once it is complete.""",
+The checkpoint is verified first. DIR appears once it is complete.
+
+format=gguf writes one file instead, of Llama and GPT-2, with dtype=fp16 (default), fp32, bf16, q8_0, q4_0 or q4_k.
+If llama.cpp is installed (pip install 'launcher[gguf]'), it runs the file and the answers are compared.""",
     ),
     "chat": Verb(
         summary="talk to a model in the terminal: one that a run trained, a folder, or one of the hub",

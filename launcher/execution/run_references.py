@@ -38,6 +38,7 @@ from launcher.config.plugins import used_plugins
 from launcher.config.run import BatchedJob, Run, default_run_name
 from launcher.config.snapshot import load_run, read_snapshot
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.execution.gguf_folders import gguf_folder, names_gguf
 from launcher.execution.saved_models import find_model_folder, find_run_or_checkpoint, select_checkpoints
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.state_files import MODEL_FOLDER
@@ -95,6 +96,9 @@ def _with_weights(run: Run, composed: Composition, locks: CheckpointLocks) -> Ru
     """Return ``run`` with ``model.weights`` as a folder, and the model of those weights."""
     if run.model.weights in ("random", "pretrained"):
         return run
+    if names_gguf(run.model.weights):
+        run = replace(run, model=replace(run.model, weights=str(gguf_folder(run))))
+        return _with_model_folder(run, composed)
     folder = _run_or_checkpoint(run.model.weights, run, option=WEIGHTS)
     if folder is None:
         return _with_model_folder(run, composed)

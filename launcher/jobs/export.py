@@ -1,12 +1,14 @@
 """The process of ``launch export``.
 
-``python -m launcher.jobs.export SOURCE TARGET DTYPE MAX_SHARD_BYTES [RUN_YAML]``
+``python -m launcher.jobs.export SOURCE TARGET OPTIONS [RUN_YAML]``
 
-With ``RUN_YAML``, the snapshot of the run that trained an adapter, the adapter is merged into that run's model.
+``OPTIONS`` are those of the verb, as JSON. With ``RUN_YAML``, the snapshot of the run that trained an adapter, the
+adapter is merged into that run's model.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config.adapter_folder import is_adapter_folder
+from launcher.config.export import SAFETENSORS, ExportOptions
 from launcher.errors import LauncherError
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import die_with_parent
@@ -23,29 +26,30 @@ from launcher.utils.system import disk_full_message
 from launcher.utils.text import bytes_text, counted
 
 if TYPE_CHECKING:
+    from launcher.models.export import ModelExport
     from launcher.models.weights import ModelTensors
 
 
 def main() -> int:
-    """Write the folder; print what it holds."""
+    """Write the folder or file; print what it holds."""
     die_with_parent(os.getppid())
     quiet_libraries()
-    source, target, dtype, max_shard_bytes, *snapshot = sys.argv[1:]
-    folder = Path(target)
+    source, target = map(Path, sys.argv[1:3])
+    options = ExportOptions(**json.loads(sys.argv[3]))
+    snapshot = Path(sys.argv[4]) if len(sys.argv) > 4 else None
     try:
-        if is_adapter_folder(Path(source)) and not snapshot:
-            _export_adapter(Path(source), folder, dtype=dtype)
+        if is_adapter_folder(source) and snapshot is None:
+            _export_adapter(source, target, dtype=options.chosen_dtype)
         else:
-            merge = Path(snapshot[0]) if snapshot else None
-            _export(Path(source), folder, dtype=dtype, max_shard_bytes=int(max_shard_bytes), merge=merge)
+            _export(source, target, options, snapshot)
     except LauncherError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {disk_full_message(error, {'DIR': folder.parent}) or error}", file=sys.stderr)
+        print(f"error: {disk_full_message(error, {'DIR': target.parent}) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {folder} was not written", file=sys.stderr)
+        print(f"interrupted: {target} was not written", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
@@ -84,19 +88,69 @@ def _merged(source: Path, snapshot: Path) -> ModelTensors:
     return merged
 
 
-def _export(source: Path, folder: Path, *, dtype: str, max_shard_bytes: int, merge: Path | None) -> None:
+def _dequantized(source: Path) -> ModelTensors | None:
+    """Return the fp32 tensors of a folder of ``job=quantize``; ``None`` of any other."""
+    from launcher.config.quantization import read_manifest
+
+    manifest = read_manifest(source)
+    if manifest is None:
+        return None
+    from transformers.pytorch_utils import Conv1D
+
+    from launcher.config.activation import NoCheckpointing
+    from launcher.config.attention import SdpaAttention
+    from launcher.config.model.hf import Hf
+    from launcher.models.adapters import MergedModel
+    from launcher.models.build import build_model, skeleton
+    from launcher.quantization.layers import matrices
+
+    model, attention = Hf(name=str(source)), SdpaAttention()
+    layers = matrices(skeleton(model, attention=attention)).items()
+    built = build_model(model, seed=0, attention=attention, activation=NoCheckpointing())
+    found = MergedModel(built.eval(), None, transposed={name for name, each in layers if isinstance(each, Conv1D)})
+    print(f"the weights of {found.num_dequantized} {manifest.method.kind} layers are dequantized", flush=True)
+    return found
+
+
+def _export(source: Path, target: Path, options: ExportOptions, snapshot: Path | None) -> None:
     import torch
 
     from launcher.engines.distributed import DTYPES
     from launcher.models.export import ModelExport
 
     torch.set_num_threads(1)
-    stored = None if merge is None else _merged(source, merge)
-    export = ModelExport(source, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes, stored=stored)
+    stored = _dequantized(source) if snapshot is None else _merged(source, snapshot)
+    dtype = DTYPES[options.chosen_dtype] if options.format == SAFETENSORS else torch.float32
+    export = ModelExport(source, dtype=dtype, max_shard_bytes=options.max_shard_bytes, stored=stored)
+    if options.format != SAFETENSORS:
+        _export_gguf(export, target, options)
+        return
     with byte_progress("writing", export.num_bytes) as written:
-        export.write(folder, written=written)
+        export.write(target, written=written)
     files = counted(export.num_files, "file")
-    print(f"{export.num_params:,} parameters, {dtype}, {bytes_text(export.num_bytes)} in {files}", flush=True)
+    print(f"{_size_text(export.num_params, options, export.num_bytes)} in {files}", flush=True)
+
+
+def _size_text(num_params: int, options: ExportOptions, num_bytes: int) -> str:
+    return f"{num_params:,} parameters, {options.chosen_dtype}, {bytes_text(num_bytes)}"
+
+
+def _export_gguf(export: ModelExport, target: Path, options: ExportOptions) -> None:
+    from launcher.models.export import write_file
+    from launcher.models.gguf_export import GgufExport
+    from launcher.verification.exported import check_export
+
+    gguf = GgufExport(export, dtype=options.chosen_dtype)
+
+    def fill(file: Path) -> None:
+        with byte_progress("writing", gguf.num_bytes) as written:
+            gguf.write(file, written=written)
+        size = _size_text(gguf.num_params, options, file.stat().st_size)
+        print(f"{size}; tensors: {gguf.kinds()}", flush=True)
+        if options.check:
+            print(check_export(file, export, options), flush=True)
+
+    write_file(target, fill)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -233,14 +233,16 @@ class MergedModel:
     """The tensors of a built model with its adapter added to them, for an export.
 
     Args:
-        model: with an adapter, on the CPU; its layers may be quantized.
-        lora: the adapter.
+        model: on the CPU, with an adapter or without; its layers may be quantized.
+        lora: the adapter; ``None`` where the model has none.
+        transposed: names of quantized layers whose matrix the files have as (inputs, outputs); of a model with an
+            adapter they are found.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: Lora) -> None:
+    def __init__(self, model: PreTrainedModel, lora: Lora | None, *, transposed: Collection[str] = ()) -> None:
         from peft.tuners.lora import LoraLayer
 
-        self._lora = lora
+        self._lora, self._transposed = lora, transposed
         self._layers: dict[str, Any] = {
             name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
@@ -274,7 +276,7 @@ class MergedModel:
 
     def _is_transposed(self, name: str) -> bool:
         """Return whether the files of the model have this matrix as (inputs, outputs)."""
-        return self._is_conv1d and (name in self._layers or name in self._quantized)
+        return name in self._transposed or (self._is_conv1d and (name in self._layers or name in self._quantized))
 
     def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return nothing: the tensors are those of a model that was built."""
@@ -294,6 +296,7 @@ class MergedModel:
         else:
             weight = self._values[name].T if transposed else self._values[name]
         if owner in self._layers:
+            assert self._lora is not None, "a layer with an adapter"
             layer = self._layers[owner]
             lengths = layer.lora_magnitude_vector[ADAPTER_NAME].weight if self._lora.is_dora else None
             a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight

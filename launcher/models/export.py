@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import math
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -78,6 +79,8 @@ class ModelExport:
         if config is None:
             assert source is not None, "the configuration is in it"
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if stored is not None and hasattr(config, "quantization_config"):
+            del config.quantization_config  # of the files, and ``stored`` are other tensors
         model = meta_model(config, attention="eager", dtype=dtype)
         if stored is None:
             assert source is not None, "the tensors are in it"
@@ -87,13 +90,38 @@ class ModelExport:
             raise JobError(why, exit_code=EXIT_BAD_INPUT)
         untie_differing_weights(model, stored)
         model.config.architectures, model.config.dtype = [type(model).__name__], dtype
-        self._source, self._model = source, model
+        self._source, self._model, self._stored = source, model, stored
         self._conversion = _ReverseConversion(model, stored)
         self._shards = _split([group.entries for group in self._conversion.groups], max_shard_bytes)
-        entries = list(itertools.chain(*self._shards))
+        self.entries = list(itertools.chain(*self._shards))
+        """Names, formats and shapes of the tensors, in order."""
         self.num_files = len(self._shards)
-        self.num_bytes = sum(entry.num_bytes for entry in entries)
-        self.num_params = sum(entry.numel for entry in entries)
+        self.num_bytes = sum(entry.num_bytes for entry in self.entries)
+        self.num_params = sum(entry.numel for entry in self.entries)
+
+    @property
+    def source(self) -> Path:
+        """The model folder that is exported."""
+        assert self._source is not None, "an export of a folder"
+        return self._source
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Configuration of the model."""
+        return self._model.config
+
+    def values(self) -> Iterator[Tensor]:
+        """Yield the tensors of ``entries`` in order, one conversion of Transformers at a time."""
+        return self._conversion.values()
+
+    def build(self) -> PreTrainedModel:
+        """Return the whole model in fp32, with its weights, to compare a file with."""
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.state_dict(keep_vars=True).items():
+                if (values := self._stored.read([name])) is not None:  # None: another of a tied parameter's names
+                    parameter.copy_(values)
+        return model
 
     def write(self, target: Path, *, written: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Write a folder, which appears once it is complete and on the disk.
@@ -111,7 +139,7 @@ class ModelExport:
 
     def fill(self, folder: Path, *, written: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Write all files into an empty folder; arguments and errors are those of :meth:`write`."""
-        _write_weights(folder, self._shards, self._conversion.values(), written=written)
+        _write_weights(folder, self._shards, self.values(), written=written)
         self._model.config.save_pretrained(folder)
         if self._source is not None:
             copy_tokenizer(self._source, folder)
@@ -129,18 +157,49 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full, or ``target`` exists.
     """
-    making = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.incomplete")
+    making = _incomplete(target)
     making.mkdir()
     try:
         fill(making)
         _sync(making)
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-        making.rename(target)
+        _rename_new(making, target)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise
     fsync_folder(target.parent)
+
+
+def write_file(target: Path, fill: Callable[[Path], None]) -> None:
+    """Write a file, which appears once it is complete and on the disk.
+
+    Args:
+        target: does not exist.
+        fill: writes the file of the name that it is given, which ends like ``target``.
+
+    Raises:
+        OSError: the disk is full, or ``target`` exists.
+    """
+    making = _incomplete(target)
+    making = making.with_name(making.name + target.suffix)
+    try:
+        fill(making)
+        with making.open("rb") as opened:
+            os.fsync(opened.fileno())
+        _rename_new(making, target)
+    except BaseException:
+        making.unlink(missing_ok=True)
+        raise
+    fsync_folder(target.parent)
+
+
+def _incomplete(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.incomplete")
+
+
+def _rename_new(making: Path, target: Path) -> None:
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    making.rename(target)
 
 
 class AdapterExport:

@@ -75,6 +75,11 @@ def test_a_run_is_resumed_used_exported_and_merged(
     said = launch("export", "whole", "adapter").expect(0).stdout
     assert "exported the adapter of step 4 of whole to adapter" in said
     launch("export", "whole", "merged", "merge=true").expect(0)
+    alone = launch("export", "whole", "my.gguf", "format=gguf").expect(2).stderr
+    assert "holds an adapter alone; add merge=true to write the whole model" in alone, alone
+    for source, name, words in (("whole", "one", ("merge=true",)), ("merged", "two", ())):
+        launch("export", source, f"{name}.gguf", "format=gguf", "check=false", *words).expect(0)
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
     command = [sys.executable, "-I", "-c", STOCK, base, "adapter", "merged"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launcher.config.activation import NoCheckpointing
 from launcher.config.attention import SdpaAttention
 from launcher.config.model.hf import Hf
@@ -63,6 +65,7 @@ def test_transformers_loads_it_with_equal_logits(launch, tmp_path: Path) -> None
 
 
 def test_a_run_goes_to_one_file_and_back(launch, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
     (tmp_path / "text.txt").write_text("Some words of a text, with tokens of its own. " * 200)
     (tmp_path / "prompts.txt").write_text("Some words\ntokens of\n")
     launch(*WORDS, *RUNS["fsdp"], "model.vocab_size=300", "run.dir=trained").expect(0)

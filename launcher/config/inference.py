@@ -20,7 +20,7 @@ Speculation = Literal["none", "early_exit"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLimits:
-    """Capacity, batching and drafts of an engine, as in the fields of ``GeneratingJob``."""
+    """Capacity, batching, drafts and kernels of an engine, as ``GeneratingJob`` has them."""
 
     batching: BatchingMode = "continuous"
     max_num_seqs: int = 32
@@ -31,6 +31,7 @@ class EngineLimits:
     max_wait_s: float = 0.1
     bucket_size: int = 32
     aging_s: float = 10.0
+    sparse_kernels: bool = True
     speculation: Speculation = "none"
     speculation_layers: int | None = None
     speculation_tokens: int = 4

@@ -18,7 +18,6 @@ from launcher.config.data.base import Corpus, Synthetic
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.sparsify import Sparsify
-from launcher.config.job.train import Train
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.linear_layers import ModuleSizes, module_sizes
 from launcher.config.model.transformers_support import attention_support
@@ -233,11 +232,25 @@ def _validate_sparsity(run: Run) -> Iterator[ConfigError]:
         why = f"job={run.job.kind} does not prune a model"
         fix = "set job=sparsify, or sparsity=none and model.weights to a folder that job=sparsify saved"
         yield ConfigError("sparsity", sparsity.kind, why=why, fix=fix)
-    if sparsity.keep and not isinstance(run.job, Train):
+    if sparsity.keep and not isinstance(run.job, LearningJob):
         why = f"job={run.job.kind} trains no weights, so their zeros stay"
         yield ConfigError("sparsity.keep", "true", why=why, fix="leave it out, or set job=train")
     elif sparsity.keep:
-        yield ConfigError("sparsity.keep", "true", why="is not supported yet", fix="leave it out")
+        yield from _validate_kept_zeros(run)
+
+
+def _validate_kept_zeros(run: Run) -> Iterator[ConfigError]:
+    """Reject training in which zeros cannot stay, and weights that have none."""
+    if run.lora is not None:
+        why = f"adapter={run.adapter.kind} leaves the weights and their zeros as they are, and merged into them its "
+        why += "update would fill the zeros"
+        yield ConfigError("sparsity.keep", "true", why=why, fix="set adapter=none, or leave sparsity.keep out")
+    if run.model.weights == "random" and run.checkpoint.is_own:
+        why = "random weights have no zeros to keep"
+        yield ConfigError("sparsity.keep", "true", why=why, fix="set model.weights to a folder that job=sparsify saved")
+    if getattr(run.optimizer, "eps", 1.0) == 0:
+        why = "the update of a weight without a gradient is 0 / 0, and sparsity.keep=true gives zeros none"
+        yield run.optimizer.error("eps", why, "set optimizer.eps=1e-8")
 
 
 def validate_quantized_weights(run: Run, option: str, value: object, *, instead: str) -> Iterator[ConfigError]:

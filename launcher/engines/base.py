@@ -151,6 +151,12 @@ class Engine(ABC):
 
         return whole_parameters(self.module, device=self.device)
 
+    def linear_matrices(self) -> dict[str, nn.Parameter]:
+        """Return the matrices of linear layers in blocks that this rank has a part of, by name."""
+        from launcher.engines.kept_zeros import linear_matrices
+
+        return linear_matrices([self.module])
+
     @abstractmethod
     def state_bytes(self) -> StateBytes:
         """Return the bytes of model state that this rank holds now, by part.

@@ -17,6 +17,7 @@ from launcher.config.optimizer import Muon
 from launcher.config.precision import Fp16Precision, Precision
 from launcher.engines.base import StepResult
 from launcher.engines.distributed import ranks_with_nonfinite, sum_over_ranks
+from launcher.engines.kept_zeros import KeptZeros, linear_matrices
 from launcher.engines.model_state import local_shard
 from launcher.errors import ConfigError, JobError
 from launcher.models.layers import blocks
@@ -92,6 +93,7 @@ class OptimizerStep:
         skipped = set(map(id, counted_elsewhere))
         self._counted = [parameter for parameter in self._parameters if id(parameter) not in skipped]
         self.optimizer = make_optimizer(run.optimizer, groups, names=names)
+        self._kept_zeros = KeptZeros(linear_matrices(models).values()) if run.sparsity.keep else None
 
     def apply(
         self,
@@ -118,6 +120,8 @@ class OptimizerStep:
         sums = torch.stack([own_sum, torch.full_like(own_sum, float(preempted))])
         if dist.is_initialized():
             dist.all_reduce(sums)
+        if self._kept_zeros is not None:
+            self._kept_zeros.mask_gradients()
         norm = self._norm()
         total, num_preempted, scaled_norm, num_tokens = torch.stack([*sums, norm, tokens.double()]).tolist()
         grad_norm, overflow = scaled_norm / self.scale.value, not math.isfinite(scaled_norm)
@@ -128,6 +132,8 @@ class OptimizerStep:
             self._multiply_gradients(factor / self.scale.value)
             set_rates(self.optimizer, lr)
             self.optimizer.step()
+            if self._kept_zeros is not None:
+                self._kept_zeros.restore()
         self.optimizer.zero_grad(set_to_none=True)
         if overflow or not skipped:
             self.scale.update(overflow=overflow)

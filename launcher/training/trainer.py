@@ -28,6 +28,7 @@ from launcher.training.epochs import with_epoch_steps
 from launcher.training.eval_texts import EvalTexts, set_metrics
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.evaluation_metrics import load_metrics
+from launcher.training.kept_zeros import report_kept_zeros
 from launcher.training.recorder import Recorder
 from launcher.training.reference import load_references, with_objective
 from launcher.training.saving import CheckpointSaver
@@ -97,6 +98,10 @@ class Trainer:
         restored = restore_checkpoint(
             self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer, check=check
         )
+        if self.context.run.sparsity.keep:
+            text = report_kept_zeros(self.engine)
+            if self.context.is_main:
+                print(text, flush=True)
         if self.engine.preferences is not None:
             with self.clock.phase("load"):
                 self._use_references(restored)

@@ -147,3 +147,27 @@ def rows_are_numbered_by_each_rank() -> None:
     EarlyExitLoss._kept = lambda self, batch, device: kept(
         self, replace(batch, drawn=torch.arange(len(batch.input_ids))), device
     )
+
+
+def gradients_of_zeros_count() -> None:
+    """Leave the gradients of zeros in the norm, and restore the zeros only after the update."""
+    from launcher.engines import kept_zeros
+
+    def remember(self: Any) -> None:
+        self._zeros = [matrix.detach() == 0 for matrix in self._matrices]
+
+    kept_zeros.KeptZeros.mask_gradients = remember
+
+
+def gradients_of_zeros_reach_deepspeed() -> None:
+    """Give DeepSpeed the gradients of zeros."""
+    from launcher.engines.deepspeed import base
+
+    base.mask_in_backward = lambda matrices: None
+
+
+def zeros_are_not_restored() -> None:
+    """Leave zeros as an update makes them that depends on the whole matrix."""
+    from launcher.engines import kept_zeros
+
+    kept_zeros.KeptZeros.restore = lambda self: None

@@ -4,7 +4,7 @@
 
 A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults; ``family: llama`` trains
 another model, ``plant`` names an error of ``plants.py``, ``documents`` says what a row holds.
-``save`` is a folder and ``load`` one or several: ``after``,
+``zeros`` is the file whose zeros are counted in the end; ``save`` is a folder and ``load`` one or several: ``after``,
 ``after1`` and so on are the steps taken after each. Each rank writes ``<name>.<rank>.json``. A case takes as many
 ranks as its ``world``, from the first on. What a rank prints is in ``log.<rank>``; when one fails the whole
 process group is killed.
@@ -100,6 +100,7 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
         "compile": {"kind": "false"},
         "benchmark": {"kind": "none"},
         "quantization": {"kind": "none"},
+        "sparsity": {"kind": "none"},
         "adapter": {"kind": "none"},
         "deploy": {"kind": "none"},
         "profile": {"kind": "false"},
@@ -215,6 +216,21 @@ def digests(engine: Any) -> dict[str, str]:
     }
 
 
+def report_zeros(engine: Any) -> str:
+    from launcher.training.kept_zeros import report_kept_zeros
+
+    return report_kept_zeros(engine)
+
+
+def count_zeros(engine: Any, file: str) -> dict[str, tuple[int, int]]:
+    """Return, of each linear layer's matrix here, how many zeros a file has, and how many are none any more."""
+    from safetensors.torch import load_file
+
+    stored, names = load_file(file), engine.linear_matrices().keys()
+    zeros = {name: (stored[name] == 0, weight) for name, weight in engine.weights() if name in names}
+    return {name: (int(mask.sum()), int((weight[mask] != 0).sum())) for name, (mask, weight) in zeros.items()}
+
+
 def train(engine: Any, context: Any, steps: range, lr: float, documents: str = "whole") -> list[dict[str, Any]]:
     results = []
     for step in steps:
@@ -234,6 +250,8 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
     with make_engine(context, QuietClock()) as engine:
         documents = case.get("documents", "whole")
         answer["held_out"] = engine.loss_of(micro_batches(context, 1000, documents)[: case.get("held_out", 1)])
+        if case.get("zeros"):
+            answer["report"] = report_zeros(engine)
         answer["steps"] = train(engine, context, range(steps), lr, documents)
         if case.get("digests"):
             answer["digests"] = digests(engine)
@@ -252,6 +270,8 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
             engine.load(Path(folder))
             answer[f"after{number or ''}"] = train(engine, context, AFTER, lr)
         answer["scalars"] = engine.scalars()
+        if case.get("zeros"):
+            answer["zeros"] = count_zeros(engine, case["zeros"])
     return answer
 
 

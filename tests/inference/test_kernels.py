@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,16 +13,28 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Mist
 
 from launcher.config.inference import EngineLimits
 from launcher.config.quantization import Int4Weight, Int8Dynamic, Int8Weight
+from launcher.config.sampling import SamplingParams
+from launcher.engines.kept_zeros import linear_matrices
 from launcher.errors import ConfigError
+from launcher.inference.engine.base import EngineRequest
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.inference.engine.kv_cache import AttentionMetadata, KVShapes, PagedCache
 from launcher.inference.engine.model_runner import KVSelfTest, ModelRunner
 from launcher.inference.engine.paged_engine import paged_engine_for
 from launcher.inference.engine.step_plan import Segment, StepPlan
 from launcher.inference.kernels.layers import NativeLinear, replace_layers
-from launcher.inference.kernels.native import NativeAttention, PackedMatrix, Scratch, is_packable, pack_layers
+from launcher.inference.kernels.native import (
+    NativeAttention,
+    PackedMatrix,
+    Scratch,
+    is_packable,
+    native_library,
+    pack_layers,
+)
+from launcher.inference.kernels.semi_structured import is_supported, replace_by_semi_structured
+from launcher.inference.kernels.two_of_four import compress, decompress, is_two_of_four
 from launcher.quantization.codecs import AoCodec, Int4Codec
-from tests.inference.models import stock
+from tests.inference.models import finish, stock
 
 SMALL = {
     "vocab_size": 97,
@@ -98,6 +111,115 @@ def _check_products(layer: torch.nn.Module, weight: torch.Tensor, dtype: torch.d
     assert ((together.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6 * sizes + 1e-6).all()
     for count in (1, 2, 6, 7, 13):
         assert torch.equal(torch.cat([kernel(part) for part in x.split(count)]), together), count
+
+
+def two_of_four(*shape: int) -> torch.Tensor:
+    """A random matrix of which two in four consecutive inputs are zero, and in some groups three or all four."""
+    matrix = torch.randn(shape)
+    groups = matrix.unflatten(1, (-1, 4))
+    groups.scatter_(-1, torch.rand(groups.shape).argsort(-1)[..., :2], 0.0)
+    groups[:, 0, :3] = 0.0
+    groups[:, 1] = 0.0
+    return matrix
+
+
+KERNELS = {"own": None, "AVX2": "gcc -mno-avx512f", "neither": "gcc -mno-avx"}
+"""Instructions of the machine's own compilation, and fewer ones."""
+ROWS = (1, 2, 3, 4, 5, 8, 9, 13, 30)
+"""A panel is multiplied as it is for few rows, some at a time, and unpacked for many."""
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_packed_2_4_matrices_give_the_products_of_dense_ones_bit_for_bit(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if KERNELS[kernels] is not None:
+        monkeypatch.setenv("CC", KERNELS[kernels])
+        assert native_library().native_panel() <= (16 if kernels == "AVX2" else 8)
+    torch.manual_seed(0)
+    for out, inner in ((16, 32), (97, 64), (300, 48)):
+        weight = two_of_four(out, inner)
+        for dtype in (torch.float32, torch.bfloat16):
+            bias = torch.randn(out).to(dtype)
+            packed, dense = (PackedMatrix([weight.to(dtype)], [bias], sparse=sparse) for sparse in (True, False))
+            # 17 bits of 32 in fp32, 9 of 16 in bf16: two of four values, and 4 bits for their places
+            assert packed.weight.nbytes * 2 * dtype.itemsize == dense.weight.nbytes * (dtype.itemsize + 0.25)
+            _check_same(packed, dense, dtype, inner)
+    stacked = [PackedMatrix([weight] * 2, [None] * 2, sparse=sparse) for sparse in (True, False)]
+    _check_same(*stacked, torch.float32, 48)
+
+
+@pytest.mark.parametrize("method", [Int8Weight(), Int8Dynamic()], ids=lambda method: method.kind)
+def test_packed_2_4_matrices_of_8_bits_give_the_products_of_dense_ones_bit_for_bit(method: Int8Weight) -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 97).requires_grad_(False)
+    linear.weight.copy_(two_of_four(97, 64))
+    layer = AoCodec(method).quantize(linear)
+    packed, dense = pack_layers([layer], sparse=True), pack_layers([layer])
+    assert packed.weight.nbytes * 8 == dense.weight.nbytes * 5
+    for dtype in (torch.float32, torch.bfloat16):
+        _check_same(packed, dense, dtype, 64)
+
+
+def _check_same(packed: Any, dense: Any, dtype: torch.dtype, inner: int) -> None:
+    assert packed.is_sparse
+    assert not dense.is_sparse
+    for rows in ROWS:
+        x = torch.randn(rows, inner).to(dtype)
+        found, expected = (NativeLinear(matrix, dtype, Scratch())(x) for matrix in (packed, dense))
+        assert torch.equal(found, expected), rows
+        assert expected.any()
+
+
+def test_matrices_are_packed_only_where_nothing_is_lost() -> None:
+    matrix = two_of_four(40, 32)
+    assert torch.equal(decompress(*compress(matrix)), matrix)
+    for wrong in (torch.randn(40, 32), torch.zeros(40, 32), two_of_four(40, 24)):
+        assert not is_two_of_four(wrong)
+        assert not PackedMatrix([wrong], [None], sparse=True).is_sparse
+    assert not PackedMatrix([matrix], [None]).is_sparse
+    matrix[39, 28:31] = 1.0  # one group of the last row has three weights
+    assert not is_two_of_four(matrix)
+    assert not PackedMatrix([matrix], [None], sparse=True).is_sparse
+
+
+def test_matrices_of_a_gpu_are_replaced_only_where_its_kernels_take_them() -> None:
+    def of(shape: tuple[int, int], dtype: torch.dtype) -> torch.nn.Linear:
+        layer = torch.nn.Linear(*shape[::-1], dtype=dtype).requires_grad_(False)
+        layer.weight.copy_(two_of_four(*shape))
+        return layer
+
+    assert is_supported(of((96, 128), torch.bfloat16))
+    assert not is_supported(of((96, 128), torch.float32))
+    assert not is_supported(of((96, 96), torch.float16))
+    assert not is_supported(of((80, 128), torch.float16))
+    assert not is_supported(torch.nn.Linear(128, 96, dtype=torch.bfloat16))
+    model = torch.nn.Sequential(of((96, 128), torch.bfloat16))
+    if not torch.cuda.is_available():
+        assert replace_by_semi_structured(model, setattr) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_pruned_model_answers_the_same_with_packed_matrices(family: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model = copy.deepcopy(stock(family)).bfloat16()
+    torch.manual_seed(0)
+    for matrix in linear_matrices([model]).values():
+        inputs_last = matrix.data if family == "llama" else matrix.data.t()
+        inputs_last.copy_(two_of_four(*inputs_last.shape) / 8)
+    answers = []
+    for sparse in (True, False):
+        limits = EngineLimits(kv_cache_tokens=512, sparse_kernels=sparse)
+        paged = paged_engine_for(copy.deepcopy(model), limits=limits, eos_token_ids=())
+        sampling = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=3)
+        requests = [EngineRequest(id=str(n), prompt=tuple(range(5, 5 + n)), sampling=sampling) for n in (3, 40)]
+        answers.append(
+            {name: [update.tokens for update in updates] for name, updates in finish(paged, requests).items()}
+        )
+    assert answers[0] == answers[1]
+    packed, whole = (line for line in capfd.readouterr().out.splitlines() if line.startswith("engine: "))
+    assert "8 of 9 matrices are 2:4" in packed
+    assert "2:4" not in whole
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

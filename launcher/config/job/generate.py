@@ -32,7 +32,7 @@ _IRRELEVANT_OPTIONS = frozenset(
     (
         *("input", "output", "batching", "max_num_seqs", "kv_cache_tokens", "prefill_chunk_size"),
         *("enable_prefix_caching", "max_batch_size", "max_wait_s", "bucket_size", "aging_s", "echo_step_s"),
-        *("speculation", "speculation_layers", "speculation_tokens", "speculation_adaptive"),
+        *("speculation", "speculation_layers", "speculation_tokens", "speculation_adaptive", "sparse_kernels"),
     )
 )
 """Options of the job that no answer depends on."""

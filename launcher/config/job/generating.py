@@ -40,10 +40,10 @@ _OF_BATCHES = ("max_batch_size", "max_wait_s", "bucket_size")
 _UNUSED_BY_ENGINE: Mapping[str, tuple[str, ...]] = {
     "echo": (
         *("batching", "kv_cache_tokens", "prefill_chunk_size", "enable_prefix_caching", "aging_s", *_OF_BATCHES),
-        *("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "warm_up"),
+        *("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "warm_up", "sparse_kernels"),
     ),
-    "transformers": ("kv_cache_tokens", *_OF_BATCHES),
-    "vllm": ("kv_cache_tokens", "prefill_chunk_size", *_OF_BATCHES),
+    "transformers": ("kv_cache_tokens", "sparse_kernels", *_OF_BATCHES),
+    "vllm": ("kv_cache_tokens", "prefill_chunk_size", "sparse_kernels", *_OF_BATCHES),
 }
 """Options that other engines than the launcher's own have no use for."""
 
@@ -126,6 +126,10 @@ class GeneratingJob(Job):
     speculation_adaptive: bool = True
     """Whether drafts become shorter where few tokens are accepted, and end where they cost time.
     Both ways are timed in turn, for each size of batch."""
+
+    sparse_kernels: bool = True
+    """Whether 2:4 matrices are stored and multiplied without their zeros (``engine=paged``).
+    Of each four consecutive inputs of such a matrix two are zero. On CPUs results are the same, bit for bit."""
 
     vllm_python: PathText | None = None
     """The interpreter of an environment that has vLLM, for ``engine=vllm``."""

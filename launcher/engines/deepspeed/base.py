@@ -24,6 +24,7 @@ from launcher.engines.distributed import (
     ranks_with_nonfinite,
     sum_over_ranks,
 )
+from launcher.engines.kept_zeros import mask_in_backward
 from launcher.engines.model_state import deepspeed_state_bytes
 from launcher.engines.optimizer import check_groups, parameter_groups
 from launcher.engines.state import fill_tensors, persistent_buffers, restore_rng, rng_tensors, shards_of
@@ -79,6 +80,11 @@ class DeepSpeedEngineBase(Engine):
             dist_init_required=False,
         )
         undo_trial_update(self._engine.optimizer)
+
+    def _keep_zeros(self) -> None:
+        """Keep the zeros of linear layers, where the run does; call it once DeepSpeed has the model."""
+        if self._context.run.sparsity.keep:
+            mask_in_backward(self.linear_matrices().values())
 
     def _step_result(self, own_sum: float, *, tokens: int, norm: float | None, preempted: bool) -> StepResult:
         """Return the result of a step that DeepSpeed has taken, the same on every rank.

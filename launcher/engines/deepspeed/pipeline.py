@@ -17,6 +17,7 @@ from launcher.engines.base import Observer, StepResult, never_preempted
 from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
 from launcher.engines.distributed import TokenCount, num_labels
 from launcher.engines.generate import greedy_decode
+from launcher.engines.kept_zeros import linear_matrices
 from launcher.engines.optimizer import parameter_names, set_rates
 from launcher.engines.source_losses import sources_of_tokens
 
@@ -42,6 +43,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         self._loss = StageLoss(device=self.device)
         self.module, self._laid_out = build_pipeline_module(context, device=self.device, loss_of=self._loss)
         self._initialize(self.module, self._config(parallel), names=self._names())
+        self._keep_zeros()
         # PipelineEngine averages over micro-batches and over pipelines side by side
         self._gain = context.batch.gradient_accumulation_steps * context.dims.data_parallel
         self._last = self.module.mpu().stage_to_global(parallel.stages - 1)
@@ -164,6 +166,11 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
         for name, parameter in self._laid_out.named_parameters():
             if not parameter.is_meta:
                 yield name, parameter.detach().to("cpu", torch.float32)
+
+    def linear_matrices(self) -> dict[str, nn.Parameter]:
+        """Return those of this stage."""
+        found = linear_matrices([self._laid_out])
+        return {name: matrix for name, matrix in found.items() if not matrix.is_meta}
 
     def _names(self) -> dict[nn.Parameter, str]:
         """Return the parameters of this stage with their names in the whole model."""

@@ -62,6 +62,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         self._initialize(model, config, names=parameter_names([model]))
         self.module = self._engine.module
         self._exits = early_exit_loss(context.run.batched_job, self.module)
+        self._keep_zeros()
         self._check_swap()
 
     def _swap_folder(self) -> SwapFolder | None:

@@ -16,6 +16,7 @@ from launcher.config.parallel.pipeline import Pipeline, rank_of_chunk
 from launcher.engines.base import Engine, Observer, StepResult, never_preempted
 from launcher.engines.distributed import TokenCount, choose_device, connect, disconnect, mesh_of, num_labels, submesh
 from launcher.engines.generate import greedy_decode
+from launcher.engines.kept_zeros import linear_matrices
 from launcher.engines.loss import places_of_all
 from launcher.engines.model_state import torch_state_bytes, whole_parameters
 from launcher.engines.optimizer import OptimizerStep
@@ -173,6 +174,10 @@ class PipelineEngine(Engine):
         """Yield the parameters of this rank's chunks; a tied one at both ends, with both names."""
         for chunk in self._chunks.values():
             yield from whole_parameters(chunk.model, device=self.device)
+
+    def linear_matrices(self) -> dict[str, nn.Parameter]:
+        """Return those of this rank's chunks."""
+        return linear_matrices(chunk.model for chunk in self._chunks.values())
 
     @contextmanager
     def _forward_only(self) -> Iterator[None]:

@@ -403,7 +403,7 @@ def _make_runner(
     cache = PagedCache(self_test.shapes, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
     runner = ModelRunner(model, cache, stage, adapters)
     if kernels and world_size == stage.count:  # slices of matrices are computed by torch
-        swapped = replace_layers(model, cache, adapters=adapters, heartbeat=heartbeat)
+        swapped = replace_layers(model, cache, adapters=adapters, sparse=limits.sparse_kernels, heartbeat=heartbeat)
         difference = self_test.difference(runner)
         if not difference <= self_test.tolerance(model):
             swapped.undo()

@@ -24,8 +24,10 @@ from launcher.inference.kernels.native import (
     native_library,
     pack_layers,
 )
+from launcher.inference.kernels.semi_structured import replace_by_semi_structured
 from launcher.models.layers import blocks
 from launcher.quantization.codecs import is_quantized
+from launcher.utils.text import bytes_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +76,7 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
         low_rank: PackedLowRank | None = None,
     ) -> None:
         super().__init__()
-        self._packed, self._scratch = packed, scratch
+        self.matrices, self._scratch = [packed], scratch
         self._adapters, self._low_rank = adapters, low_rank
         self._updates = _address(low_rank)
         self._half = int(dtype == torch.bfloat16)
@@ -82,7 +84,7 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, out) of (…, in)."""
-        packed = self._packed
+        (packed,) = self.matrices
         x = x.contiguous()
         rows = x.numel() // packed.inner
         y = x.new_empty((*x.shape[:-1], packed.columns))
@@ -108,14 +110,21 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
         block: the stock one.
         scratch: shared room.
         adapters: those of the engine.
+        sparse: whether matrices that are 2:4 are kept without their zeros.
+
+    Attributes:
+        matrices: of the block.
     """
 
-    def __init__(self, block: nn.Module, scratch: Scratch, adapters: AdapterSet = NO_ADAPTERS) -> None:
+    def __init__(
+        self, block: nn.Module, scratch: Scratch, adapters: AdapterSet = NO_ADAPTERS, *, sparse: bool = True
+    ) -> None:
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
         stacks = (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
-        self._qkv, self._o, self._gate_up, self._down = map(pack_layers, stacks)
+        self.matrices = [pack_layers(layers, sparse=sparse) for layers in stacks]
+        self._qkv, self._o, self._gate_up, self._down = self.matrices
         self._adapters, self._low_rank = adapters, [adapters.packed(layers) for layers in stacks]
         self._norms = [norm.weight.detach().float() for norm in (block.input_layernorm, block.post_attention_layernorm)]
         dim, width = attention.head_dim, attention.q_proj.in_features
@@ -199,17 +208,24 @@ def replace_layers(
     cache: KVArenas,
     *,
     adapters: AdapterSet = NO_ADAPTERS,
+    sparse: bool = True,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> ReplacedLayers:
     """Replace what can be replaced.
 
     Args:
-        model: on the CPU, in inference mode, in bf16 or fp32; other models stay as they are.
+        model: in inference mode; on the CPU in bf16 or fp32. Of models on a GPU the 2:4 matrices alone are replaced.
         cache: whose attention is computed by kernels too.
         adapters: whose updates of replaced layers are computed by kernels too.
+        sparse: whether matrices that are 2:4 are kept without their zeros.
         heartbeat: called while the kernels are compiled.
     """
     swapped = ReplacedLayers()
+    if model.device.type == "cuda":
+        swapped.what = "the model's own layers"
+        if sparse and not adapters.names and (count := replace_by_semi_structured(model, swapped.put)):
+            swapped.what += f", {count} of them as 2:4 matrices by torch's semi-structured kernels"
+        return swapped
     if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
         swapped.what = "the model's own layers"
         return swapped
@@ -232,15 +248,20 @@ def replace_layers(
     if is_llama:
         for block in layers:
             parent, name = _parent_of(model, block)
-            swapped.put(parent, name, NativeBlock(block, scratch, adapters))
+            swapped.put(parent, name, NativeBlock(block, scratch, adapters, sparse=sparse))
             heartbeat()
     matrices = list(_matrices(model))
     for parent, name, child in matrices:
-        packed = pack_layers([child]) if is_packable(child) else PackedMatrix([_weight(child)], [child.bias])
+        packed = (
+            pack_layers([child], sparse=sparse)
+            if is_packable(child)
+            else PackedMatrix([_weight(child)], [child.bias], sparse=sparse)
+        )
         low_rank = adapters.packed([child])
         swapped.put(parent, name, NativeLinear(packed, model.dtype, scratch, adapters=adapters, low_rank=low_rank))
         heartbeat()
     swapped.what = f"{len(layers) if is_llama else 0} blocks and {len(matrices)} single matrices by compiled kernels"
+    swapped.what += _sparse_part(model)
     if others := sum(is_quantized(layer) for layer in model.modules()):
         swapped.what += f"; {others} quantized layers by their library's own, which may be slower"
     return swapped
@@ -262,10 +283,22 @@ def replace_quantized_layers(
     scratch = Scratch()
     for name, layer in found:
         parent, _, key = name.rpartition(".")
-        swapped.put(model.get_submodule(parent), key, NativeLinear(pack_layers([layer]), dtype, scratch))
+        swapped.put(model.get_submodule(parent), key, NativeLinear(pack_layers([layer], sparse=True), dtype, scratch))
         heartbeat()
     swapped.what = f"{len(found)} quantized layers are computed by the engine's kernels"
     return swapped
+
+
+def _sparse_part(model: nn.Module) -> str:
+    """Return in words how many matrices are kept without their zeros; nothing if none is."""
+    kept = [
+        each for layer in model.modules() if isinstance(layer, NativeBlock | NativeLinear) for each in layer.matrices
+    ]
+    sparse = [each for each in kept if each.is_sparse]
+    if not sparse:
+        return ""
+    size = bytes_text(sum(each.weight.nbytes for each in sparse))
+    return f"; {len(sparse)} of {len(kept)} matrices are 2:4 and stored without their zeros, in {size}"
 
 
 def _is_llama_block(block: nn.Module) -> bool:

@@ -10,6 +10,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VL 16
@@ -39,6 +42,7 @@ typedef struct {
     const void *scale;  /* of 8 bits: (out) fp32; of 4: (out / NR, groups, NR) fp16, above 0 */
     const void *zero;   /* of 4 bits: (out / NR, groups, NR), in sixteenths of a step */
     int64_t dynamic;    /* of 8 bits: whether activations are rounded to 8 bits too, each row by its largest */
+    int64_t sparse;     /* not of 4 bits: whether two of each four inputs are kept, with indexes; in is a multiple of 16 */
 } Linear;
 
 /* One adapter's update of a matrix, in panels of fp32: y += up (out, rank) down (rank, in) x. */
@@ -258,7 +262,79 @@ SUMS(11)
 SUMS(12)
 #endif
 
+/* ---- 2:4 matrices ----
+ *
+ * Of four inputs in a row an output has at most two weights that are not zero. A panel's 16 inputs are one row of lanes of
+ * indexes and then the kept weights, two of each group of four, as if these were all inputs of a dense panel. The indexes
+ * of a group take 8 bits of a lane: those of output j's first and second weight, then of output j + VL's, 2 bits each,
+ * least first. What is left out of a sum are products with zero, so results are those of the dense matrix, bit for bit,
+ * as long as activations are finite. */
+
+/* Lane i of the result is number index[i] % 4 of the four in its 128 bits. */
+static inline vf pick(vf four, vu index) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_permutevar_ps((__m512)four, (__m512i)index);
+#elif defined(__AVX2__)
+    return (vf)_mm256_permutevar_ps((__m256)four, (__m256i)index);
+#else
+    vf picked;
+    for (int i = 0; i < VL; i++) picked[i] = four[i / 4 * 4 + (index[i] & 3)];
+    return picked;
+#endif
+}
+
+/* Four activations, in every 128 bits. */
+static inline vf quad(const float *x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(x));
+#elif defined(__AVX2__)
+    return (vf)_mm256_broadcast_ps((const __m128 *)x);
+#else
+    return *(const vf *)x;
+#endif
+}
+
+#define KEPT(R, k, bits, low, high, low2, high2)                                                                       \
+    do {                                                                                                               \
+        vf l_ = low, h_ = high, l2_ = low2, h2_ = high2;                                                               \
+        vu i_ = bits, j_ = i_ >> 2, k_ = i_ >> 4, m_ = i_ >> 6;                                                        \
+        _Pragma("GCC unroll 16") for (int r = 0; r < R; r++) {                                                         \
+            vf four = quad(x + r * stride + (k));                                                                      \
+            a[r] += pick(four, i_) * l_;                                                                               \
+            b[r] += pick(four, k_) * h_;                                                                               \
+            a[r] += pick(four, j_) * l2_;                                                                              \
+            b[r] += pick(four, m_) * h2_;                                                                              \
+        }                                                                                                              \
+    } while (0)
+#define LOW(v) (vf)((v) << 16)
+#define HIGH(v) (vf)((v) & 0xffff0000u)
+#define KEPT_SUM(NAME, R, LANES, GROUP)                                                                                \
+    SUM(NAME, R, const vu *w = (const vu *)panel; for (int64_t k = 0; k < n; k += 16, w += 1 + 4 * LANES) {            \
+        vu index = w[0];                                                                                               \
+        _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {                                                          \
+            const vu *v = w + 1 + g * LANES;                                                                           \
+            GROUP(R, k + 4 * g, index >> (8 * g), v);                                                                  \
+        }                                                                                                              \
+    })
+#define FLOATS(R, k, i, v) KEPT(R, k, i, (vf)(v)[0], (vf)(v)[1], (vf)(v)[2], (vf)(v)[3])
+#define HALVES(R, k, i, v) KEPT(R, k, i, LOW((v)[0]), HIGH((v)[0]), LOW((v)[1]), HIGH((v)[1]))
+#define EIGHTS(R, k, i, v)                                                                                             \
+    KEPT(R, k, i, WIDEN8((v)[0], 0), WIDEN8((v)[0], 1), WIDEN8((v)[0], 2), WIDEN8((v)[0], 3))
+#define KEPT_SUMS(R)                                                                                                   \
+    KEPT_SUM(kept_float, R, 4, FLOATS)                                                                                 \
+    KEPT_SUM(kept_half, R, 2, HALVES)                                                                                  \
+    KEPT_SUM(kept_eight, R, 1, EIGHTS)
+
+#define SPARSE_ROWS 4 /* rows that share a pass over a packed panel */
+KEPT_SUMS(1)
+KEPT_SUMS(2)
+KEPT_SUMS(3)
+KEPT_SUMS(4)
+
 typedef void (*Sum)(const float *, int64_t, int64_t, const void *, vf *);
+#define EACH_KEPT(NAME) {0, NAME##1, NAME##2, NAME##3, NAME##4}
+static const Sum kept_floats[] = EACH_KEPT(kept_float), kept_halves[] = EACH_KEPT(kept_half),
+                 kept_eights[] = EACH_KEPT(kept_eight);
 #if MR > 6
 #define EACH(NAME)                                                                                                     \
     {0, NAME##1, NAME##2, NAME##3, NAME##4, NAME##5, NAME##6, NAME##7, NAME##8, NAME##9, NAME##10, NAME##11, NAME##12}
@@ -273,6 +349,28 @@ static void widen(const void *panel, int64_t in, int64_t bits, float *to) {
         vu v = ((const vu *)panel)[i];
         for (int n = 0; n < 32 / bits; n++)
             ((vf *)to)[i * 32 / bits + n] = bits == 8 ? WIDEN8(v, n) : WIDEN4(v, n);
+    }
+}
+
+/* A 2:4 panel as floats, zeros and all: (in, NR). */
+static void unpack(const void *panel, int64_t in, int64_t bits, float *to) {
+    const vu *w = (const vu *)panel;
+    for (int64_t k = 0; k < in; k += 4) {
+        if (k % 16 == 0) w += k ? 4 * bits / 8 + 1 : 0;
+        const vu *v = w + 1 + k % 16 / 4 * (bits / 8);
+        vu index = w[0] >> (k % 16 * 2);
+        vf kept[4]; /* first weights of both halves, second ones */
+        for (int n = 0; n < 4; n++)
+            kept[n] = bits == 32   ? (vf)v[n]
+                      : bits == 8  ? WIDEN8(v[0], n)
+                      : n % 2 == 0 ? LOW(v[n / 2])
+                                   : HIGH(v[n / 2]);
+        for (int t = 0; t < 4; t++)
+            for (int h = 0; h < 2; h++) {
+                vu own = index >> (4 * h);
+                vi first = (own & 3) == (uint32_t)t, second = (own >> 2 & 3) == (uint32_t)t;
+                ((vf *)to)[2 * (k + t) + h] = (vf)(((vi)kept[h] & first) | ((vi)kept[2 + h] & second));
+            }
     }
 }
 
@@ -301,17 +399,32 @@ static float round_row(const float *x, int64_t n, float *to) {
     return step;
 }
 
+/* Bits of a weight as it is stored. */
+static inline int64_t width(const Linear *l, int half) { return l->bits ? l->bits : half ? 16 : 32; }
+
+static int64_t panel_bytes(const Linear *l, int half) {
+    int64_t all = l->in * NR * width(l, half) / 8;
+    return l->sparse ? all / 2 + l->in / 16 * VL * 4 : all;
+}
+
+static Sum sum_of(const Linear *l, int half, int64_t rows) {
+    if (!l->sparse) return l->bits == 8 ? eights[rows] : fours[rows];
+    return l->bits ? kept_eights[rows] : half ? kept_halves[rows] : kept_floats[rows];
+}
+
 /* R rows of y at one panel; sums (R, groups) of each group of x; steps (R), or null, that rows are scaled by at the end */
 static void tile_of_few(const Linear *l, int64_t p, const float *x, int64_t rows, const void *panel, int is_wide,
                         const float *sums, const float *steps, float *y, int half) {
     int64_t groups = l->in / l->group, size = l->group * NR * (is_wide ? 32 : l->bits) / 8;
-    Sum sum = is_wide ? wides[rows] : l->bits == 8 ? eights[rows] : fours[rows];
+    Sum sum = is_wide ? wides[rows] : sum_of(l, half, rows);
     vf total[2 * MR], s[2 * MR];
     for (int r = 0; r < 2 * rows; r++) total[r] = all(0.0f);
     for (int64_t g = 0; g < groups; g++) {
         sum(x + g * l->group, l->in, l->group, (const char *)panel + g * size, s);
         for (int h = 0; h < 2; h++) {
-            if (l->bits == 8) {
+            if (!l->bits) {
+                for (int r = 0; r < rows; r++) total[2 * r + h] = s[2 * r + h];
+            } else if (l->bits == 8) {
                 vf scale = *(const vf *)((const float *)l->scale + p * NR + h * VL);
                 for (int r = 0; r < rows; r++) total[2 * r + h] = s[2 * r + h] * scale;
             } else {
@@ -331,8 +444,10 @@ static void tile_of_few(const Linear *l, int64_t p, const float *x, int64_t rows
         }
 }
 
+#define UNPACKED_ROWS 8 /* with more, 2:4 panels are unpacked first */
+
 static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y, int half) {
-    int64_t panels = l->out / NR, bytes = l->in * NR * l->bits / 8, groups = l->in / l->group;
+    int64_t panels = l->out / NR, bytes = panel_bytes(l, half), groups = l->in / l->group;
     float *sums = 0, *steps = 0;
     if (l->dynamic) { /* products of whole numbers: floats add them up exactly, or nearly where there are thousands */
         steps = __builtin_malloc(sizeof(float) * rows * (l->in + 1));
@@ -351,7 +466,8 @@ static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y
     }
     for (int64_t first = 0; first < rows; first += CHUNK) {
         int64_t end = first + CHUNK < rows ? first + CHUNK : rows;
-        int is_wide = end - first > 2 * MR;
+        int is_wide = end - first > (l->sparse ? UNPACKED_ROWS : 2 * MR);
+        int64_t step = l->sparse && !is_wide ? SPARSE_ROWS : MR;
 #pragma omp parallel if ((end - first) * l->out * l->in > SMALL)
         {
             float *room = is_wide ? __builtin_malloc(sizeof(float) * l->in * NR + 64) : 0;
@@ -359,9 +475,13 @@ static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y
 #pragma omp for schedule(static)
             for (int64_t p = 0; p < panels; p++) {
                 const void *panel = (const char *)l->weight + p * bytes;
-                if (is_wide) widen(panel, l->in, l->bits, aligned), panel = aligned;
-                for (int64_t r = first; r < end; r += MR)
-                    tile_of_few(l, p, x + r * l->in, end - r < MR ? end - r : MR, panel, is_wide,
+                if (is_wide) {
+                    if (l->sparse) unpack(panel, l->in, width(l, half), aligned);
+                    else widen(panel, l->in, l->bits, aligned);
+                    panel = aligned;
+                }
+                for (int64_t r = first; r < end; r += step)
+                    tile_of_few(l, p, x + r * l->in, end - r < step ? end - r : step, panel, is_wide,
                                 sums ? sums + r * groups : 0, steps ? steps + r : 0, y + r * l->out, half);
             }
             __builtin_free(room);
@@ -373,7 +493,7 @@ static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y
 
 /* y (rows, out) = x (rows, in) of a packed matrix */
 static void multiply(const Linear *l, const float *x, int64_t rows, float *y, int half) {
-    if (l->bits) {
+    if (l->bits || l->sparse) {
         multiply_few(l, x, rows, y, half);
         return;
     }

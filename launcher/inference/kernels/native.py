@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from launcher.errors import EnvironmentProblem
+from launcher.inference.kernels.two_of_four import BLOCK, compress, is_two_of_four
 from launcher.quantization.int4 import Int4Linear, levels
 from launcher.utils.build_cache import build_once, default_cache_folder
 
@@ -37,7 +38,7 @@ class LinearStruct(Structure):
         *((name, c_void_p) for name in ("weight", "bias")),
         *((name, c_int64) for name in ("out", "in_", "bits", "group")),
         *((name, c_void_p) for name in ("scale", "zero")),
-        ("dynamic", c_int64),
+        *((name, c_int64) for name in ("dynamic", "sparse")),
     ]
 
 
@@ -140,19 +141,29 @@ class PackedMatrix:
     Args:
         weights: (out, in) each, of one format; they are stacked.
         biases: (out) each, ``None`` where there is none.
+        sparse: whether to keep two weights of each four inputs, where no more than that are not zero.
+
+    Attributes:
+        is_sparse: whether that is done.
     """
 
-    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+    def __init__(self, weights: list[Tensor], biases: list[Tensor | None], *, sparse: bool = False) -> None:
         weight = torch.cat([part.detach() for part in weights])
         self.columns, inner = weight.shape
+        self.is_sparse = sparse and is_two_of_four(weight)
+        indexes = None
+        if self.is_sparse:
+            weight, indexes = compress(weight)
         panels = _to_panels(weight)
         if weight.dtype == torch.bfloat16:  # lane j holds outputs j and j + half a panel
             panels = panels.unflatten(-1, (2, -1)).transpose(2, 3)
         self.weight = panels.contiguous()
+        if indexes is not None:
+            self.weight = _with_indexes(self.weight.flatten().view(torch.int32), indexes)
         self.bias = _stacked_bias(weights, biases, _to_ints(self.columns))
         self.out, self.inner = _to_ints(self.columns), inner
         self.struct = LinearStruct(
-            self.weight.data_ptr(), _address(self.bias), self.out, inner, 0, inner, None, None, 0
+            self.weight.data_ptr(), _address(self.bias), self.out, inner, 0, inner, None, None, 0, int(self.is_sparse)
         )
 
 
@@ -161,10 +172,15 @@ class PackedQuantizedMatrix:
 
     Args:
         layers: of one kind, each one for which :func:`is_packable` holds; they are stacked.
+        sparse: whether to keep two of each four inputs of an 8-bit matrix, where no more than that are not zero.
+
+    Attributes:
+        is_sparse: whether that is done.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], *, sparse: bool = False) -> None:
         biases = [layer.bias for layer in layers]
+        indexes = None
         if isinstance(layers[0], Int4Linear):
             numbers = torch.cat([levels(layer.qdata) for layer in layers])
             group = layers[0].group_size
@@ -178,9 +194,14 @@ class PackedQuantizedMatrix:
             self._scale[: len(numbers)] = torch.cat([layer.weight.data.scale.flatten() for layer in layers])
             bits, zeros, dynamic = 8, None, int(layers[0].weight.data.act_quant_kwargs is not None)
         self.columns, self.inner = numbers.shape
+        self.is_sparse = sparse and bits == 8 and is_two_of_four(numbers)
+        if self.is_sparse:
+            numbers, indexes = compress(numbers)
         self.out = _to_ints(self.columns)
         self.bias = _stacked_bias([part.qdata if bits == 4 else part.weight for part in layers], biases, self.out)
         self.weight = _to_lanes(_to_panels(numbers), bits)
+        if indexes is not None:
+            self.weight = _with_indexes(self.weight, indexes)
         self.struct = LinearStruct(
             self.weight.data_ptr(),
             _address(self.bias),
@@ -191,14 +212,20 @@ class PackedQuantizedMatrix:
             self._scale.data_ptr(),
             zeros,
             dynamic,
+            int(self.is_sparse),
         )
 
 
-def pack_layers(layers: Sequence[nn.Module]) -> PackedMatrix | PackedQuantizedMatrix:
-    """Return the matrices of linear layers as one, stacked."""
+def pack_layers(layers: Sequence[nn.Module], *, sparse: bool = False) -> PackedMatrix | PackedQuantizedMatrix:
+    """Return the matrices of linear layers as one, stacked.
+
+    Args:
+        layers: to stack.
+        sparse: whether to keep two of each four inputs, where no more than that are not zero.
+    """
     if any(is_packable(layer) for layer in layers):
-        return PackedQuantizedMatrix(layers)
-    return PackedMatrix([layer.weight for layer in layers], [layer.bias for layer in layers])
+        return PackedQuantizedMatrix(layers, sparse=sparse)
+    return PackedMatrix([layer.weight for layer in layers], [layer.bias for layer in layers], sparse=sparse)
 
 
 def is_packable(layer: nn.Module) -> bool:
@@ -247,6 +274,26 @@ def _to_lanes(panels: Tensor, bits: int) -> Tensor:
     if bits == 4:
         apart = apart[..., 0::2] | (apart[..., 1::2] << 4)
     return apart.contiguous().view(torch.int32)[..., 0].contiguous()
+
+
+def _with_indexes(lanes: Tensor, indexes: Tensor) -> Tensor:
+    """Put the indexes of each 16 inputs before their kept weights.
+
+    Args:
+        lanes: int32, in the order of panels and inputs.
+        indexes: (out, in / 2) of the kept weights, within groups of four.
+
+    Returns:
+        (panels, blocks of 16 inputs, rows of lanes, lanes of a row) int32.
+    """
+    panels = _to_panels(indexes).int()  # panels, kept inputs, outputs
+    vector = panels.shape[2] // 2
+    # panels, blocks, groups, kept inputs, halves of a panel, lanes
+    apart = panels.unflatten(1, (-1, BLOCK // 4, 2)).unflatten(-1, (2, vector))
+    places = torch.arange(0, 32, 8)[:, None, None] + torch.tensor([0, 2])[:, None] + torch.tensor([0, 4])
+    words = (apart << places[..., None].int()).sum((2, 3, 4), dtype=torch.int32)
+    kept = lanes.reshape(*words.shape[:2], -1, vector)
+    return torch.cat([words[:, :, None], kept], dim=2).contiguous()
 
 
 def _to_ints(columns: int) -> int:

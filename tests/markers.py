@@ -39,7 +39,7 @@ _BY_PLACE = (
     ),
     *(
         (f"inference/test_{name}.py*", "process")
-        for name in ("adapters", "beams", "chat", "engine", "exactness", "invariance", "speculation")
+        for name in ("adapters", "beams", "chat", "engine", "exactness", "image_engine", "invariance", "speculation")
     ),
     *(
         (f"inference/test_{name}.py*", "process")

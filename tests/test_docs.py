@@ -50,6 +50,13 @@ SLOW = {
     """'{"model": "smollm2_135m", "messages": [{"role": "user", "content": "What is the capital of France?"}]}'""": (
         "inference/server/test_openai.py::test_a_chat"
     ),
+    **dict.fromkeys(
+        (
+            "python scripts/lab/image_model.py idefics3 tiny-vlm --weights",
+            "launch job=serve model=hf model.name=tiny-vlm",
+        ),
+        "inference/server/test_image_requests.py::test_eight_mixed_requests_at_once_get_what_transformers_gives_each",
+    ),
     "launch job=generate model.weights=20260101-120000-abcd@best": (
         "training/test_train.py::test_a_run_is_continued_in_its_own_directory"
     ),

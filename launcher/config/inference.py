@@ -17,6 +17,10 @@ from launcher.errors import ConfigError
 BatchingMode = Literal["continuous", "dynamic", "static", "none"]
 Speculation = Literal["none", "early_exit"]
 
+IMAGE_FAMILIES = ("idefics3", "llava", "qwen2_vl", "smolvlm")
+"""Types of image-text models that the engine ``paged`` serves.
+Their tokens attend to earlier ones only, also those of images."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLimits:
@@ -121,6 +125,7 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "paged") -> Iter
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
     if engine == "paged" and (why_not := _unsupported_reason(run)) is not None:
         yield unsupported_model(str(run.model.family()), why_not)
+    yield from _validate_images(run, world_size=world_size, engine=engine)
     if engine == "transformers" and run.attention.kind == "flex":
         why = "Transformers' continuous batching supports eager, sdpa and flash only"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
@@ -138,6 +143,21 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "paged") -> Iter
         yield ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
     if isinstance(run.parallel, Pipeline):
         yield from _unused_pipeline_options(run.parallel)
+
+
+def _validate_images(run: Run, *, world_size: int, engine: str) -> Iterator[ConfigError]:
+    """Yield why an engine cannot hold a model that takes images."""
+    found = run.model.image_text()
+    if found is None:
+        return
+    if engine == "transformers":
+        why = f"{run.model.name} takes images, and Transformers' continuous batching takes text only"
+        yield ConfigError("job.engine", engine, why=why, fix="set job.engine=paged")
+    elif found.family not in IMAGE_FAMILIES:
+        yield unsupported_model(found.family, "computes images in a way that the engine does not know")
+    if world_size > 1:
+        why = f"{run.model.name} takes images, and an engine of several ranks takes text only"
+        yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=single backend.ranks=1")
 
 
 def validate_warm_up(run: Run, option: str, shapes: Sequence[tuple[int, int]]) -> Iterator[ConfigError]:

@@ -61,7 +61,7 @@ class Conversation:
         if not self.tokenizer.has_chat_template:
             return self.tokenizer.encode(self._text())[-self.max_tokens :]
         while True:
-            ids = self.tokenizer.encode(self.tokenizer.render(self.messages), special=False)
+            ids = self.tokenizer.encode_chat(self.messages)
             if len(ids) <= self.max_tokens or len(self.messages) < 3:
                 return ids
             del self.messages[:2]

@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, TemplateFailed, find_template
+from launcher.config.data.chat_template import (
+    DEFAULT_TEMPLATE,
+    ChatTemplate,
+    TemplateFailed,
+    find_template,
+    read_templates,
+)
+from launcher.config.model.image_text import read_image_text
 from launcher.errors import ConfigError
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import (
@@ -108,7 +115,7 @@ def templates_by_name(loaded: str | Mapping[str, str] | None) -> dict[str, str]:
     return dict(loaded or {})
 
 
-ChatRenderer = Callable[[Sequence[Mapping[str, str]], str | None], str]
+ChatRenderer = Callable[[Sequence[Mapping[str, Any]], str | None], str]
 """Renders a conversation to text, by a named chat template or the default one.
 The text ends where the answer begins."""
 END_OF_TEXT = "<|endoftext|>"
@@ -120,10 +127,22 @@ class TextTokenizer:
     Args:
         inner: the tokenizer, without truncation and padding.
         chat: how its template writes a conversation down; ``None`` where it has none.
+        template: changes with that.
+        image_token: what a template writes for an image; empty for a model that takes text alone.
+        begin: text of the token that begins texts; empty where there is none.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, chat: ChatRenderer | None = None, template: str = "") -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        chat: ChatRenderer | None = None,
+        template: str = "",
+        image_token: str = "",
+        begin: str = "",
+    ) -> None:
         self._inner, self._chat = inner, chat
+        self.image_token, self._begin = image_token, begin
         text = inner.to_str()
         self.fingerprint = sha256_of(f"{text}\n{template}".encode())
         """Changes with anything that decides how text becomes tokens."""
@@ -160,11 +179,35 @@ class TextTokenizer:
         """Whether conversations can be rendered."""
         return self._chat is not None
 
-    def render(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> str:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None, images: Sequence[str] = ()
+    ) -> list[int]:
+        """Return the tokens of a conversation, up to where the answer begins.
+
+        Args:
+            messages: with a role and a text each, or parts: ``{"type": "text", "text": …}`` and ``{"type": "image"}``.
+            template: name of one of the tokenizer's chat templates; ``None`` is the default.
+            images: what the model's processor writes for each image.
+
+        Raises:
+            ChatTemplateNotFound: the tokenizer has none, or none of this name.
+            ValueError: the template refuses these messages, and why.
+        """
+        text = self.render(messages, template)
+        if images:
+            pieces = text.split(self.image_token)
+            if len(pieces) != len(images) + 1:
+                raise ValueError(f"with its images it holds {len(pieces) - 1} × {self.image_token}, not {len(images)}")
+            text = "".join(part for pair in zip(pieces, (*images, ""), strict=True) for part in pair)
+        # a template writes special tokens itself; processors of images add them where it does not begin with one
+        special = bool(self.image_token) and not (self._begin and text.startswith(self._begin))
+        return self.encode_all([text], special=special)[0]
+
+    def render(self, messages: Sequence[Mapping[str, Any]], template: str | None = None) -> str:
         """Return a conversation as its model wants it, up to where the answer begins.
 
         Args:
-            messages: with a role and a text each.
+            messages: as for ``encode_chat``.
             template: name of one of the tokenizer's chat templates; ``None`` is the default.
 
         Raises:
@@ -277,21 +320,31 @@ def load_text_tokenizer(
     fix = "set job.tokenizer=bytes, or give the folder of a fast tokenizer"
     loaded = load_transformers_tokenizer(folder, option="job.tokenizer", config_option=config_option, fix=fix)
     inner = loaded.backend_tokenizer
-    templates = templates_by_name(loaded.chat_template)
+    facts = read_image_text(folder)
+    takes_images = facts is not None and facts.processor is not None
+    image_token = facts.token if facts is not None and takes_images else ""
+    templates = templates_by_name(loaded.chat_template) or (read_templates(folder) if takes_images else {})
     chosen = None if template is None else find_template(template, folder, option="job.chat_template")
     if not templates and chosen is None:
         return TextTokenizer(inner)
     special = {name: value for name, value in loaded.special_tokens_map.items() if isinstance(value, str)}
 
-    def chat(messages: Sequence[Mapping[str, str]], name: str | None) -> str:
+    def chat(messages: Sequence[Mapping[str, Any]], name: str | None) -> str:
         # A client names one of the tokenizer's; never what it writes is a template.
         text = chosen.source if chosen is not None and not name else select_template(templates, name)
         try:
-            return ChatTemplate(text, special_tokens=special).render(messages, add_generation_prompt=True)
+            made = ChatTemplate(text, special_tokens=special, image_token=image_token)
+            return made.render(messages, add_generation_prompt=True)
         except TemplateFailed as failed:
             raise ValueError(str(failed.__cause__ or failed)) from failed
 
-    return TextTokenizer(inner, chat=chat, template=json.dumps([chosen and chosen.source, templates], sort_keys=True))
+    return TextTokenizer(
+        inner,
+        chat=chat,
+        template=json.dumps([chosen and chosen.source, templates], sort_keys=True),
+        image_token=image_token,
+        begin=loaded.bos_token or "",
+    )
 
 
 def byte_tokenizer() -> TextTokenizer:

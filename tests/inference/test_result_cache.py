@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 
 from launcher.config.sampling import SamplingParams
-from launcher.inference.engine.base import EngineOutput, EngineRequest, GeneratedToken
+from launcher.inference.engine.base import EngineOutput, EngineRequest, GeneratedToken, RequestImage
 from launcher.inference.server.request_state import GenerationFailed, RequestState
 from launcher.inference.server.result_cache import ResultCache, result_key
 
@@ -164,3 +164,11 @@ def test_what_else_is_in_the_key() -> None:
         )
         == 4
     )
+
+
+def test_images_are_in_the_key() -> None:
+    image = RequestImage(content="a", file="/a", num_tokens=1)
+    kinds = ((), (image,), (replace(image, content="b"),), (image, image))
+    assert len({result_key("x", (1,), GREEDY, (), images=images) for images in kinds}) == 4
+    moved = (replace(image, file="/b"),)
+    assert result_key("x", (1,), GREEDY, (), images=moved) == result_key("x", (1,), GREEDY, (), images=(image,))

@@ -9,9 +9,11 @@ import socket
 from pathlib import Path
 
 import httpx
+import image_model
 import pytest
 
 from launcher.config.compose import compose
+from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.errors.secrets import hide_secrets
 from launcher.execution.validate import validate_machine
@@ -179,6 +181,29 @@ def test_hosts_that_are_allowed_have_an_effect_or_are_refused(
     assert problem.option == "job.allowed_hosts"
     with pytest.raises(ConfigErrors, match=r"job.max_body_bytes=16777216 or less"):
         plan_of(*SERVE, "job.max_body_bytes=16777217", hosts=[ONE])
+
+
+def test_limits_of_images_fit_bodies_and_have_an_effect(plan_of, tmp_path: Path) -> None:
+    image_model.write_image_model(tmp_path / "vlm", "llava")
+    words = (*SERVE, "model=hf", f"model.name={tmp_path / 'vlm'}", "model.weights=random")
+    plan = plan_of(*words, "job.max_images=2", "job.max_image_pixels=1000", hosts=[ONE])
+    assert "at most 2 in a request, of 1,000 pixels and 10" in render_plan(plan)
+    run = compose([*words]).run
+    assert (run.job.body_limit(run), compose([*SERVE]).run.job.body_limit(compose([*SERVE]).run)) == (1 << 24, 1 << 21)
+    for more, option, words_of_error in (
+        (("job.max_image_bytes=16000000",), "job.max_image_bytes", "a request body may have 16,777,216"),
+        (("job.max_body_bytes=1000000", "job.max_image_bytes=900000"), "job.max_image_bytes", "may have 1,000,000"),
+        (("job.max_images=0",), "job.max_images", ""),
+        (("job.adapters={a: b}",), "job.adapters", "takes images"),
+        (("job.engine=transformers",), "job.engine", "takes text only"),
+        (("parallel=tensor", "parallel.tensor=2", "backend.ranks=2"), "parallel", "takes images"),
+    ):
+        with pytest.raises(ConfigErrors) as caught:
+            plan_of(*words, *more, hosts=[ONE])
+        assert any(option in str(each.option) and words_of_error in each.why for each in caught.value.errors), more
+    used = validate_overrides_used(compose([*SERVE, "job.max_images=2"]).run, ["job.max_images=2"])
+    assert [(error.option, "takes text only" in error.why) for error in used] == [("job.max_images", True)]
+    assert not list(validate_overrides_used(compose([*words, "job.max_images=2"]).run, ["job.max_images=2"]))
 
 
 def test_trusted_proxies_are_addresses_or_networks(plan_of) -> None:

@@ -319,7 +319,7 @@ def upstream_limits(run: Run) -> UpstreamLimits:
     """Return the limits that follow from those of the servers."""
     job = served_job(run)
     return UpstreamLimits(
-        body_bytes=job.max_body_bytes,
+        body_bytes=job.body_limit(run),
         read_s=job.read_timeout_s,
         queue_s=job.queue_timeout_s,
         response_s=job.request_timeout_s + SLACK_S,

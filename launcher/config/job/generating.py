@@ -248,6 +248,9 @@ class GeneratingJob(Job):
         if self.engine != "paged":
             why = f"job.engine={self.engine} serves the base model alone"
             yield self.error("adapters", why, "set job.engine=paged, or leave job.adapters out")
+        if run.model.image_text() is not None:
+            why = f"{run.model.name} takes images, and adapters of such models are not applied by request"
+            yield self.error("adapters", why, "set model.adapter to one of them")
         if self.is_model_parallel(run):
             why = f"parallel={run.parallel.kind} splits the model's layers over ranks, and adapters are not split"
             yield self.error("adapters", why, "set parallel=single, or merge the adapter and serve that folder")

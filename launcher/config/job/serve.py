@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from launcher.config.data.images import ImageLimits
 from launcher.config.inference import API_KEYS_VARIABLE, api_keys_of_file, validate_api_keys_variable, validate_warm_up
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.listening import http_address, validate_address, validate_port
@@ -20,9 +21,16 @@ from launcher.utils.system import is_loopback, is_network
 from launcher.utils.text import bytes_text, counted
 
 _MAX_BODY_BYTES = 16 * 2**20
+_TEXT_BODY_BYTES = 2 * 2**20
+"""Largest body by default, without images."""
+_AROUND_IMAGE_BYTES = 2**16
+"""Room in a body for what is not an image."""
 _SHUTDOWN_SLACK_S = 20.0
 """Seconds beyond the drain to answer waiting requests, close connections and stop engines.
 Enough even on an overloaded machine."""
+
+
+_OF_IMAGES = ("max_images", "max_image_pixels", "max_image_bytes", "image_workers", "image_cache_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +74,25 @@ class Serve(GeneratingJob):
     rate_per_minute: int | None = None
     """Requests per minute for each API key, or client address without keys; ``null``: no limit."""
 
-    max_body_bytes: int = 2 * 2**20
-    """Largest request body, at most 16 MiB."""
+    max_body_bytes: int | None = None
+    """Largest request body, at most 16 MiB.
+    ``null`` is 2 MiB, and 16 MiB for a model that takes images."""
+
+    max_images: int = 8
+    """Images that one request may have."""
+
+    max_image_pixels: int = ImageLimits.max_pixels
+    """Width times height of the largest image, read from its header before it is decoded."""
+
+    max_image_bytes: int = 10 * 2**20
+    """Size of the largest image file; in a request, base64 makes a third more of it."""
+
+    image_workers: int = 1
+    """Processes that decode and preprocess images."""
+
+    image_cache_bytes: int = 256 * 2**20
+    """Disk space of preprocessed images, kept by content in a temporary folder.
+    Requests whose images find no room beside those in use get 429."""
 
     read_timeout_s: float = 30.0
     """How long the headers of a request, and then its body, may take to arrive."""
@@ -110,7 +135,9 @@ class Serve(GeneratingJob):
         yield from self.validate_minimum(
             1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices"
         )
+        yield from self.validate_minimum(1, "max_images", "max_image_pixels", "max_image_bytes", "image_workers")
         yield from self.validate_minimum(1024, "max_body_bytes")
+        yield from self.validate_minimum(2**20, "image_cache_bytes")
         yield from self.validate_minimum(0, "result_cache_bytes", "drain_s")
         for name in (
             "read_timeout_s",
@@ -122,7 +149,8 @@ class Serve(GeneratingJob):
         ):
             if getattr(self, name) <= 0:
                 yield self.error(name, "must be above 0", f"leave job.{name} out")
-        if self.max_body_bytes > _MAX_BODY_BYTES:
+        yield from self._validate_image_bytes()
+        if self.max_body_bytes is not None and self.max_body_bytes > _MAX_BODY_BYTES:
             why = f"is more than {_MAX_BODY_BYTES}: reading a larger body would delay other requests"
             yield self.error("max_body_bytes", why, f"set job.max_body_bytes={_MAX_BODY_BYTES} or less")
         for name in self.allowed_hosts:
@@ -142,6 +170,18 @@ class Serve(GeneratingJob):
             if len(shape) != 2 or min(shape) < 1:
                 why = "a shape is a number of sequences and a number of tokens, each at least 1"
                 yield ConfigError(f"job.warm_up[{at}]", list(shape), why=why, fix="set job.warm_up=[[1,10]]")
+
+    def _validate_image_bytes(self) -> Iterator[ConfigError]:
+        """Reject a limit of images that no body can carry.
+
+        By default the limit of bodies alone decides.
+        """
+        body_bytes = _MAX_BODY_BYTES if self.max_body_bytes is None else self.max_body_bytes
+        base64_bytes = -(-self.max_image_bytes // 3) * 4
+        if self.max_image_bytes != Serve.max_image_bytes and base64_bytes > body_bytes:
+            why = f"in base64 it takes {base64_bytes:,} bytes, and a request body may have {body_bytes:,}"
+            fix = f"set job.max_image_bytes={max(1, body_bytes // 4 * 3 - _AROUND_IMAGE_BYTES)} or less"
+            yield self.error("max_image_bytes", why, fix)
 
     @property
     def num_replicas(self) -> int:
@@ -163,6 +203,31 @@ class Serve(GeneratingJob):
     def address(self) -> str:
         """Where it is found from this machine."""
         return http_address(self.host, self.port)
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The largest image that is decoded."""
+        return ImageLimits(max_pixels=self.max_image_pixels, max_bytes=self.max_image_bytes)
+
+    def body_limit(self, run: Run) -> int:
+        """Return the bytes of the largest request body."""
+        if self.max_body_bytes is not None:
+            return self.max_body_bytes
+        return _TEXT_BODY_BYTES if run.model.image_text() is None else _MAX_BODY_BYTES
+
+    def unused_options(self, run: Run) -> Mapping[str, str]:
+        """Add the limits of images for a model that takes text alone."""
+        why = f"{run.model.name} takes text only"
+        is_known = run.model.kind != "hf" or run.model.stored_config() is not None
+        names = () if self.takes_images(run) or not is_known else _OF_IMAGES
+        usual = {each.name: each.default for each in fields(self)}
+        found = {name: why for name in names if getattr(self, name) != usual[name]}
+        return {**found, **super().unused_options(run)}
+
+    def takes_images(self, run: Run) -> bool:
+        """Return whether requests may have images, as far as the files of the model are here."""
+        found = run.model.image_text()
+        return self.engine == "paged" and found is not None and found.processor is not None
 
     def name_of(self, run: Run) -> str:
         """Return the base model's name in clients' requests."""
@@ -223,6 +288,9 @@ class Serve(GeneratingJob):
         yield from self.describe_adapters()
         shapes = " ".join(f"{sequences}×{tokens}" for sequences, tokens in self.warm_up)
         yield "warm-up", shapes or "none"
+        if self.takes_images(run):
+            size = f"{self.max_image_pixels:,} pixels and {bytes_text(self.max_image_bytes)}"
+            yield "images", f"at most {self.max_images} in a request, of {size} each"
         keys = self.api_keys_file or "those in LAUNCHER_API_KEYS, else no authentication"
         yield "keys", keys
         room = f"{bytes_text(self.result_cache_bytes)} for {self.result_cache_ttl_s:g} s"

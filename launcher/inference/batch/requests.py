@@ -109,7 +109,7 @@ def _chat(given: Mapping[str, Any], tokenizer: TextTokenizer) -> list[int]:
         messages = normalize_messages(given["messages"])
         for message in messages:
             _check_unicode(message["content"], "messages")
-        return tokenizer.encode(tokenizer.render(messages, template), special=False)
+        return tokenizer.encode_chat(messages, template=template)
     except InvalidMessages as error:
         raise BadLine(f"messages: {error}{f' ({error.field})' if error.field != 'messages' else ''}") from error
     except ChatTemplateNotFound as error:

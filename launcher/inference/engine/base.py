@@ -19,6 +19,19 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RequestImage:
+    """An image of a prompt, preprocessed."""
+
+    content: str
+    """SHA-256 in hexadecimal: requests with equal ones have the same image."""
+    file: str
+    """File with the model's inputs, as ``pack_arrays`` writes them.
+    It exists until the request ends."""
+    num_tokens: int
+    """Image tokens that it takes in the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRequest:
     """One sequence to continue."""
 
@@ -27,6 +40,8 @@ class EngineRequest:
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     sampling: SamplingParams
+    images: tuple[RequestImage, ...] = ()
+    """In the order of their tokens in the prompt."""
     adapter: str = ""
     """Name of its adapter; empty is the base model."""
     priority: int = 0
@@ -150,6 +165,8 @@ class InferenceEngine(ABC):
 
     adapters: Sequence[str] = ()
     """Names of the adapters that requests may choose."""
+    takes_images = False
+    """Whether requests may have images."""
     profiler: Profiler = NO_PROFILER
     """Records the steps that this process computes; may be set between any two."""
 
@@ -180,6 +197,8 @@ class InferenceEngine(ABC):
         )
         if request.adapter and request.adapter not in self.adapters:
             raise InvalidRequest("model", f"the engine has no adapter {request.adapter!r}")
+        if request.images and not self.takes_images:
+            raise InvalidRequest("messages", "the engine takes text only, and the request has images")
         self._accept(request)
 
     @abstractmethod

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from launcher.inference.engine.image_encoder import ImageEncoder
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelStage:
@@ -70,6 +72,7 @@ class ModelRunner:
         cache: of this rank.
         stage: which one the model is.
         adapters: those of its layers.
+        images: features of requests' images; ``None`` for a model that takes text alone.
 
     Attributes:
         exits: hidden states between plans of some layers; ``None`` where every plan runs all of them.
@@ -84,8 +87,10 @@ class ModelRunner:
         cache: PagedCache,
         stage: ModelStage = WHOLE_MODEL,
         adapters: AdapterSet = NO_ADAPTERS,
+        images: ImageEncoder | None = None,
     ) -> None:
         self.model, self.cache, self.stage, self._adapters = model, cache, stage, adapters
+        self._images = images
         self._cache_name = cache_argument(model)
         self.exits: ExitStates | None = None
 
@@ -111,9 +116,13 @@ class ModelRunner:
             self.cache.copy(plan.copies)
             self._adapters.begin(plan, device=self.model.device)
             step = self.cache.step = AttentionMetadata(plan, self.cache, device=self.model.device)
+            position_ids = step.position_ids
+            if self._images is not None and any(part.images for part in plan.segments):
+                hidden = self._images.inputs_embeds(plan, step.input_ids)
+                position_ids = self._images.position_ids(plan, position_ids)
             given = {
                 **({"input_ids": step.input_ids} if hidden is None else {"inputs_embeds": hidden}),
-                "position_ids": step.position_ids,
+                "position_ids": position_ids,
                 "use_cache": True,
                 "launcher_step": step,
                 self._cache_name: self.cache,

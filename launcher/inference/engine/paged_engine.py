@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 
 from launcher.config.inference import EngineLimits
+from launcher.config.model.image_text import is_image_text
 from launcher.engines.distributed import choose_device, connect, disconnect
 from launcher.inference.engine.adapter_loader import NO_FOLDERS, load_adapters
 from launcher.inference.engine.base import (
@@ -19,18 +20,20 @@ from launcher.inference.engine.base import (
     FinishReason,
     GeneratedToken,
     InferenceEngine,
+    InvalidRequest,
 )
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.inference.engine.distributed import LeaderRunner, PipelinedRunner, follow_leader
 from launcher.inference.engine.draft_lengths import DraftCounts, DraftLengths
 from launcher.inference.engine.early_exit import EarlyExitDrafter, check_early_exit
+from launcher.inference.engine.image_encoder import ImageEncoder, text_model_of
 from launcher.inference.engine.kv_cache import PagedCache, num_kv_blocks
 from launcher.inference.engine.layer_skipping import ExitStates
 from launcher.inference.engine.model_loader import load_eos_token_ids, load_model_part
 from launcher.inference.engine.model_runner import WHOLE_MODEL, KVSelfTest, ModelRunner, ModelStage
 from launcher.inference.engine.output_processor import OutputProcessor, StepOutput
 from launcher.inference.engine.scheduler import ScheduledStep, Scheduler, SchedulerCounts
-from launcher.inference.engine.sequence import SequenceGroup
+from launcher.inference.engine.sequence import SequenceGroup, image_content
 from launcher.inference.engine.step_plan import StepPlan
 from launcher.inference.kernels.layers import replace_layers
 from launcher.inference.kernels.low_rank import NO_ADAPTERS, AdapterSet
@@ -71,6 +74,7 @@ class PagedEngine(InferenceEngine):
         eos_token_ids: tokens that end a sequence.
         adapters: names of the adapters of the model, in the order of their numbers.
         make_drafter: makes what drafts tokens, from what chooses them; ``None`` drafts none.
+        images: computes features of requests' images; ``None`` for a model that takes text alone.
         clock: seconds.
     """
 
@@ -87,12 +91,16 @@ class PagedEngine(InferenceEngine):
         eos_token_ids: Sequence[int],
         adapters: Sequence[str] = (),
         make_drafter: Callable[[DraftSampler], Drafter] | None = None,
+        images: ImageEncoder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         longest = min(max_model_len, num_blocks * BLOCK_SIZE)
         super().__init__(limits, max_model_len=longest, vocab_size=vocab_size, num_blocks=num_blocks)
         self._runner, self._clock = runner, clock
         self.adapters = tuple(adapters)
+        self._images, self.takes_images = images, images is not None
+        self._encoding: list[SequenceGroup] = []
+        """Requests with images whose features are not computed yet; they are not in the queue."""
         self._draft_lengths = DraftLengths(
             limits.speculation_tokens, max_model_len=longest, adaptive=limits.speculation_adaptive, clock=clock
         )
@@ -105,17 +113,28 @@ class PagedEngine(InferenceEngine):
         self._stepped_s = clock()
 
     def _accept(self, request: EngineRequest) -> None:
-        """Queue a request."""
+        """Queue a request; one with images once their features are computed."""
         if not self._active:
             self._stepped_s = self._clock()
         adapter = self.adapters.index(request.adapter) + 1 if request.adapter else 0
         group = SequenceGroup(request, self._clock(), adapter=adapter)
+        if request.images:
+            assert self._images is not None, "checked on arrival"
+            try:
+                group.images = self._images.add(request)
+            except ValueError as error:
+                raise InvalidRequest("messages", str(error)) from error
+            group.prompt_content = image_content(request, image_token=self._images.token_id)
+            self._encoding.append(group)
+        else:
+            self._scheduler.waiting.add(group)
         self._active[request.id] = group
-        self._scheduler.waiting.add(group)
 
     def step(self) -> Sequence[EngineOutput]:
         """Compute one step."""
         outputs = self._expired()
+        if self._encoding:
+            outputs += self._encode_image()
         step = self._scheduler.schedule(self._clock())
         if step is not None:
             with self.profiler.step():
@@ -129,7 +148,7 @@ class PagedEngine(InferenceEngine):
         counts = self._scheduler.counts
         return EngineStats(
             running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            waiting=len(self._scheduler.waiting) + len(self._encoding),
             kv_cache_tokens=self._scheduler.kv_cache_tokens,
             kv_cache_capacity=self._num_blocks * BLOCK_SIZE,
             steps_total=self._steps,
@@ -169,6 +188,21 @@ class PagedEngine(InferenceEngine):
                 outputs.append(self._finish(group, "timeout"))
         self._cancelled.clear()
         return outputs
+
+    def _encode_image(self) -> list[EngineOutput]:
+        """Compute the features of one image: other requests wait for no more.
+
+        A request whose image fails ends.
+        """
+        group = min(self._encoding, key=self._scheduler.rank)
+        assert self._images is not None, "they have images"
+        try:
+            if self._images.encode(group.images):
+                self._encoding.remove(group)
+                self._scheduler.waiting.add(group)
+        except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
+            return [self._finish(group, "error", f"{type(error).__name__}: {error}")]
+        return []
 
     def _compute(self, step: ScheduledStep) -> list[EngineOutput]:
         """Run a step; where it fails, run each request of it alone, to find the one at fault."""
@@ -229,7 +263,12 @@ class PagedEngine(InferenceEngine):
         param: str = "",
         tokens: tuple[GeneratedToken, ...] = (),
     ) -> EngineOutput:
-        self._scheduler.finish(group)
+        if group in self._encoding:
+            self._encoding.remove(group)
+        else:
+            self._scheduler.finish(group)
+        if self._images is not None and group.images:
+            self._images.release(group.images)
         self._output_processor.release(group)
         self._draft_lengths.release(group)
         del self._active[group.request.id]
@@ -345,7 +384,7 @@ def paged_engine_for(
     """Return the launcher's own engine around a model.
 
     Args:
-        model: in inference mode; its layers may be replaced.
+        model: in inference mode; its layers, of an image-text model those of its text model, may be replaced.
         limits: sizes of steps and batches.
         eos_token_ids: tokens that end a sequence.
         stage: which one it is.
@@ -357,8 +396,16 @@ def paged_engine_for(
     Raises:
         ConfigError: it cannot hold the model exactly.
     """
+    images = ImageEncoder(model) if is_image_text(model.config.to_dict()) else None
     runner, num_blocks = _make_runner(
-        model, stage, limits=limits, world_size=world_size, kernels=kernels, adapters=adapters, heartbeat=heartbeat
+        model if images is None else text_model_of(model),
+        stage,
+        limits=limits,
+        world_size=world_size,
+        kernels=kernels,
+        adapters=adapters,
+        images=images,
+        heartbeat=heartbeat,
     )
     config = model.config.get_text_config()
     runs: StepRunner = runner
@@ -379,6 +426,7 @@ def paged_engine_for(
         eos_token_ids=eos_token_ids,
         adapters=adapters.names,
         make_drafter=early_exit if limits.speculation == "early_exit" else None,
+        images=images,
     )
 
 
@@ -391,6 +439,7 @@ def _make_runner(
     kernels: bool,
     heartbeat: Callable[[], None],
     adapters: AdapterSet = NO_ADAPTERS,
+    images: ImageEncoder | None = None,
 ) -> tuple[ModelRunner, int]:
     """Return the runner of plans on this rank, and the number of KV blocks of every rank."""
     self_test = KVSelfTest(model, stage)
@@ -401,7 +450,7 @@ def _make_runner(
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         num_blocks = int(least)
     cache = PagedCache(self_test.shapes, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
-    runner = ModelRunner(model, cache, stage, adapters)
+    runner = ModelRunner(model, cache, stage, adapters, images)
     if kernels and world_size == stage.count:  # slices of matrices are computed by torch
         swapped = replace_layers(model, cache, adapters=adapters, sparse=limits.sparse_kernels, heartbeat=heartbeat)
         difference = self_test.difference(runner)

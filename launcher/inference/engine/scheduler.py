@@ -157,7 +157,7 @@ class Scheduler:
     def _mark(self, sequence: Sequence, end: int) -> None:
         """Record that a sequence is computed up to a token."""
         sequence.num_computed = end
-        done = sequence.tokens[:end]
+        done = sequence.content(end)
         sequence.prefix = self.block_manager.cache_full_blocks(done, sequence.block_table, prefix=sequence.prefix)
 
     def _draft_lengths(self, sequences: list[Sequence]) -> tuple[int, ...]:
@@ -214,7 +214,8 @@ class Scheduler:
         reserve = sum(len(other.sequences) for other in self.running)
         allocated: list[tuple[Sequence, list[int], int]] = []
         for sequence in group.sequences:
-            matched = self.block_manager.match_prefix(sequence.tokens, prefix=group.empty_prefix)
+            content = sequence.content(len(sequence.tokens))
+            matched = self.block_manager.match_prefix(content, prefix=group.empty_prefix)
             self.block_manager.acquire(matched)
             need = -(-len(sequence.tokens) // BLOCK_SIZE) - len(matched)
             fresh = self.block_manager.allocate(need) if need + reserve <= self.block_manager.num_free else None
@@ -226,7 +227,7 @@ class Scheduler:
             allocated.append((sequence, matched + fresh, len(matched)))
         for sequence, blocks, num_matched in allocated:
             sequence.block_table, sequence.num_computed = blocks, num_matched * BLOCK_SIZE
-            done = sequence.tokens[: sequence.num_computed]
+            done = sequence.content(sequence.num_computed)
             sequence.prefix = self.block_manager.cache_full_blocks(done, blocks, prefix=group.empty_prefix)
             self.counts.prefix_hits += sequence.num_computed
             self.counts.prefix_queries += len(sequence.tokens)
@@ -245,7 +246,7 @@ class Scheduler:
             private = is_boundary or not self.block_manager.is_shared(table[last])
             need = -(-(sequence.num_computed + count) // BLOCK_SIZE) - len(table) + (not private)
             while (fresh := self.block_manager.allocate(need)) is None:
-                victim = max(self.running, key=self._rank)
+                victim = max(self.running, key=self.rank)
                 self._preempt(victim)
                 if victim is group:
                     return
@@ -256,7 +257,8 @@ class Scheduler:
                 table[last] = copy
             sequence.block_table += fresh
 
-    def _rank(self, group: SequenceGroup) -> float:
+    def rank(self, group: SequenceGroup) -> float:
+        """Return a request's rank in the queue, smallest first."""
         return self._limits.rank(arrived_s=group.arrived_s, priority=group.priority)
 
     def _preempt(self, group: SequenceGroup) -> None:
@@ -278,4 +280,5 @@ def _segment(sequence: Sequence, count: int) -> Segment:
         block_table=tuple(sequence.block_table[: -(-end // BLOCK_SIZE)]),
         needs_logits=end == len(sequence.tokens),
         adapter=sequence.group.adapter,
+        images=sequence.group.images,
     )

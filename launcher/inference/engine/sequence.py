@@ -27,6 +27,14 @@ class Sequence:
         """Tokens without keys and values."""
         return len(self.tokens) - self.num_computed
 
+    def content(self, count: int) -> list[int]:
+        """Return what identifies its first ``count`` tokens for sharing.
+
+        Images are compared by their content.
+        """
+        own = self.group.prompt_content
+        return [*own[:count], *self.tokens[len(own) : count]] if own else self.tokens[:count]
+
 
 @dataclass(eq=False, slots=True)
 class SequenceGroup:
@@ -43,6 +51,10 @@ class SequenceGroup:
     """Whether an output of it was returned."""
     adapter: int = 0
     """Number of its adapter in the engine, from 1; 0 is the base model."""
+    images: int = 0
+    """Number of its images in the engine, from 1; 0 is none."""
+    prompt_content: list[int] = field(default_factory=list)
+    """Its prompt with :func:`image_content` in the place of image tokens; empty without images."""
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, list(self.request.prompt), prefix=self.empty_prefix)]
@@ -61,3 +73,18 @@ class SequenceGroup:
     def max_num_seqs(self) -> int:
         """Most sequences that it may have."""
         return self.request.sampling.num_beams
+
+
+_ROW_BITS = 32
+
+
+def image_content(request: EngineRequest, *, image_token: int) -> list[int]:
+    """Return the prompt of a request, with a negative number for each of its image tokens.
+
+    The number says which image it is, and which of its tokens: all images have the same token, and keys and values
+    differ with what it stands for.
+    """
+    rows = (
+        -1 - (int(image.content, 16) << _ROW_BITS | row) for image in request.images for row in range(image.num_tokens)
+    )
+    return [next(rows) if token == image_token else token for token in request.prompt]

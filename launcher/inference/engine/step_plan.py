@@ -22,6 +22,8 @@ class Segment:
     """Whether the logits of the last of these tokens are returned."""
     adapter: int = 0
     """Number of the sequence's adapter, from 1; 0 is the base model."""
+    images: int = 0
+    """Number of the images of its request, from 1; 0 is none."""
     num_drafts: int = 0
     """Of the last tokens, how many are drafts: the logits before each are returned too."""
 
@@ -60,6 +62,7 @@ class StepPlan:
                 int(part.needs_logits),
                 part.adapter,
                 part.num_drafts,
+                part.images,
                 len(part.tokens),
                 len(part.block_table),
                 *part.tokens,
@@ -75,7 +78,7 @@ class StepPlan:
         copies = tuple((target, source) for target, source in (_take(rest, 2) for _ in range(num_copies)))
         segments = []
         for _ in range(num_segments):
-            start, needs_logits, adapter, num_drafts, num_tokens, num_blocks = _take(rest, 6)
+            start, needs_logits, adapter, num_drafts, images, num_tokens, num_blocks = _take(rest, 7)
             tokens, block_table = _take(rest, num_tokens), _take(rest, num_blocks)
             segments.append(
                 Segment(
@@ -85,6 +88,7 @@ class StepPlan:
                     needs_logits=bool(needs_logits),
                     adapter=adapter,
                     num_drafts=num_drafts,
+                    images=images,
                 )
             )
         return StepPlan(
@@ -136,4 +140,5 @@ def _segments_between(segments: tuple[Segment, ...], begin: int, end: int) -> It
                 block_table=segment.block_table[: -(-(segment.start + high) // BLOCK_SIZE)],
                 needs_logits=segment.needs_logits and high == size,
                 adapter=segment.adapter,
+                images=segment.images,
             )

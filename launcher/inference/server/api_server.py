@@ -185,7 +185,7 @@ class ApiServer:
             hosts=AllowedHosts(job.host, job.allowed_hosts),
             proxies=TrustedProxies(job.trusted_proxies),
             rates=RateLimiter(job.rate_per_minute),
-            max_body_bytes=job.max_body_bytes,
+            max_body_bytes=job.body_limit(self._run),
             body_timeout_s=job.read_timeout_s,
             reject=backend.reject,
         )

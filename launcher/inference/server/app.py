@@ -70,7 +70,10 @@ def _add_tokenize(app: FastAPI, client: EngineClient) -> None:
         if body.chat_template is not None and body.messages is None:
             raise invalid("is for messages", "chat_template")
         if body.messages is not None:
-            ids = await encode_chat(tokenizer, body.messages, template=body.chat_template)
+            images = await client.prepare_images(body.messages, field="messages")
+            client.release_images(images)
+            texts = [each.text for each in images]
+            ids = await encode_chat(tokenizer, body.messages, images=texts, template=body.chat_template)
         else:
             assert body.prompt is not None
             ids = await encode(tokenizer, body.prompt, special=body.add_special_tokens)

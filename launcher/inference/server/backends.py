@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
@@ -13,11 +14,13 @@ from launcher.errors import ConfigError, JobError
 from launcher.inference.engine.vllm_engine import VllmServer
 from launcher.inference.server.app import make_app
 from launcher.inference.server.engine_client import EngineClient, ServerLimits
+from launcher.inference.server.image_pool import ImagePool
 from launcher.inference.server.proxy import Proxy, ProxyLimits
 from launcher.inference.server.replica_pool import ReplicaPool, StartReplica
 from launcher.inference.server.result_cache import ResultCache, model_fingerprint
 from launcher.inference.tokenizer import open_tokenizer
-from launcher.models.pretrained import transformers_folder
+from launcher.models.pretrained import tokenizer_folder, transformers_folder
+from launcher.models.processor import processor_fingerprint
 
 if TYPE_CHECKING:
     from launcher.config.job.serve import Serve
@@ -94,6 +97,7 @@ class ReplicaBackend(ModelBackend):
             capacity=job.capacity,
             max_queue=job.max_queue,
             max_choices=job.max_choices,
+            max_images=job.max_images,
             queue_timeout_s=job.queue_timeout_s,
             request_timeout_s=job.request_timeout_s,
         )
@@ -118,12 +122,31 @@ class ReplicaBackend(ModelBackend):
             raise ConfigError(
                 "job.tokenizer", job.tokenizer, why=why, fix="choose the model's tokenizer, or a smaller one"
             )
+        processor = await self._open_images() if tokenizer.image_token and job.engine == "paged" else ""
         client.fingerprint_hash = await asyncio.to_thread(
-            model_fingerprint, run, tokenizer=tokenizer.fingerprint, heartbeat=lambda: None
+            model_fingerprint, run, tokenizer=tokenizer.fingerprint, processor=processor, heartbeat=lambda: None
         )
         client.tokenizer = tokenizer
         while self._pool.max_model_len is None:
             await asyncio.sleep(0.05)
+
+    async def _open_images(self) -> str:
+        """Start to preprocess images; return the fingerprint of the processor.
+
+        Raises:
+            JobError: it cannot be loaded.
+        """
+        job, run = self._job, self._run
+        folder = Path(job.tokenizer).expanduser()
+        if job.tokenizer == "model":
+            folder = await asyncio.to_thread(
+                tokenizer_folder, run.model, heartbeat=lambda: None, option="job.tokenizer"
+            )
+        sizes = {"num_workers": job.image_workers, "cache_bytes": job.image_cache_bytes}
+        self._client.images = ImagePool(folder, limits=job.image_limits, **sizes)
+        self._client.images.open()
+        await self._client.images.ready
+        return await asyncio.to_thread(processor_fingerprint, folder)
 
     @property
     def open_requests(self) -> int:
@@ -145,6 +168,8 @@ class ReplicaBackend(ModelBackend):
     async def close(self) -> None:
         """End the engines."""
         await self._pool.close()
+        if self._client.images is not None:
+            await self._client.images.close()
 
     @property
     def num_ended(self) -> int:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from launcher.inference.detokenizer import Detokenizer
 from launcher.inference.engine.base import GeneratedToken
 from launcher.inference.server.engine_client import ChoiceStream, EngineClient, TextDelta, merge_streams, to_api_error
+from launcher.inference.server.image_pool import PreparedImage
 from launcher.inference.server.middleware import caller_of
 from launcher.inference.server.protocol import ChatBody, CompletionBody, GenerationBody
 from launcher.inference.server.requests import (
@@ -38,6 +39,7 @@ class GenerationResponse(ABC):
         body: of the request.
         choices: submitted already, in the order of their index.
         prompts: the tokens of each prompt.
+        images: of the prompt, which are released at the end.
         tokenizer: of the model.
         caller: who asked.
     """
@@ -58,9 +60,11 @@ class GenerationResponse(ABC):
         *,
         choices: Sequence[ChoiceStream],
         prompts: Sequence[Sequence[int]],
+        images: Sequence[PreparedImage] = (),
         tokenizer: TextTokenizer,
         caller: str,
     ) -> None:
+        self._images = images
         self.client, self.body, self.choices, self.tokenizer = client, body, choices, tokenizer
         self._caller = caller
         self._prompt_tokens = sum(map(len, prompts))
@@ -182,6 +186,8 @@ class GenerationResponse(ABC):
         self.client.close_response(self._caller, len(self.choices))
         for choice in self.choices:
             choice.close()
+        self.client.release_images(self._images)
+        self._images = ()
 
 
 class CompletionResponse(GenerationResponse):
@@ -299,15 +305,29 @@ async def create_chat_completion(client: EngineClient, request: Request) -> Resp
     tokenizer = client.tokenizer_for(body.model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("differs from max_completion_tokens; send only one of them", "max_tokens")
-    prompt = await encode_chat(tokenizer, body.messages, template=body.chat_template)
-    caller = caller_of(request.scope)
-    client.check_capacity([prompt], choices=body.n, field="messages", caller=caller)
-    max_model_len = client.pool.max_model_len
-    assert max_model_len is not None
-    most = body.max_completion_tokens or body.max_tokens or max_model_len - len(prompt)
-    sampling = sampling_params(body, max_tokens=most, vocab_size=tokenizer.vocab_size)
-    choices = client.choices(
-        [prompt], sampling, model=body.model, n=body.n, stop=body.stop_strings, priority=body.priority
-    )
-    response = ChatResponse(client, body, choices=choices, prompts=[prompt], tokenizer=tokenizer, caller=caller)
+    images = await client.prepare_images(body.messages, field="messages")
+    try:
+        texts = [each.text for each in images]
+        prompt = await encode_chat(tokenizer, body.messages, images=texts, template=body.chat_template)
+        caller = caller_of(request.scope)
+        client.check_capacity([prompt], choices=body.n, field="messages", caller=caller)
+        max_model_len = client.pool.max_model_len
+        assert max_model_len is not None
+        most = body.max_completion_tokens or body.max_tokens or max_model_len - len(prompt)
+        sampling = sampling_params(body, max_tokens=most, vocab_size=tokenizer.vocab_size)
+        choices = client.choices(
+            [prompt],
+            sampling,
+            model=body.model,
+            n=body.n,
+            stop=body.stop_strings,
+            priority=body.priority,
+            images=tuple(each.image for each in images),
+        )
+        response = ChatResponse(
+            client, body, choices=choices, prompts=[prompt], images=images, tokenizer=tokenizer, caller=caller
+        )
+    except BaseException:
+        client.release_images(images)
+        raise
     return await response.respond(request)

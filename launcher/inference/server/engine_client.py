@@ -12,13 +12,14 @@ from functools import partial
 
 from launcher.config.sampling import SamplingParams
 from launcher.inference.detokenizer import TextStream
-from launcher.inference.engine.base import EngineRequest, GeneratedToken
+from launcher.inference.engine.base import EngineRequest, GeneratedToken, RequestImage
+from launcher.inference.server.image_pool import ImagePool, PreparedImage, RefusedImage
 from launcher.inference.server.metrics import ServerMetrics
 from launcher.inference.server.middleware import CallerShares
-from launcher.inference.server.protocol import BodyLimits
+from launcher.inference.server.protocol import BodyLimits, ChatMessage
 from launcher.inference.server.replica_pool import ReplicaPool
 from launcher.inference.server.request_state import DeadlineExceeded, RequestState
-from launcher.inference.server.requests import choice_seed, run_in_pool
+from launcher.inference.server.requests import choice_seed, image_parts, run_in_pool
 from launcher.inference.server.responses import ApiError, failure_error, invalid
 from launcher.inference.server.result_cache import CacheStatus, ResultCache, result_key
 from launcher.inference.tokenizer import TextTokenizer
@@ -126,6 +127,7 @@ class ChoiceStream:
         sampling: its parameters.
         stop: strings that end it.
         priority: higher is sooner.
+        images: of the prompt.
         echo: whether its text begins with the prompt's.
     """
 
@@ -138,10 +140,11 @@ class ChoiceStream:
         stop: Sequence[str],
         priority: int,
         *,
+        images: tuple[RequestImage, ...] = (),
         echo: bool = False,
     ) -> None:
         self._echo, self._stop = echo, stop
-        self._client, self._arguments = client, (prompt, model, sampling, stop, priority)
+        self._client, self._arguments = client, (prompt, model, sampling, stop, priority, images)
         self._started_s = time.monotonic()
         self.request_state, self.cache_status = client.submit(*self._arguments)
         self.num_tokens = 0
@@ -209,6 +212,8 @@ class ServerLimits:
     """Sequences that engines work on at a time."""
     max_queue: int
     max_choices: int
+    max_images: int = 8
+    """Of one request."""
     queue_timeout_s: float
     request_timeout_s: float
 
@@ -228,6 +233,8 @@ class EngineClient:
         self.created = int(time.time())
         self.tokenizer: TextTokenizer | None = None
         """Set once the tokenizer is there."""
+        self.images: ImagePool | None = None
+        """Preprocesses images; ``None`` for a model or engine that takes text alone."""
         self.fingerprint_hash = ""
         """Hash of everything that decides the answers; set with ``tokenizer``."""
         self.draining = False
@@ -279,6 +286,35 @@ class EngineClient:
         assert self.tokenizer is not None
         return self.tokenizer
 
+    async def prepare_images(self, messages: Sequence[ChatMessage], *, field: str) -> tuple[PreparedImage, ...]:
+        """Return the images of messages, preprocessed; they are released by ``release_images``.
+
+        Raises:
+            ApiError: there are too many, one is not used, or the model takes text only.
+        """
+        parts = image_parts(messages)
+        if not parts:
+            return ()
+        places = [(f"{field}.{number}.content", part.number) for number, part in parts]
+        if self.images is None:
+            name, at = places[0]
+            said = f"part {at} is an image, and {self.limits.name!r} takes text only on this server"
+            raise invalid(said, name, code="unsupported_value")
+        if len(parts) > self.limits.max_images:
+            said = f"{len(parts)} images come with this request; this server allows {self.limits.max_images}"
+            raise invalid(said, field)
+        try:
+            return await self.images.prepare([part.url for _, part in parts])
+        except RefusedImage as refused:
+            self.reject("image")
+            name, at = places[refused.number]
+            raise invalid(f"part {at}: {refused}", name, code="invalid_image") from None
+
+    def release_images(self, images: Sequence[PreparedImage]) -> None:
+        """Let images go that ``prepare_images`` returned."""
+        if self.images is not None:
+            self.images.release(images)
+
     def reject(self, reason: str) -> None:
         """Count a rejected request."""
         self.metrics.count_rejected(reason)
@@ -326,24 +362,32 @@ class EngineClient:
         n: int,
         stop: Sequence[str],
         priority: int,
+        images: tuple[RequestImage, ...] = (),
         echo: bool = False,
     ) -> list[ChoiceStream]:
-        """Submit every sequence of a request: ``n`` for each prompt."""
+        """Submit every sequence of a request: ``n`` for each prompt; only a single one has images."""
         kinds = [replace(sampling, seed=choice_seed(sampling.seed, number)) for number in range(n)]
         return [
-            ChoiceStream(self, tuple(prompt), model, kind, stop, priority, echo=echo)
+            ChoiceStream(self, tuple(prompt), model, kind, stop, priority, images=images, echo=echo)
             for prompt in prompts
             for kind in kinds
         ]
 
     def submit(
-        self, prompt: tuple[int, ...], model: str, sampling: SamplingParams, stop: Sequence[str], priority: int
+        self,
+        prompt: tuple[int, ...],
+        model: str,
+        sampling: SamplingParams,
+        stop: Sequence[str],
+        priority: int,
+        images: tuple[RequestImage, ...] = (),
     ) -> tuple[RequestState, CacheStatus]:
         """Submit a sequence, join an equal one in flight, or find its cached result."""
         request = EngineRequest(
             id=f"s{next(self._ids)}",
             prompt=prompt,
             sampling=sampling,
+            images=images,
             adapter="" if model == self.limits.name else model,
             priority=priority,
             queue_deadline_s=self.limits.queue_timeout_s,
@@ -352,7 +396,8 @@ class EngineClient:
         if not sampling.is_deterministic:
             state, cache_status = RequestState(request, on_end=self._on_end), "bypass"
         else:
-            key = result_key(self.fingerprint_hash, prompt, sampling, stop, adapter=request.adapter)
+            adapter = request.adapter
+            key = result_key(self.fingerprint_hash, prompt, sampling, stop, adapter=adapter, images=images)
             state, cache_status = self.results.find(key, RequestState(request, on_end=partial(self._complete, key)))
         state.num_readers += 1
         if cache_status in ("miss", "bypass"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -164,8 +164,16 @@ def _check_bias(value: Any) -> dict[str, float]:
     return {token: float(added) for token, added in value.items()}
 
 
-def _check_content(value: Any, info: ValidationInfo) -> str:
-    """Return the text of a message, whose parts are put together."""
+class ImagePart(NamedTuple):
+    """An image in a message, where it stands between the texts."""
+
+    url: str
+    number: int
+    """Of the part in its message."""
+
+
+def _check_content(value: Any, info: ValidationInfo) -> str | list[str | ImagePart]:
+    """Return the text of a message, its parts joined; a list of parts if it has images."""
     if value is None and info.data.get("role") == "assistant":
         return ""
     if value is None:
@@ -176,20 +184,42 @@ def _check_content(value: Any, info: ValidationInfo) -> str:
         raise _error(f"is {shorten_value(value)}; give a text or a list of text parts")
     if len(value) > _MAX_PARTS:
         raise _error(f"has {len(value):,} parts; at most {_MAX_PARTS:,} are allowed")
-    for at, part in enumerate(value):
-        if not isinstance(part, dict):
-            raise _error(f'part {at} is {shorten_value(part)}; give {{"type": "text", "text": TEXT}}')
-        if part.get("type") != "text":
-            raise _error(f"part {at} has the type {shorten_value(part.get('type'))}; this server supports text only")
+    parts = [_check_part(part, at) for at, part in enumerate(value)]
+    if not any(isinstance(part, ImagePart) for part in parts):
+        return "".join(map(str, parts))
+    if info.data.get("role") != "user":
+        raise _error("has images, which only a user's message may have")
+    return parts
+
+
+def _check_part(part: Any, at: int) -> str | ImagePart:
+    """Return one part of a message."""
+    if not isinstance(part, dict):
+        raise _error(f'part {at} is {shorten_value(part)}; give {{"type": "text", "text": TEXT}}')
+    kind = part.get("type")
+    if kind not in ("text", "image_url"):
+        raise _error(f"part {at} has the type {shorten_value(kind)}; this server supports text and image_url only")
+    if more := next((name for name in part if not _may_have(part, name, kind)), None):
+        raise _error(f"part {at} has the field {more[:40]!r}, which this server does not have")
+    if kind == "text":
         if not isinstance(part.get("text"), str):
             raise _error(f"part {at} has {shorten_value(part.get('text'))} as its text; give a text")
-        if more := next((name for name in part if not _may_have(part, name)), None):
-            raise _error(f"part {at} has the field {more[:40]!r}, which this server does not have")
-    return "".join(part["text"] for part in value)
+        return str(part["text"])
+    image = part.get("image_url")
+    if not isinstance(image, dict) or not isinstance(image.get("url"), str):
+        raise _error(
+            f'part {at} has {shorten_value(image)} as its image_url; give {{"url": "data:image/png;base64,…"}}'
+        )
+    if more := next((name for name in image if name not in ("url", "detail")), None):
+        raise _error(f"part {at} has the field image_url.{more[:40]!r}, which this server does not have")
+    if image.get("detail") not in (None, "auto"):
+        said = f"part {at} has the detail {shorten_value(image['detail'])}; the model decides about the size of images"
+        raise _error(f"{said}, so leave image_url.detail out")
+    return ImagePart(image["url"], at)
 
 
-def _may_have(part: dict[str, Any], name: str) -> bool:
-    return name in ("type", "text") or (name in _OPENAI_PART_FIELDS and part[name] is None)
+def _may_have(part: dict[str, Any], name: str, kind: str) -> bool:
+    return name in ("type", kind) or (name in _OPENAI_PART_FIELDS and part[name] is None)
 
 
 def _check_stop_ids(value: Any) -> list[int]:
@@ -211,11 +241,22 @@ _IDS_SCHEMA = {
     "minItems": 1,
 }
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
-_PART_SCHEMA = {
+_IMAGE_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": _TEXT_SCHEMA},
-    "required": ["type", "text"],
+    "properties": {"url": {"type": "string", "pattern": "^data:image/[a-z]+;base64,"}, "detail": {"const": "auto"}},
+    "required": ["url"],
     "additionalProperties": False,
+}
+_PART_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"const": kind}, kind: schema},
+            "required": ["type", kind],
+            "additionalProperties": False,
+        }
+        for kind, schema in (("text", _TEXT_SCHEMA), ("image_url", _IMAGE_SCHEMA))
+    ]
 }
 _LIST_SCHEMA = {"type": "array", "minItems": 1}
 Prompt = Annotated[
@@ -241,9 +282,10 @@ LogitBias = Annotated[
     dict[str, float],
     *_checked(_check_bias, {"type": "object", "additionalProperties": _BIAS_SCHEMA, "maxProperties": MAX_LOGIT_BIASES}),
 ]
-_OPENAI_PART_FIELDS = frozenset({"image_url", "input_audio", "file", "refusal"})
+_OPENAI_PART_FIELDS = frozenset({"image_url", "text", "input_audio", "file", "refusal"})
 Content = Annotated[
-    str, *_checked(_check_content, _TEXT_SCHEMA, {"type": "array", "items": _PART_SCHEMA, "maxItems": _MAX_PARTS})
+    str | list[str | ImagePart],
+    *_checked(_check_content, _TEXT_SCHEMA, {"type": "array", "items": _PART_SCHEMA, "maxItems": _MAX_PARTS}),
 ]
 
 
@@ -358,7 +400,7 @@ class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant"]
     """``developer`` is OpenAI's newer word for ``system``."""
     content: Content
-    """Text, a list of text parts to join, or ``null`` for an assistant without text."""
+    """Text, a list of parts (text to join, images), or ``null`` for an assistant without text."""
 
 
 ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]

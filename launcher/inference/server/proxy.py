@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from starlette.responses import JSONResponse
@@ -21,6 +22,8 @@ from launcher.inference.server.responses import ApiError, invalid
 _FORWARDED_HEADERS = frozenset({b"accept", b"content-type", b"user-agent", b"x-request-id"})
 _HOP_HEADERS = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"date", b"server"})
 _PROBE_S = 5.0
+_URL_FIELDS = frozenset({"url", "image_url", "audio_url", "video_url", "file_url"})
+"""Fields of messages, in OpenAI's and Anthropic's formats, whose address vLLM fetches."""
 _GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 ALLOWED_PATHS: Mapping[str, str] = {
     **dict.fromkeys(_GENERATION_PATHS, "POST"),
@@ -117,6 +120,7 @@ class Proxy:
         if path not in _GENERATION_PATHS:
             return 0
         tree = await read_object(body)
+        _check_addresses(tree)
         counts = {name: _sequence_count(tree, name) for name in ("n", "best_of")}
         largest = max(counts, key=lambda name: counts[name])
         count = counts[largest]
@@ -291,6 +295,24 @@ def _check_allowed(scope: Scope) -> None:
         problem = ApiError(405, f"{method[:20]} {path[:200]}: Method Not Allowed")
         problem.headers["allow"] = ALLOWED_PATHS[path]
         raise problem
+
+
+def _check_addresses(tree: Mapping[str, Any]) -> None:
+    """Refuse addresses, which vLLM would fetch: some only this machine can reach.
+
+    Raises:
+        ApiError: a message names one.
+    """
+    pending: list[tuple[str, Any]] = [(name, tree.get(name)) for name in ("messages", "input")]
+    while pending:
+        place, value = pending.pop()
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, held in items:
+            if name in _URL_FIELDS and isinstance(held, str) and held[:5].lower() != "data:":
+                said = "is an address, and this server fetches nothing from addresses; give a data URL"
+                raise invalid(said, f"{place}.{name}"[:200], code="invalid_image")
+            if isinstance(held, dict | list):
+                pending.append((f"{place}.{name}"[:200], held))
 
 
 def _sequence_count(tree: Mapping[str, object], name: str) -> int:

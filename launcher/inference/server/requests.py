@@ -25,6 +25,7 @@ from launcher.inference.server.protocol import (
     ChatMessage,
     CompletionBody,
     GenerationBody,
+    ImagePart,
     RequestBody,
 )
 from launcher.inference.server.responses import ApiError, invalid, validation_error
@@ -240,13 +241,19 @@ async def decode(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
 
 
 async def encode_chat(
-    tokenizer: TextTokenizer, messages: Sequence[ChatMessage], *, template: str | None = None, field: str = "messages"
+    tokenizer: TextTokenizer,
+    messages: Sequence[ChatMessage],
+    *,
+    images: Sequence[str] = (),
+    template: str | None = None,
+    field: str = "messages",
 ) -> list[int]:
     """Return the tokens of a conversation, up to where its answer begins.
 
     Args:
         tokenizer: the tokenizer.
         messages: the conversation.
+        images: what the model's processor writes for each image of the messages.
         template: name of the chat template; ``None`` is the default.
         field: where the messages stand.
 
@@ -254,11 +261,9 @@ async def encode_chat(
         ApiError: the model has no such chat template, or its template refuses the messages.
     """
     try:
-        plain = normalize_messages([message.model_dump() for message in messages], field=field)
-        size = sum(len(message["content"]) for message in plain) + _CHARACTERS_PER_MESSAGE * len(plain)
-        return await run_in_pool(
-            size, lambda: tokenizer.encode_all([tokenizer.render(plain, template)], special=False)[0]
-        )
+        plain = [_plain_message(message, f"{field}.{number}") for number, message in enumerate(messages)]
+        size = sum(map(_num_characters, messages)) + sum(map(len, images)) + _CHARACTERS_PER_MESSAGE * len(plain)
+        return await run_in_pool(size, lambda: tokenizer.encode_chat(plain, template=template, images=images))
     except InvalidMessages as bad:
         raise invalid(str(bad), bad.field, code="invalid_value") from None
     except ChatTemplateNotFound as error:
@@ -267,6 +272,32 @@ async def encode_chat(
         raise invalid(f"{error}; use /v1/completions", field, code="no_chat_template") from None
     except ValueError as refusal:
         raise invalid(f"the model's template refuses them: {refusal}", field) from None
+
+
+def image_parts(messages: Sequence[ChatMessage]) -> list[tuple[int, ImagePart]]:
+    """Return the images of messages, each with the number of its message."""
+    return [
+        (number, part)
+        for number, message in enumerate(messages)
+        for part in message.content
+        if isinstance(part, ImagePart)
+    ]
+
+
+def _plain_message(message: ChatMessage, field: str) -> dict[str, Any]:
+    """Return a message as templates take it."""
+    if isinstance(message.content, str):
+        return dict(normalize_messages([message.model_dump()], field=field)[0])
+    parts = (
+        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part} for part in message.content
+    )
+    return {"role": message.role, "content": list(parts)}
+
+
+def _num_characters(message: ChatMessage) -> int:
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(part) for part in message.content if isinstance(part, str))
 
 
 async def run_in_pool(size: int, work: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ from launcher.checkpoint.manifest import read_manifest
 from launcher.config.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from launcher.config.model.folder import checkpoint_files, weight_files
 from launcher.config.sampling import SamplingParams
-from launcher.inference.engine.base import FinishReason, GeneratedToken
+from launcher.inference.engine.base import FinishReason, GeneratedToken, RequestImage
 from launcher.inference.server.request_state import RequestState
 from launcher.models.pretrained import weights_folder
 from launcher.protocol.foreign_files import find_foreign
@@ -120,7 +120,7 @@ class ResultCache:
 _READ_BYTES = 1 << 22
 
 
-def model_fingerprint(run: Run, *, tokenizer: str, heartbeat: Callable[[], None]) -> str:
+def model_fingerprint(run: Run, *, tokenizer: str, processor: str = "", heartbeat: Callable[[], None]) -> str:
     """Return a hash that changes when an equal request may get another answer.
 
     Reads all weights once.
@@ -128,6 +128,7 @@ def model_fingerprint(run: Run, *, tokenizer: str, heartbeat: Callable[[], None]
     Args:
         run: the model, how it is computed, and by which engine.
         tokenizer: fingerprint of the tokenizer.
+        processor: fingerprint of the processor of images.
         heartbeat: called meanwhile.
     """
     computed = {
@@ -139,6 +140,7 @@ def model_fingerprint(run: Run, *, tokenizer: str, heartbeat: Callable[[], None]
         "engine": [job["engine"], job["batching"]],
         "weights": _weights_hash(run, heartbeat=heartbeat),
         "tokenizer": tokenizer,
+        "processor": processor,
         "adapters": {name: _adapter_hash(folder) for name, folder in job["adapters"].items()},
     }
     return sha256_of(json.dumps(parts, sort_keys=True).encode())
@@ -180,8 +182,15 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
 
 
 def result_key(
-    fingerprint_hash: str, prompt: Sequence[int], sampling: SamplingParams, stops: Sequence[str], *, adapter: str = ""
+    fingerprint_hash: str,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    stops: Sequence[str],
+    *,
+    adapter: str = "",
+    images: Sequence[RequestImage] = (),
 ) -> str:
     """Return the key of one sequence's result: everything that decides it."""
     parts = [fingerprint_hash, adapter, list(prompt), asdict(sampling), sorted(stops)]
+    parts += [image.content for image in images]
     return sha256_of(json.dumps(parts, separators=(",", ":")).encode())

@@ -112,6 +112,15 @@ def test_half_a_surrogate_is_no_text(served: Served, text: str) -> None:
     )
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_an_image_is_refused_where_the_model_takes_text_only(served: Served, path: str) -> None:
+    part = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}'
+    body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": [{part}]}}]}}'
+    error = post(served, body, path).json()["error"]
+    assert (error["param"], error["code"]) == ("messages.0.content", "unsupported_value")
+    assert f"part 0 is an image, and '{MODEL}' takes text only" in error["message"]
+
+
 def test_strange_but_valid_text(served: Served, nasty_strings: tuple[str, ...]) -> None:
     for text in nasty_strings[:60]:
         ids = served.http.post("/tokenize", json={"prompt": text}).json()["tokens"]

@@ -253,3 +253,25 @@ def test_headers_of_the_caller_are_forwarded_only_where_named() -> None:
             assert not any(word in head for word in (b"bearer client", b"cookie", b"gzip"))
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        ({"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}, "messages.0.content.0.image_url.url"),
+        ({"type": "input_image", "image_url": "HTTPS://x/"}, "messages.0.content.0.image_url"),
+        ({"type": "image", "source": {"type": "url", "url": "file:///x"}}, "messages.0.content.0.source.url"),
+    ],
+)
+def test_addresses_that_vllm_would_fetch_are_refused(part: dict[str, Any], field: str) -> None:
+    async def go() -> None:
+        async with proxied() as (client, behind, _):
+            body = {"messages": [{"role": "user", "content": [part]}]}
+            answer = await client.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+            behind.go.set()
+            body["messages"][0]["content"] = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}]
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+            assert behind.asked == [body]
+
+    asyncio.run(go())

@@ -93,6 +93,7 @@ def sparsify_model(job: Sparsify, context: Context) -> None:
         for name, layer in layers.items()
     }
     memory, size = _memory(model), next(iter(layers.values())).weight.element_size()
+    del layers, head_inputs  # the engine replaces layers, whose matrices would stay beside the packed ones
     rates[AFTER], samples[AFTER] = _by_engine(job, context, model, stage="measure")
     heartbeat("done", job.num_steps(run, world_size=1))
     report = SparsityReport(

@@ -125,8 +125,10 @@ def _prune_calibrated(
     shares = [method.zero_share] * len(parts)
     if is_owl:
         m = OWL_M if method.owl_m is None else method.owl_m
-        outliers = [_outlier_share(found, norms, m=m) for found in inside]
-        shares = owl_shares(outliers, share=method.zero_share, spread=method.spread)
+        outliers = {number: _outlier_share(found, norms, m=m) for number, found in enumerate(inside) if found}
+        chosen = owl_shares(list(outliers.values()), share=method.zero_share, spread=method.spread)
+        for number, share in zip(outliers, chosen, strict=True):
+            shares[number] = share
         del norms
     hidden = [call.hidden for call in calls]
     for number, (block, found, share) in enumerate(zip(parts, inside, shares, strict=True)):
@@ -276,8 +278,6 @@ def _sharing(block: nn.Module, layers: Mapping[str, nn.Module], hidden: Tensor, 
 
 def _outlier_share(layers: Mapping[str, nn.Module], norms: Mapping[str, InputStatistics], *, m: float) -> float:
     """Return the share of a block's weights whose Wanda score is over ``m`` times their mean."""
-    if not layers:
-        return 0.0
     total, number, above = 0.0, 0, 0
     scores = {name: wanda_scores(_matrix(layer).float(), norms[name]) for name, layer in layers.items()}
     for each in scores.values():

@@ -131,6 +131,9 @@ def test_owl_gives_blocks_with_more_outliers_fewer_zeros() -> None:
     by_block = [{share for name, share in zeros.items() if f".{number}." in name} for number in (0, 1)]
     assert min(by_block[0]) > 0.5 > max(by_block[1])
     assert sum(map(max, by_block)) == pytest.approx(1.0, abs=0.1), "the mean is the ratio"
+    model = copy.deepcopy(stock("llama"))
+    zeros = prune_model(model, Wanda(allocation="owl", skip=("model.layers.0.*",)), text())
+    assert set(zeros.values()) == {0.5}, "a block without pruned layers counts as none"
 
 
 def test_layers_that_are_skipped_stay() -> None:

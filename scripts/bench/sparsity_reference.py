@@ -3,8 +3,8 @@
     python scripts/bench/sparsity_reference.py RUN_DIRECTORY
 
 The original model is loaded again and pruned by the code below on the run's calibration text. It shares none with the
-launcher's: SparseGPT removes inputs one after the other from the inverse Hessian, by elimination instead of a Cholesky
-factor, and updates all weights at once. Both perplexities are of the run's held-out text.
+launcher's: SparseGPT factors the Hessian itself instead of its inverse, and updates all weights at each input. Both
+perplexities are of the run's held-out text.
 """
 
 from __future__ import annotations
@@ -119,18 +119,16 @@ def wanda(weight: Tensor, inputs: Tensor, method: Pruning) -> Tensor:
     return weight.masked_fill(zeros_of(scores, method, by_row=True), 0.0)
 
 
-def eliminated(hessian: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return, for each input, the first element and the first row of the inverse Hessian of it and all after it.
+def inverse_rows(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first element and, as row j, the first row of the inverse Hessian of input j and all after it.
 
-    Removing the first input of an inverse is one step of Gaussian elimination.
+    With ``H = U D U^T``, U being upper triangular with ones on its diagonal, that row is row j of the inverse of U,
+    divided by the j-th element of D.
     """
-    inverse = torch.linalg.inv(hessian)
-    first, rows = [], []
-    for _ in range(len(hessian)):
-        first.append(inverse[0, 0])
-        rows.append(inverse[0].clone())
-        inverse = inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
-    return torch.stack(first), rows
+    scaled = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)  # U times the square root of D
+    root = scaled.diagonal()
+    unit = torch.eye(len(hessian), dtype=hessian.dtype)
+    return 1 / root.square(), torch.linalg.solve_triangular(scaled, unit, upper=True) / root[:, None]
 
 
 def sparsegpt(weight: Tensor, inputs: Tensor, method: SparseGpt) -> Tensor:
@@ -138,20 +136,21 @@ def sparsegpt(weight: Tensor, inputs: Tensor, method: SparseGpt) -> Tensor:
     hessian = 2 * inputs.t() @ inputs
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    weight = weight.masked_fill(dead, 0.0)
     diagonal[dead] = 1.0
     diagonal += method.damping * diagonal.mean()
-    first, rows = eliminated(hessian)
+    first, rows = inverse_rows(hessian)
+    weight = weight.masked_fill(dead, 0.0).t().contiguous()
     zeros = torch.zeros_like(weight, dtype=torch.bool)
     size = 1 if method.pattern == "unstructured" else int(method.pattern.partition(":")[2])
-    for at in range(weight.shape[1]):
-        part = slice(at, at + (method.block_size if size == 1 else size))
-        if (size == 1 and at % method.block_size == 0) or (size > 1 and at % size == 0):
-            zeros[:, part] = zeros_of(weight[:, part].square() / first[part], method, by_row=False)
-        error = torch.where(zeros[:, at], weight[:, at], 0.0) / first[at]
-        weight[:, at:] -= torch.outer(error, rows[at])
-        weight[zeros[:, at], at] = 0.0
-    return weight
+    step = method.block_size if size == 1 else size
+    for at in range(len(weight)):
+        if at % step == 0:
+            part = slice(at, at + step)
+            zeros[part] = zeros_of(weight[part].t().square() / first[part], method, by_row=False).t()
+        error = torch.where(zeros[at], weight[at], 0.0) / first[at]
+        weight[at:] -= torch.outer(rows[at, at:], error)
+        weight[at, zeros[at]] = 0.0
+    return weight.t()
 
 
 def prune(

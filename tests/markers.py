@@ -32,7 +32,8 @@ _BY_PLACE = (
     ("sparsity/*", "process"),
     ("checkpoint/foreign/*", "process"),
     *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
-    *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),
+    *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "processor", "recompute", "smollm2")),
+    ("models/test_weights.py*", "process"),
     *(
         (f"models/test_{name}.py*", "process")
         for name in ("adapters", "checkpoint_weights", "export", "families", "gguf")

@@ -36,6 +36,13 @@ SLOW = {
     "launch data preview data.path=chat.jsonl data.chat_template=chatml rows=1": (
         "cli/test_data.py::test_the_preview_that_the_page_shows"
     ),
+    **dict.fromkeys(
+        (
+            "scripts/lab/image_model.py idefics3 model",
+            "launch model=hf model.name=./model model.weights=random data.path=rows.jsonl job.sequence_length=256",
+        ),
+        "training/test_image_runs.py::test_a_run_continues_to_the_bit_and_transformers_loads_it",
+    ),
     "launch runs": "cli/test_runs.py::test_a_real_run",
     "launch status": "cli/test_status.py::test_a_real_run_that_is_over",
     "launch logs -f --rank 0": "cli/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",

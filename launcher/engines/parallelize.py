@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -116,6 +117,8 @@ class ShardedModel:
             check_cut(model, degree=sequence.size(), length=self._length)
         self._plan = TensorPlan(model, tensor) if tensor is not None else None
         self._blocks = set(map(id, blocks(model)))
+        if is_image_text(model.config.to_dict()):  # features of images are views, which are not changed in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
 
     def _shard_part(self, name: str, part: nn.Module) -> None:
         """Slice and shard one part.

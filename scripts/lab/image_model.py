@@ -64,6 +64,8 @@ def write_image_model(folder: Path, kind: str, *, weights: bool = False, seed: i
     config, processor, special, template = _KINDS[kind]()
     ids = _write_tokenizer(folder, special)
     config = json.loads(json.dumps(config).replace('"VOCABULARY"', str(max(ids.values()) + 1)))
+    config["text_config"] |= {"bos_token_id": None, "eos_token_id": ids[special[0]], "pad_token_id": ids[special[1]]}
+    config |= {"bos_token_id": None, "eos_token_id": special[0], "pad_token_id": special[1]}
     for key, token in list(config.items()):
         if key.endswith("_token_id") and isinstance(token, str):
             config[key] = ids[token]
@@ -116,7 +118,7 @@ def _idefics3() -> Parts:
         "scale_factor": 2,
         "tie_word_embeddings": False,
         "vision_config": {**_VISION, "model_type": "idefics3_vision", "image_size": 16, "patch_size": 4},
-        "text_config": {**_TEXT, "model_type": "llama", "vocab_size": "VOCABULARY", "pad_token_id": 0},
+        "text_config": {**_TEXT, "model_type": "llama", "vocab_size": "VOCABULARY"},
     }
     processor = {
         "image_processor_type": "Idefics3ImageProcessor",

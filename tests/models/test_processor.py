@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import image_model
@@ -17,6 +21,7 @@ from launcher.config.data.auto import AutoData
 from launcher.config.model.hf import Hf
 from launcher.data.dataloader import Loader
 from launcher.data.dataset import open_splits
+from launcher.data.example_worker import EncodingTask, encode_blocks, main, read_frame
 from launcher.data.rows import IGNORE_INDEX
 from launcher.engines.loss import token_loss_sum
 from launcher.errors import ConfigError
@@ -35,8 +40,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def built(folder: Path) -> PreTrainedModel:
+    """Return a model whose weights are so large that attention differs from place to place."""
     model = Hf(name=str(folder), weights="random")
-    return build_model(model, seed=1, attention=SdpaAttention(), activation=NoCheckpointing()).eval()
+    module = build_model(model, seed=1, attention=SdpaAttention(), activation=NoCheckpointing()).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return module
 
 
 def test_a_batch_has_the_loss_of_its_rows_one_by_one(folder: Path, tmp_path: Path) -> None:
@@ -115,6 +125,54 @@ def test_arrays_of_other_sizes_are_filled_up_with_zeros() -> None:
     assert joined.shape == (3, 2, 4)
     assert joined.sum() == one.sum() + other.sum()
     assert joined[0, :2, :3].tolist() == one[0].tolist()
+
+
+def task_of(data: AutoData, folder: Path, *, worker: int = 0, num_workers: int = 1) -> EncodingTask:
+    return EncodingTask(
+        sources=data.sources(),
+        template=data.template(folder),
+        tokenizer="",
+        end_id=None,
+        worker=worker,
+        num_workers=num_workers,
+        processor=folder,
+    )
+
+
+def test_worker_processes_send_the_blocks_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_model.write_image_model(tmp_path, "idefics3")
+    data = AutoData(path=str(write_image_rows(tmp_path / "data", 20)), tokenizer="model")
+    sent = []
+    for worker in range(2):
+        task = task_of(data, tmp_path, worker=worker, num_workers=2)
+        stdin, stdout = io.BytesIO(pickle.dumps(task)), io.BytesIO()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdin", SimpleNamespace(buffer=stdin))
+            patched.setattr(sys, "stdout", SimpleNamespace(buffer=stdout))
+            main()
+        stdout.seek(0)
+        while (block := read_frame(stdout)) is not None:
+            sent.append(block)
+    alone = list(encode_blocks(task_of(data, tmp_path)))
+    assert len(sent) == len(alone) == 3
+    for one, other in zip(sorted(sent, key=lambda block: block.key), alone, strict=True):
+        assert one.key == other.key
+        assert one.arrays == other.arrays
+        assert one.stamps == other.stamps
+        assert np.array_equal(one.ids, other.ids)
+        assert np.array_equal(one.is_trained, other.is_trained)
+    assert sum(map(len, alone[0].arrays)) > 0
+
+
+def test_a_damaged_image_is_named_with_its_row_or_left_out(tmp_path: Path) -> None:
+    image_model.write_image_model(tmp_path, "llava")
+    file = write_image_rows(tmp_path / "data", 4)
+    damaged = tmp_path / "data" / "pictures" / "2-1.png"
+    damaged.write_bytes(damaged.read_bytes()[:90])
+    with pytest.raises(ConfigError, match=r"line 3 of .*2-1\.png\) is damaged or cut off"):
+        list(encode_blocks(task_of(AutoData(path=str(file)), tmp_path)))
+    (block,) = encode_blocks(task_of(AutoData(path=str(file), on_bad_row="skip"), tmp_path))
+    assert len(block.lengths) == len(block.arrays) == 3
 
 
 def test_images_are_read_again_when_their_files_change(tmp_path: Path) -> None:

@@ -96,9 +96,15 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         return config
 
     def _build(self) -> nn.Module:
-        if self._partitioning is None:
+        partitioning = self._partitioning
+        if partitioning is None:
             return build_run_model(self._context, device=self.device)
-        model = build_run_model(self._context, device=self.device, after=self._partitioning.partition)
+        model = build_run_model(
+            self._context,
+            device=self.device,
+            after=partitioning.partition,
+            laid_out=lambda model: partitioning.announce(),
+        )
         assert_partitioned(model, small=self._zero.persistence_threshold)
         return model
 
@@ -228,7 +234,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
 
 
 class ZeroPartitioner:
-    """Partitions a model's parts by ZeRO-3, and tells Transformers so until :meth:`forget`.
+    """Partitions a model's parts by ZeRO-3, and tells Transformers so until :meth:`release`.
 
     Generation asks.
 
@@ -238,12 +244,19 @@ class ZeroPartitioner:
     """
 
     def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype) -> None:
-        from transformers.integrations import HfDeepSpeedConfig
-
         assert dist.is_initialized(), "partitions are laid out over the process group"
         self._config, self._dtype = dict(config), dtype
         self._swapper: Any = None  # to NVMe: a new one would empty the folder that the parts before went to
-        self._alive = HfDeepSpeedConfig(dict(config))  # Transformers holds it only weakly
+        self._announced: Any = None
+
+    def announce(self) -> None:
+        """Tell Transformers that parameters are partitioned, once the model is laid out.
+
+        Before, it would partition the models inside of an image-text model while their classes are built.
+        """
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._announced = HfDeepSpeedConfig(dict(self._config))  # Transformers holds it only weakly
 
     def partition(self, name: str, part: nn.Module) -> None:
         """Keep this rank's share of a part's parameters, unless an earlier part shares them."""

@@ -79,20 +79,28 @@ class EarlyExitLoss:
         """
         self._keep = self._kept(micro_batch, labels.device)
         weights = exit_weights(self._job, micro_batch.step, self._num_layers)
-        self._exits, self._states = sorted(weights)[:-1], {}
+        *self._exits, last = sorted(weights)
+        self._states = {}
         head = self._head
         assert head is not None
 
         def forward(hidden: Tensor) -> Tensor:
-            parts = hidden.chunk(len(weights))
-            losses = [
-                weight
-                * linear_cross_entropy(
-                    part, head.weight, labels, places, of_sources if number == self._num_layers - 1 else None
-                )
-                for part, (number, weight) in zip(parts, sorted(weights.items()), strict=True)
-            ]
-            return torch.stack(losses).sum()
+            count, rows = len(weights) - 1, len(labels)
+            loss = weights[last] * linear_cross_entropy(hidden[count * rows :], head.weight, labels, places, of_sources)
+            if not count:
+                return loss
+            # all exits as one: each product of the head needs a gradient of the size of its weight
+            factors = torch.tensor([weights[number] for number in self._exits], device=labels.device)
+            chosen = places
+            if places is not None:
+                chosen = torch.cat([places + number * labels.numel() for number in range(count)])
+            return loss + linear_cross_entropy(
+                hidden[: count * rows],
+                head.weight,
+                labels.repeat(count, 1),
+                chosen,
+                token_weights=factors.repeat_interleave(labels.numel()),
+            )
 
         try:
             with replaced_forward(head, forward):

@@ -239,6 +239,7 @@ def linear_cross_entropy(
     labels: Tensor,
     places: Tensor | None = None,
     of_sources: TokenSources | None = None,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the summed loss of the logits ``hidden @ weight.T``, an fp32 scalar.
 
@@ -250,15 +251,18 @@ def linear_cross_entropy(
         labels: (...), ``IGNORED`` where a token does not count.
         places: of the labels that count, by which the others are left out; ``None`` leaves out none.
         of_sources: of all tokens; gets the loss of each too.
+        token_weights: factors of the losses of all tokens, fp32 of the shape of ``labels``; ``None`` is 1.
     """
     on = weight.device.type
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    factors = None if token_weights is None else token_weights.reshape(-1)
     if places is not None:
         flat, labels = flat.index_select(0, places), labels.index_select(0, places)
+        factors = None if factors is None else factors.index_select(0, places)
     with torch.autocast(on, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(
-            flat, weight, labels, dtype, None if of_sources is None else of_sources.at(places)
+            flat, weight, labels, dtype, None if of_sources is None else of_sources.at(places), factors
         )
     return loss
 
@@ -301,8 +305,25 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # converts inside the kernel where there is a GPU
 
 
-def _loss(log_probs: Tensor, labels: Tensor, tokens: slice, of_sources: TokenSources | None) -> Tensor:
-    """Return the summed loss of some tokens, and add it up by sources."""
+def _loss(
+    log_probs: Tensor,
+    labels: Tensor,
+    tokens: slice,
+    of_sources: TokenSources | None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """Return the summed loss of some tokens, and add it up by sources.
+
+    Args:
+        log_probs: of some tokens, (tokens, vocabulary).
+        labels: theirs.
+        tokens: which of all they are.
+        of_sources: of all tokens.
+        factors: of the losses of all tokens.
+    """
+    if factors is not None:
+        losses = torch.nn.functional.nll_loss(log_probs, labels, ignore_index=IGNORE_INDEX, reduction="none")
+        return losses @ factors[tokens]
     if of_sources is not None:
         of_sources.add(tokens, -log_probs.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1), labels)
     return torch.nn.functional.nll_loss(log_probs, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -331,6 +352,7 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # tor
         labels: Tensor,
         dtype: torch.dtype,
         of_sources: TokenSources | None,
+        factors: Tensor | None,
     ) -> Tensor:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
@@ -340,9 +362,12 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # tor
         for chunk in _chunks(len(hidden), len(weight)):
             rows = hidden[chunk].to(dtype)
             log_probs = _log_softmax(rows @ matrix.T)
-            loss += _loss(log_probs, labels[chunk], chunk, of_sources)
+            loss += _loss(log_probs, labels[chunk], chunk, of_sources, factors)
             if of_hidden or of_weight:
-                gradient = _gradient_(log_probs, labels[chunk]).to(dtype)
+                gradient = _gradient_(log_probs, labels[chunk])
+                if factors is not None:
+                    gradient *= factors[chunk, None]
+                gradient = gradient.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[chunk] = gradient @ matrix
                 if grad_weight is not None:
@@ -351,7 +376,7 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # tor
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         assert ctx.gradients is not None, "the gradients were scaled in place: one backward pass only"
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
@@ -359,7 +384,7 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # tor
             grad_hidden.mul_(grad_output)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

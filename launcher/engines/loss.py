@@ -316,7 +316,7 @@ def _loss(
 
     Args:
         log_probs: of some tokens, (tokens, vocabulary).
-        labels: theirs.
+        labels: of these.
         tokens: which of all they are.
         of_sources: of all tokens.
         factors: of the losses of all tokens.

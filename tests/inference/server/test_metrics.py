@@ -54,7 +54,8 @@ def test_the_size_of_the_kv_cache_is_that_of_all_engines() -> None:
             return [EngineStats(kv_cache_tokens=32, kv_cache_capacity=4 * BLOCK_SIZE) for _ in range(2)]
 
         def totals(self) -> object:
-            return EngineStats()
+            drafted = {"drafts_total": 5, "draft_tokens_total": 20, "accepted_tokens_total": 9}
+            return EngineStats(**drafted, decoded_tokens_total=14, decoding_passes_total=11.5)
 
     metrics = ServerMetrics(Pool(), ResultCache(max_bytes=0, ttl_s=1), model=MODEL)  # type: ignore[arg-type]
     found = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
@@ -67,4 +68,10 @@ def test_the_size_of_the_kv_cache_is_that_of_all_engines() -> None:
     assert LORA_INFO not in found
     reasons = {sample.labels["reason"] for sample in found["launcher:request_failure"].samples}
     assert "error" in reasons, "a counter that appears with the first error hides it from rate()"
-    assert metrics.row()["serve/kv_cache_tokens"] == 64
+    row = metrics.row()
+    assert row["serve/kv_cache_tokens"] == 64
+    for name, value in (("num_drafts", 5), ("num_draft_tokens", 20), ("num_accepted_tokens", 9)):
+        (sample,) = found[f"vllm:spec_decode_{name}"].samples
+        assert (sample.value, sample.labels) == (value, {"model_name": MODEL})
+        assert row[f"serve/spec_decode_{name}"] == value
+    assert row["serve/decoding_passes"] / row["serve/decoded_tokens"] == 11.5 / 14

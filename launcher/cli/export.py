@@ -13,7 +13,7 @@ from launcher.checkpoint.locks import CheckpointLocks
 from launcher.checkpoint.resume import is_checkpoint
 from launcher.checkpoint.store import SavedCheckpoint
 from launcher.cli.arguments import Arguments, path_value
-from launcher.config.export import GGUF, SAFETENSORS, ExportOptions
+from launcher.config.export import GGUF, ONNX, OPENVINO, SAFETENSORS, ExportOptions
 from launcher.config.model.base import has_tokenizer
 from launcher.config.model.folder import read_config
 from launcher.config.model.hf import is_model_folder
@@ -73,6 +73,10 @@ def _use(path: str, options: ExportOptions) -> str:
     """Return the line that says what loads the file or folder."""
     if options.format == GGUF:
         return f"use it: {shell_command(['llama-cli', '-m', path])}, or model.weights={path}"
+    if options.format == ONNX:
+        return f"use it: onnxruntime_genai.Model({path!r})"
+    if options.format == OPENVINO:
+        return f"use it: openvino_genai.LLMPipeline({path!r}, 'CPU')"
     return f"use it: AutoModelForCausalLM.from_pretrained({path!r}), or {shell_command(['launch', 'chat', path])}"
 
 

@@ -391,7 +391,9 @@ AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer.from_pretrained(DIR)
 The checkpoint is verified first. DIR appears once it is complete.
 
 format=gguf writes one file instead, of Llama and GPT-2, with dtype=fp16 (default), fp32, bf16, q8_0, q4_0 or q4_k.
-If llama.cpp is installed (pip install 'launcher[gguf]'), it runs the file and the answers are compared.""",
+format=onnx (fp32, int8, int4) and format=openvino (fp16, int8, int4) write folders of Llama for ONNX Runtime GenAI and
+OpenVINO GenAI; they need pip install 'launcher[onnx]' and 'launcher[openvino]'. The format's own runtime then runs the
+file and its answers are compared; for gguf, if pip install 'launcher[gguf]' has brought it.""",
     ),
     "chat": Verb(
         summary="talk to a model in the terminal: one that a run trained, a folder, or one of the hub",

@@ -13,7 +13,7 @@ from launcher.errors import ConfigError
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)B", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SHARD_SIZE = "5GB"
-SAFETENSORS, GGUF = "safetensors", "gguf"
+SAFETENSORS, GGUF, ONNX, OPENVINO = "safetensors", "gguf", "onnx", "openvino"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class ExportFormat:
     """``model_type`` of the models that the exporter knows; empty for all of Transformers."""
     packages: tuple[str, ...] = ()
     """Modules that write it; the extra of the format's name installs them."""
+    rope_types: tuple[str, ...] = ("default",)
+    """Kinds of rotary positions that it writes."""
     exact: tuple[str, ...] = ()
     """Values of ``dtype`` in which its runtime must choose the same tokens."""
 
@@ -35,7 +37,20 @@ FORMATS: dict[str, ExportFormat] = {
     GGUF: ExportFormat(
         dtypes=("fp16", "fp32", "bf16", "q8_0", "q4_0", "q4_k"),
         families=("gpt2", "llama"),
+        rope_types=("default", "linear", "llama3"),
         exact=("fp32", "bf16", "fp16"),
+    ),
+    ONNX: ExportFormat(
+        dtypes=("fp32", "int8", "int4"),
+        families=("llama",),
+        packages=("onnxruntime_genai", "onnx_ir", "onnx"),
+        exact=("fp32",),
+    ),
+    OPENVINO: ExportFormat(
+        dtypes=("fp16", "int8", "int4"),
+        families=("llama",),
+        packages=("openvino_genai", "openvino_tokenizers", "openvino"),
+        exact=("fp16",),
     ),
 }
 """Formats by name."""
@@ -47,14 +62,15 @@ DTYPE_DEFAULT = "auto"
 class ExportOptions:
     """How a checkpoint is written for other programs."""
 
-    format: Literal["safetensors", "gguf"] = "safetensors"
+    format: Literal["safetensors", "gguf", "onnx", "openvino"] = "safetensors"
     """``safetensors``: a folder that Transformers, vLLM and others load; ``gguf``: one file.
-    llama.cpp and the programs around it load that file."""
+    llama.cpp and the programs around it load that file. ``onnx`` and ``openvino`` are folders that ONNX Runtime GenAI
+    and OpenVINO GenAI load."""
 
-    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_k"] = "auto"
-    """Format of the weights; ``auto`` is fp32, and fp16 for ``gguf``.
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_k", "int8", "int4"] = "auto"
+    """Format of the weights; ``auto`` is fp32, and fp16 for ``gguf`` and ``openvino``.
     A checkpoint holds them in fp32; bf16 and fp16 take half of it. ``q8_0``, ``q4_0`` and ``q4_k`` are llama.cpp's, of
-    8.5, 4.5 and 4.5 bits, for ``gguf`` only."""
+    8.5, 4.5 and 4.5 bits, for ``gguf`` only. ``int8`` and ``int4`` are for ``onnx`` and ``openvino``."""
 
     max_shard_size: str = _SHARD_SIZE
     """Bytes of one file at most, as ``500MB`` or ``5GB``; a tensor is never split.
@@ -127,13 +143,13 @@ class ExportOptions:
             yield from self._validate_parts(config)
 
     def _validate_parts(self, config: Mapping[str, Any]) -> Iterator[ConfigError]:
-        for part in _unknown_parts(config):
+        for part in _unknown_parts(config, self.about.rope_types):
             why = f"the exporter does not write {config['model_type']} with {part}"
             yield ConfigError("format", self.format, why=why, fix="write format=safetensors")
 
 
-def _unknown_parts(config: Mapping[str, Any]) -> Sequence[str]:
-    """Return what a model of a known family has and llama.cpp's loader does not expect."""
+def _unknown_parts(config: Mapping[str, Any], rope_types: Sequence[str]) -> Sequence[str]:
+    """Return what a model of a known family has and the exporter does not write."""
     if config["model_type"] == "gpt2":
         activation = config.get("activation_function", "gelu_new")
         unknown = [f"activation_function={activation}"] if activation != "gelu_new" else []
@@ -144,4 +160,4 @@ def _unknown_parts(config: Mapping[str, Any]) -> Sequence[str]:
         found.append(f"hidden_act={activation}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return found + ([f"rotary positions of type {kind}"] if kind not in ("default", "linear", "llama3") else [])
+    return found + ([f"rotary positions of type {kind}"] if kind not in rope_types else [])

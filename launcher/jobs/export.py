@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config.adapter_folder import is_adapter_folder
-from launcher.config.export import SAFETENSORS, ExportOptions
+from launcher.config.export import GGUF, ONNX, SAFETENSORS, ExportOptions
 from launcher.errors import LauncherError
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import die_with_parent
@@ -122,8 +122,11 @@ def _export(source: Path, target: Path, options: ExportOptions, snapshot: Path |
     stored = _dequantized(source) if snapshot is None else _merged(source, snapshot)
     dtype = DTYPES[options.chosen_dtype] if options.format == SAFETENSORS else torch.float32
     export = ModelExport(source, dtype=dtype, max_shard_bytes=options.max_shard_bytes, stored=stored)
-    if options.format != SAFETENSORS:
+    if options.format == GGUF:
         _export_gguf(export, target, options)
+        return
+    if options.format != SAFETENSORS:
+        _export_folder(export, target, options)
         return
     with byte_progress("writing", export.num_bytes) as written:
         export.write(target, written=written)
@@ -151,6 +154,24 @@ def _export_gguf(export: ModelExport, target: Path, options: ExportOptions) -> N
             print(check_export(file, export, options), flush=True)
 
     write_file(target, fill)
+
+
+def _export_folder(export: ModelExport, target: Path, options: ExportOptions) -> None:
+    from launcher.models.edge_folders import fill_onnx, fill_openvino
+    from launcher.models.export import write_folder
+    from launcher.verification.exported import check_export
+
+    convert = fill_onnx if options.format == ONNX else fill_openvino
+
+    def fill(folder: Path) -> None:
+        with byte_progress("converting", export.num_bytes) as written:
+            convert(export, folder, dtype=options.chosen_dtype, written=written)
+        num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(_size_text(export.num_params, options, num_bytes), flush=True)
+        if options.check:
+            print(check_export(folder, export, options), flush=True)
+
+    write_folder(target, fill)
 
 
 if __name__ == "__main__":

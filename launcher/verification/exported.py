@@ -67,13 +67,14 @@ def check_export(path: Path, export: ModelExport, options: ExportOptions) -> str
     if importlib.util.find_spec(module) is None:
         return f"not checked: {module.replace('_', '-')} is missing; pip install 'launcher[{options.format}]'"
     tokenizer = load_tokenizer(export.source, option="run")
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    most = export.config.max_position_embeddings
+    prompts = [tokenizer.encode(prompt)[: most // 2] for prompt in PROMPTS]
     request = {
         "format": options.format,
         "path": str(path),
         "prompts": prompts,
         "text": TEXT,
-        "num_tokens": NUM_TOKENS,
+        "num_tokens": max(1, min(NUM_TOKENS, most // 2 - 2)),
         "num_probs": NUM_PROBS,
         "threads": 1,
     }

@@ -13,6 +13,7 @@ import pytest
 
 from launcher.config.activation import NoCheckpointing
 from launcher.config.attention import SdpaAttention
+from launcher.config.export import FORMATS
 from launcher.config.model.hf import Hf
 
 WORDS = (
@@ -87,6 +88,14 @@ def test_a_run_goes_to_one_file_and_back(launch, tmp_path: Path) -> None:
     said = launch("export", "mymodel", "small.gguf", "format=gguf", "dtype=q4_k").expect(0).stdout
     assert "tensors: 9 in f32, 28 in q5_0, 2 in q8_0" in said, said  # 256 divides no row
     assert "exported mymodel to small.gguf" in said
+    for form, runtime in {"onnx": "onnxruntime_genai", "openvino": "openvino_genai"}.items():
+        pytest.importorskip(runtime)
+        for dtype in FORMATS[form].dtypes:
+            said = launch("export", "mymodel", f"{form}_{dtype}", f"format={form}", f"dtype={dtype}").expect(0).stdout
+            checked = next(line for line in said.splitlines() if line.startswith("checked by "))
+            is_equal = re.search(r" (\d+) of \1 greedy tokens are the model's", checked) is not None
+            assert is_equal or dtype not in FORMATS[form].exact, said
+            assert f"use it: {runtime}." in said
     assert "weights=" in launch("chat", "small.gguf", "dry_run=true").expect(0).stdout
     missing = launch("plan", "job=generate", "model.weights=none.gguf").expect(2).stderr
     assert "model.weights=none.gguf: cannot be read: No such file or directory" in missing
@@ -109,6 +118,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         "sighted": {"model_type": "idefics3", "vision_config": {}, "text_config": {}},
         "biased": {"model_type": "llama", "attention_bias": True},
         "nameless": {"model_type": "llama"},
+        "scaled": {"model_type": "llama", "rope_parameters": {"rope_type": "llama3"}},
         "strange": {"model_type": "mamba"},
     }.items():
         (tmp_path / name).mkdir()
@@ -117,7 +127,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         ("nowhere", "new"): "run=nowhere: is not a folder, and no run in runs begins with it",
         ("there", "new"): "run=there: is neither a run nor a checkpoint",
         ("packed", "new"): "is a run of job=quantize or job=sparsify, whose weights are files already: ",
-        ("packed", "new", "format=ggml"): "format=ggml: is not one of safetensors, gguf",
+        ("packed", "new", "format=ggml"): "format=ggml: is not one of safetensors, gguf, onnx, openvino",
         ("packed", "new", "format=gguf"): "DIR={}/new: format=gguf writes one file, whose name ends in .gguf; "
         "name it new.gguf",
         ("packed", "new", "dtype=q8_0"): "dtype=q8_0: format=safetensors holds no such weights",
@@ -129,6 +139,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
             "max_shard_size=1GB",
         ): "max_shard_size=1GB: format=gguf has no such files",
         ("packed", "new.gguf", "format=gguf"): "config.json has no model_type",
+        ("biased", "new", "format=onnx", "dtype=q8_0"): "dtype=q8_0: format=onnx holds no such weights; "
+        "write dtype=fp32|int8|int4, or format=gguf",
+        ("scaled", "new", "format=openvino"): "does not write llama with rotary positions of type llama3",
         ("strange", "new.gguf", "format=gguf"): "the exporter has no architecture mamba, only gpt2, llama",
         ("sighted", "new.gguf", "format=gguf"): "idefics3 is a model of more than text",
         ("biased", "new.gguf", "format=gguf"): "does not write llama with attention_bias=true",
@@ -143,5 +156,5 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         ("packed", "new", "max_shard_size=5"): "max_shard_size=5: is not a size above 0",
     }.items():
         assert said.format(tmp_path) in launch_in_process("export", *words).expect(2).stderr
-    names = ["biased", "nameless", "packed", "sighted", "strange", "there", "trained"]
+    names = ["biased", "nameless", "packed", "scaled", "sighted", "strange", "there", "trained"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names

@@ -74,6 +74,8 @@ SLOW = {
         (
             "launch export 20260101-120000-abcd my.gguf format=gguf dtype=q8_0",
             "launch export mymodel my.gguf format=gguf dtype=q4_k",
+            "launch export mymodel my_onnx format=onnx dtype=int4",
+            "launch export mymodel my_openvino format=openvino dtype=int8",
             "launch job=generate model.weights=my.gguf",
         ),
         "jobs/test_export.py::test_a_run_goes_to_one_file_and_back",

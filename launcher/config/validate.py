@@ -245,7 +245,7 @@ def _validate_kept_zeros(run: Run) -> Iterator[ConfigError]:
         why = f"adapter={run.adapter.kind} leaves the weights and their zeros as they are, and merged into them its "
         why += "update would fill the zeros"
         yield ConfigError("sparsity.keep", "true", why=why, fix="set adapter=none, or leave sparsity.keep out")
-    if run.model.weights == "random" and run.checkpoint.is_own:
+    if run.model.weights == "random" and run.checkpoint.resume in ("none", "auto"):
         why = "random weights have no zeros to keep"
         yield ConfigError("sparsity.keep", "true", why=why, fix="set model.weights to a folder that job=sparsify saved")
     if getattr(run.optimizer, "eps", 1.0) == 0:

@@ -30,7 +30,7 @@ _SHUTDOWN_SLACK_S = 20.0
 Enough even on an overloaded machine."""
 
 
-_OF_IMAGES = ("max_images", "max_image_pixels", "max_image_bytes", "image_workers", "image_cache_bytes")
+_OF_IMAGES = ("image_hosts", "max_images", "max_image_pixels", "max_image_bytes", "image_workers", "image_cache_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,11 @@ class Serve(GeneratingJob):
 
     max_image_bytes: int = 10 * 2**20
     """Size of the largest image file; in a request, base64 makes a third more of it."""
+
+    image_hosts: tuple[str, ...] = ()
+    """Hosts that images are fetched from; by default every address is refused.
+    An entry is a name or an IPv4 address, with a port if it is not 80 or 443, as in ``10.0.0.5:8080``.
+    Anyone who can use the server makes it send requests to these hosts."""
 
     image_workers: int = 1
     """Processes that decode and preprocess images."""
@@ -150,6 +155,10 @@ class Serve(GeneratingJob):
             if getattr(self, name) <= 0:
                 yield self.error(name, "must be above 0", f"leave job.{name} out")
         yield from self._validate_image_bytes()
+        for name in self.image_hosts:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?", name):
+                fix = "give names or addresses, with a port if need be: job.image_hosts=[images.example.org]"
+                yield ConfigError("job.image_hosts", name, why="is not a host", fix=fix)
         if self.max_body_bytes is not None and self.max_body_bytes > _MAX_BODY_BYTES:
             why = f"is more than {_MAX_BODY_BYTES}: reading a larger body would delay other requests"
             yield self.error("max_body_bytes", why, f"set job.max_body_bytes={_MAX_BODY_BYTES} or less")

@@ -14,6 +14,7 @@ from launcher.errors import ConfigError, JobError
 from launcher.inference.engine.vllm_engine import VllmServer
 from launcher.inference.server.app import make_app
 from launcher.inference.server.engine_client import EngineClient, ServerLimits
+from launcher.inference.server.image_fetcher import ImageFetcher
 from launcher.inference.server.image_pool import ImagePool
 from launcher.inference.server.proxy import Proxy, ProxyLimits
 from launcher.inference.server.replica_pool import ReplicaPool, StartReplica
@@ -143,7 +144,8 @@ class ReplicaBackend(ModelBackend):
                 tokenizer_folder, run.model, heartbeat=lambda: None, option="job.tokenizer"
             )
         sizes = {"num_workers": job.image_workers, "cache_bytes": job.image_cache_bytes}
-        self._client.images = ImagePool(folder, limits=job.image_limits, **sizes)
+        fetcher = ImageFetcher(job.image_hosts, max_bytes=job.max_image_bytes) if job.image_hosts else None
+        self._client.images = ImagePool(folder, limits=job.image_limits, fetcher=fetcher, **sizes)
         self._client.images.open()
         await self._client.images.ready
         return await asyncio.to_thread(processor_fingerprint, folder)

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.config.data.images import ImageLimits
+from launcher.config.data.images import BadImage, ImageLimits
 from launcher.config.inference import API_KEYS_VARIABLE
 from launcher.errors import EXIT_BAD_INPUT, JobError
 from launcher.inference.engine.base import RequestImage
 from launcher.inference.engine.loop import LENGTH_PREFIX, MAX_MESSAGE_BYTES
+from launcher.inference.server.image_fetcher import ImageFetcher
 from launcher.inference.server.image_worker import (
     ImageDone,
     ImageMessage,
@@ -90,6 +91,7 @@ class ImagePool:
         num_workers: processes.
         cache_bytes: of the files; those in use are never removed, and new ones are refused when they take it all.
         timeout_s: for one image.
+        fetcher: of images from addresses; without one, all of these are refused.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class ImagePool:
         num_workers: int = 1,
         cache_bytes: int,
         timeout_s: float = _TIMEOUT_S,
+        fetcher: ImageFetcher | None = None,
     ) -> None:
+        self._fetcher = fetcher
         self._processor, self._limits, self._timeout_s = processor, limits, timeout_s
         self._num_workers, self._cache_bytes = num_workers, cache_bytes
         self._folder = tempfile.TemporaryDirectory(prefix=f"launcher-images-{os.getpid()}-")
@@ -125,6 +129,8 @@ class ImagePool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._folder.cleanup)
+        if self._fetcher is not None:
+            await self._fetcher.close()
 
     async def prepare(self, urls: Sequence[str]) -> tuple[PreparedImage, ...]:
         """Return the images of data URLs, in order; call ``release`` once their request has ended.
@@ -136,10 +142,10 @@ class ImagePool:
         found: list[PreparedImage] = []
         try:
             for number, url in enumerate(urls):
-                key = await asyncio.to_thread(_hash, url)
                 try:
-                    found.append(await self._acquire(key, url))
-                except RefusedImage as refused:
+                    held = url if self._fetcher is None else await self._fetcher.data_url(url)
+                    found.append(await self._acquire(await asyncio.to_thread(_hash, held), held))
+                except (RefusedImage, BadImage) as refused:
                     raise RefusedImage(str(refused), number) from None
         except BaseException:
             self.release(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import pydoc_data.topics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,12 +36,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompts", choices=("sample", "tasks"), default="sample", help="tasks: as it was trained on")
+    parser.add_argument("--prompts", choices=("sample", "tasks", "docs"), default="sample")
+    parser.add_argument("--precision", default="bf16")
     options = parser.parse_args()
-    words = ["job=serve", "model=smollm2_135m", f"model.weights={options.weights}", "precision=bf16", "tracker=local"]
+    words = ["job=serve", f"model.weights={options.weights}", f"precision={options.precision}", "tracker=local"]
+    words += ["model=smollm2_135m"] if options.weights == "pretrained" else []
     run = resolve_run_references(compose([*words, "backend.ranks=1", "parallel=single"]))
     tokenizer = open_tokenizer("model", run, heartbeat=heartbeat)
-    prompts = [tuple(tokenizer.encode(tokenizer.render(chat), special=False)) for chat in chats(options.prompts)]
+    if options.prompts == "docs":
+        text = "".join(pydoc_data.topics.topics.values())
+        starts = range(int(0.96 * len(text)), len(text) - 200, 1000)
+        prompts = [tuple(tokenizer.encode(text[start : start + 100])) for start in starts]
+    else:
+        prompts = [tuple(tokenizer.encode(tokenizer.render(chat), special=False)) for chat in chats(options.prompts)]
     print_machine("torch", "transformers")
 
     def engine(**limits: object) -> PagedEngine:
@@ -90,7 +98,7 @@ def main() -> None:
 
 def chats(name: str) -> list[list[dict[str, str]]]:
     """Return conversations that wait for an answer."""
-    if name == "tasks":  # the last ones are held out
+    if name == "tasks":  # the last ones of the chats that +exp=early_exit_smollm2 trains on, held out
         return [chat["messages"][:1] for chat in itertools.islice(chat_tasks(), NUM_CHATS - 32, NUM_CHATS)]
     lines = [json.loads(line) for line in SAMPLE_PROMPTS.read_text(encoding="utf-8").splitlines()]
     return [line.get("messages") or [{"role": "user", "content": line["prompt"]}] for line in lines]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 from tests.conftest import Start as StartProcess
 from tests.helpers import wait_for
 from tests.image_rows import encoded, picture, png_of_size
-from tests.inference.image_models import NEW_TOKENS, ImageModel, data_url, write_model
+from tests.inference.image_models import NEW_TOKENS, ImageModel, data_url, image, write_model
 from tests.inference.server.conftest import Served, _starter, events
 from tests.inference.test_image_engine import MIXED
 from tests.processes import marked
@@ -34,14 +36,40 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ImageModel:
     return ImageModel(folder)
 
 
+class _Pictures(BaseHTTPRequestHandler):
+    """Sends the picture whose number is the path."""
+
+    def do_GET(self) -> None:
+        raw = encoded(picture(*image(int(self.path[1:]))))
+        self.send_response(200)
+        self.send_header("content-length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def served(model: ImageModel, tmp_path_factory: pytest.TempPathFactory, preloading: StartProcess) -> Iterator[Served]:
+def pictures() -> Iterator[str]:
+    """Return a host that serves pictures."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Pictures) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(
+    model: ImageModel, pictures: str, tmp_path_factory: pytest.TempPathFactory, preloading: StartProcess
+) -> Iterator[Served]:
     starter = _starter(lambda: tmp_path_factory.mktemp("server") / uuid.uuid4().hex[:8], preloading)
     for start in starter:
         yield start(
             *("job.engine=paged", "model=hf", f"model.name={model.folder}", f"job.served_model_name={NAME}"),
             *("job.tokenizer=model", "job.warm_up=[[1,4]]", "job.prefill_chunk_size=24", "job.max_images=3"),
             *("job.max_image_pixels=10000", f"job.max_image_bytes={BYTES}", "job.result_cache_bytes=1000000"),
+            f"job.image_hosts=['{pictures}']",
         )
 
 
@@ -148,6 +176,14 @@ def test_parts_that_are_no_images_are_refused_by_name(served: Served) -> None:
     body = {"model": NAME, "messages": [{"role": "assistant", "content": parts([1])}]}
     answer = served.http.post("/v1/chat/completions", json=body)
     assert "only a user's message" in answer.json()["error"]["message"]
+
+
+def test_an_image_of_an_allowed_host_is_fetched(served: Served, model: ImageModel, pictures: str) -> None:
+    answer = ask(served, [{"type": "image_url", "image_url": {"url": f"http://{pictures}/9"}}, *parts(["fetched"])])
+    content = answer.json()["choices"][0]["message"]["content"]
+    assert content == model.tokenizer.decode(model.alone([9, "fetched"])[1])
+    other = ask(served, [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/1"}}])
+    assert (other.status_code, "not fetched" in other.json()["error"]["message"]) == (400, True)
 
 
 def workers(served: Served) -> list[psutil.Process]:

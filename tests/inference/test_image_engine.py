@@ -49,12 +49,8 @@ def requests_of(model: ImageModel, contents: Sequence[Sequence[str | int]], file
     ]
 
 
-@pytest.mark.parametrize(("kernels", "speculation"), [(False, "none"), (True, "none"), (True, "early_exit")])
-def test_eight_mixed_requests_at_once_get_what_transformers_gives_each(
-    model: ImageModel, kernels: bool, speculation: str, tmp_path: Path
-) -> None:
-    how = {"kernels": kernels, "speculation": speculation}
-    engine = engine_of(model, **how, prefill_chunk_size=24, kv_cache_tokens=1024)
+def test_eight_mixed_requests_at_once_get_what_transformers_gives_each(model: ImageModel, tmp_path: Path) -> None:
+    engine = engine_of(model, prefill_chunk_size=24, kv_cache_tokens=1024)
     requests = requests_of(model, MIXED, tmp_path)
     alone = [model.alone(content) for content in MIXED]
     assert [list(request.prompt) for request in requests] == [ids for ids, _ in alone]
@@ -84,8 +80,10 @@ def test_images_that_differ_never_share_keys_and_values(model: ImageModel, tmp_p
         assert updates[0].num_cached_tokens == (whole if cached == -1 else cached)
 
 
-def test_beams_and_preemption_keep_images(model: ImageModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["qwen2_vl"], indirect=True)
+def test_beams_drafts_and_preemption_keep_images(model: ImageModel, tmp_path: Path) -> None:
     contents = [[1, "a"], [4, "b"], [2, "c"]]
+    drafting = engine_of(model, kernels=False, speculation="early_exit")
     requests = requests_of(model, contents, tmp_path)
     longest = max(len(request.prompt) for request in requests) + NEW_TOKENS
     engine = engine_of(model, kv_cache_tokens=32 * -(-longest // 32) + 64, enable_prefix_caching=False)
@@ -93,10 +91,12 @@ def test_beams_and_preemption_keep_images(model: ImageModel, tmp_path: Path) -> 
     beams = replace(requests[0], id="beams", sampling=sampling)
     updates = finish(engine_of(model), [beams, *requests])
     assert tokens(updates["beams"]) == model.alone(contents[0], num_beams=2)[1]
-    updates = finish(engine, requests)
-    assert [tokens(updates[request.id]) for request in requests] == [model.alone(each)[1] for each in contents]
+    for other in (engine, drafting):
+        updates = finish(other, requests)
+        assert [tokens(updates[request.id]) for request in requests] == [model.alone(each)[1] for each in contents]
 
 
+@pytest.mark.parametrize("model", ["llava"], indirect=True)
 def test_one_image_that_fails_ends_its_request_alone(model: ImageModel, tmp_path: Path) -> None:
     engine = engine_of(model)
     good, bad, cancelled = requests_of(model, [[1, "good"], [5, "bad"], [6, "cancelled"]], tmp_path)
@@ -112,6 +112,7 @@ def test_one_image_that_fails_ends_its_request_alone(model: ImageModel, tmp_path
     assert tokens(updates[good.id]) == model.alone([1, "good"])[1]
 
 
+@pytest.mark.parametrize("model", ["llava"], indirect=True)
 def test_a_text_engine_refuses_images(model: ImageModel, tmp_path: Path) -> None:
     (request,) = requests_of(model, [[1, "x"]], tmp_path)
     with pytest.raises(InvalidRequest, match="takes text only"):

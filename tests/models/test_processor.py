@@ -55,20 +55,19 @@ def test_a_batch_has_the_loss_of_its_rows_one_by_one(folder: Path, tmp_path: Pat
     model = Hf(name=str(folder), weights="random")
     splits = open_splits(data, model, sequence_length=512, seed=0, packs=False)
     module, processor = built(folder), load_processor(folder, option="model.name")
-    batch = Batch(micro_batch=4, gradient_accumulation_steps=1, data_parallel=1)
-    batches = [one for step in range(3) for one in Loader(splits, batch, seed=0, rank=0).step(step)]
     template = data.template(folder)
     assert template is not None
     alone = sum(_loss_alone(module, processor, example) for example in data.sources()[0].examples(template))
-    seen = [splits.train.row(number) for number in range(splits.train.num_sequences)]
-    held = [splits.held_out.row(number) for number in range(splits.held_out.num_sequences)]
-    assert len(seen) + len(held) == 12
-    everything = Loader(splits, batch, seed=0, rank=0)
-    parts = [*everything.in_order(splits.train, 12), *everything.in_order(splits.held_out, 12)]
-    with torch.no_grad():
-        together = sum(token_loss_sum(module, one, device=CPU) for part in parts for one in part)
-    assert float(together) == pytest.approx(float(alone), rel=1e-5)
-    assert any(one.arrays for one in batches)
+    assert splits.train.num_sequences + splits.held_out.num_sequences == 12
+    for size in (1, 4):
+        loader = Loader(splits, Batch(micro_batch=size, gradient_accumulation_steps=1, data_parallel=1), seed=0, rank=0)
+        parts = [*loader.in_order(splits.train, 12), *loader.in_order(splits.held_out, 12)]
+        with torch.no_grad():
+            together = sum(token_loss_sum(module, one, device=CPU) for part in parts for one in part)
+        assert float(together) == pytest.approx(float(alone), rel=1e-5)
+        assert all(one.arrays for part in parts for one in part), "a rank would wait for one without images"
+        if size == 1:
+            assert sum(len(one.input_ids) == 2 for part in parts for one in part) == 4, "rows without images"
 
 
 def _loss_alone(module: PreTrainedModel, processor: Any, example: Any) -> torch.Tensor:
@@ -175,20 +174,22 @@ def test_a_damaged_image_is_named_with_its_row_or_left_out(tmp_path: Path) -> No
     assert len(block.lengths) == len(block.arrays) == 3
 
 
-def test_images_are_read_again_when_their_files_change(tmp_path: Path) -> None:
-    """A cache by the rows alone would keep the pixels of the old image."""
+def test_pixels_in_the_cache_are_those_of_the_files(tmp_path: Path) -> None:
+    """A cache by the rows alone would keep those of an image that was replaced, or of other folders with equal rows."""
     image_model.write_image_model(tmp_path / "model", "llava")
-    picture(1).save(tmp_path / "a.png")
     row = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}
-    file = write_rows(tmp_path, [{**row, "images": ["a.png"]}] * 4)
-    data = AutoData(path=str(file), tokenizer="model", cache=str(tmp_path / "cache"))
     model = Hf(name=str(tmp_path / "model"), weights="random")
 
-    def pixels() -> np.ndarray:
-        row = open_splits(data, model, sequence_length=64, seed=0, packs=False).train.row(0)
-        return np.array(row.arrays["pixel_values"])
+    def pixels(name: str, number: int | None = None) -> np.ndarray:
+        file = write_rows(tmp_path / name, [{**row, "images": ["a.png"]}] * 4)
+        if number is not None:
+            picture(number).save(tmp_path / name / "a.png")
+        data = AutoData(path=str(file), tokenizer="model", cache=str(tmp_path / "cache"))
+        row_read = open_splits(data, model, sequence_length=64, seed=0, packs=False).train.row(0)
+        return np.array(row_read.arrays["pixel_values"])
 
-    first = pixels()
-    assert np.array_equal(pixels(), first)
-    picture(2).save(tmp_path / "a.png")
-    assert not np.array_equal(pixels(), first)
+    first = pixels("one", 1)
+    assert np.array_equal(pixels("one"), first)
+    assert not np.array_equal(pixels("other", 2), first)
+    assert not np.array_equal(pixels("one", 2), first)
+    assert np.array_equal(pixels("one"), pixels("other"))

@@ -145,6 +145,16 @@ def test_the_plan_shows_images_and_refuses_bad_ones(tmp_path: Path) -> None:
     assert "no file" in str(error)
 
 
+def test_the_preview_shows_the_images_of_each_row(launch_in_process: Any, tmp_path: Path) -> None:
+    image_model.write_image_model(tmp_path / "model", "idefics3")
+    file = write_image_rows(tmp_path / "data")
+    words = ("model=hf", f"model.name={tmp_path / 'model'}", "model.weights=random", f"data.path={file}", "rows=3")
+    printed = launch_in_process("data", "preview", *words).expect(0).stdout
+    assert "line 2 of" in printed
+    assert "1 image (16 × 40), whose tokens a rank counts" in printed
+    assert "2 images (12 × 12, 48 × 32)" in printed
+
+
 def test_facts_of_a_folder_are_read_without_transformers(tmp_path: Path) -> None:
     for kind, token in (("idefics3", "<image>"), ("llava", "<image>"), ("qwen2_vl", "<|image_pad|>")):
         image_model.write_image_model(tmp_path / kind, kind)

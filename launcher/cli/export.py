@@ -17,6 +17,7 @@ from launcher.config.export import GGUF, ONNX, OPENVINO, SAFETENSORS, ExportOpti
 from launcher.config.model.base import has_tokenizer
 from launcher.config.model.folder import read_config
 from launcher.config.model.hf import is_model_folder
+from launcher.config.model.image_text import read_image_text
 from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
 from launcher.config.snapshot import load_run
 from launcher.errors import ConfigError, ConfigErrors
@@ -77,6 +78,9 @@ def _use(path: str, options: ExportOptions) -> str:
         return f"use it: onnxruntime_genai.Model({path!r})"
     if options.format == OPENVINO:
         return f"use it: openvino_genai.LLMPipeline({path!r}, 'CPU')"
+    if read_image_text(Path(path)) is not None:
+        served = shell_command(["launch", "job=serve", "model=hf", f"model.name={path}"])
+        return f"use it: AutoModelForImageTextToText and AutoProcessor.from_pretrained({path!r}), or {served}"
     return f"use it: AutoModelForCausalLM.from_pretrained({path!r}), or {shell_command(['launch', 'chat', path])}"
 
 

@@ -60,7 +60,10 @@ def test_a_run_continues_to_the_bit_and_transformers_loads_it(launch, tmp_path, 
     launch(*words, "run.dir=whole").expect(0)
     launch(*words, "run.dir=again", "checkpoint.resume=whole/checkpoints/step_00000002").expect(0)
     assert losses(tmp_path / "again") == losses(tmp_path / "whole", after=2)
-    launch("export", "whole", "exported").expect(0)
+    said = launch("export", "whole", "exported").expect(0).stdout
+    assert (
+        "use it: AutoModelForImageTextToText and AutoProcessor.from_pretrained('exported'), or launch job=serve" in said
+    )
     module = AutoModelForImageTextToText.from_pretrained(tmp_path / "exported").eval()
     processor = load_processor(tmp_path / "exported", option="model.name")
     inputs = processor.inputs("<|im_start|>User:<image>What?<end_of_utterance>\nAssistant:", [picture(1)])

@@ -352,28 +352,6 @@ static void widen(const void *panel, int64_t in, int64_t bits, float *to) {
     }
 }
 
-/* A 2:4 panel as floats, zeros and all: (in, NR). */
-static void unpack(const void *panel, int64_t in, int64_t bits, float *to) {
-    const vu *w = (const vu *)panel;
-    for (int64_t k = 0; k < in; k += 4) {
-        if (k % 16 == 0) w += k ? 4 * bits / 8 + 1 : 0;
-        const vu *v = w + 1 + k % 16 / 4 * (bits / 8);
-        vu index = w[0] >> (k % 16 * 2);
-        vf kept[4]; /* first weights of both halves, second ones */
-        for (int n = 0; n < 4; n++)
-            kept[n] = bits == 32   ? (vf)v[n]
-                      : bits == 8  ? WIDEN8(v[0], n)
-                      : n % 2 == 0 ? LOW(v[n / 2])
-                                   : HIGH(v[n / 2]);
-        for (int t = 0; t < 4; t++)
-            for (int h = 0; h < 2; h++) {
-                vu own = index >> (4 * h);
-                vi first = (own & 3) == (uint32_t)t, second = (own >> 2 & 3) == (uint32_t)t;
-                ((vf *)to)[2 * (k + t) + h] = (vf)(((vi)kept[h] & first) | ((vi)kept[2 + h] & second));
-            }
-    }
-}
-
 /* fp16 above 0 to fp32, subnormal ones too */
 static inline vf scales(const void *from, int64_t i) {
     vh h = *(const vh *)((const uint16_t *)from + i);
@@ -399,11 +377,8 @@ static float round_row(const float *x, int64_t n, float *to) {
     return step;
 }
 
-/* Bits of a weight as it is stored. */
-static inline int64_t width(const Linear *l, int half) { return l->bits ? l->bits : half ? 16 : 32; }
-
 static int64_t panel_bytes(const Linear *l, int half) {
-    int64_t all = l->in * NR * width(l, half) / 8;
+    int64_t all = l->in * NR * (l->bits ? l->bits : half ? 16 : 32) / 8;
     return l->sparse ? all / 2 + l->in / 16 * VL * 4 : all;
 }
 
@@ -444,8 +419,6 @@ static void tile_of_few(const Linear *l, int64_t p, const float *x, int64_t rows
         }
 }
 
-#define UNPACKED_ROWS 8 /* with more, 2:4 panels are unpacked first */
-
 static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y, int half) {
     int64_t panels = l->out / NR, bytes = panel_bytes(l, half), groups = l->in / l->group;
     float *sums = 0, *steps = 0;
@@ -466,8 +439,8 @@ static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y
     }
     for (int64_t first = 0; first < rows; first += CHUNK) {
         int64_t end = first + CHUNK < rows ? first + CHUNK : rows;
-        int is_wide = end - first > (l->sparse ? UNPACKED_ROWS : 2 * MR);
-        int64_t step = l->sparse && !is_wide ? SPARSE_ROWS : MR;
+        int is_wide = !l->sparse && end - first > 2 * MR; /* 2:4 panels are as fast as they are */
+        int64_t step = l->sparse ? SPARSE_ROWS : MR;
 #pragma omp parallel if ((end - first) * l->out * l->in > SMALL)
         {
             float *room = is_wide ? __builtin_malloc(sizeof(float) * l->in * NR + 64) : 0;
@@ -475,11 +448,7 @@ static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y
 #pragma omp for schedule(static)
             for (int64_t p = 0; p < panels; p++) {
                 const void *panel = (const char *)l->weight + p * bytes;
-                if (is_wide) {
-                    if (l->sparse) unpack(panel, l->in, width(l, half), aligned);
-                    else widen(panel, l->in, l->bits, aligned);
-                    panel = aligned;
-                }
+                if (is_wide) widen(panel, l->in, l->bits, aligned), panel = aligned;
                 for (int64_t r = first; r < end; r += step)
                     tile_of_few(l, p, x + r * l->in, end - r < step ? end - r : step, panel, is_wide,
                                 sums ? sums + r * groups : 0, steps ? steps + r : 0, y + r * l->out, half);

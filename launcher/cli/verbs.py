@@ -390,7 +390,8 @@ config, safetensors with an index, tokenizer and chat template, under the names 
 AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer.from_pretrained(DIR) load it without this program.
 The checkpoint is verified first. DIR appears once it is complete.
 
-format=gguf writes one file instead, of Llama and GPT-2, with dtype=fp16 (default), fp32, bf16, q8_0, q4_0 or q4_k.
+format=gguf writes one file instead, of Llama and GPT-2, with dtype=fp16 (default), fp32, bf16, q8_0, q4_0, q4_1 or
+q4_k.
 format=onnx (fp32, int8, int4) and format=openvino (fp16, int8, int4) write folders of Llama for ONNX Runtime GenAI and
 OpenVINO GenAI; they need pip install 'launcher[onnx]' and 'launcher[openvino]'. The format's own runtime then runs the
 file and its answers are compared; for gguf, if pip install 'launcher[gguf]' has brought it.""",

@@ -35,7 +35,7 @@ class ExportFormat:
 FORMATS: dict[str, ExportFormat] = {
     SAFETENSORS: ExportFormat(dtypes=("fp32", "bf16", "fp16")),
     GGUF: ExportFormat(
-        dtypes=("fp16", "fp32", "bf16", "q8_0", "q4_0", "q4_k"),
+        dtypes=("fp16", "fp32", "bf16", "q8_0", "q4_0", "q4_1", "q4_k"),
         families=("gpt2", "llama"),
         rope_types=("default", "linear", "llama3"),
         exact=("fp32", "bf16", "fp16"),
@@ -67,10 +67,11 @@ class ExportOptions:
     llama.cpp and the programs around it load that file. ``onnx`` and ``openvino`` are folders that ONNX Runtime GenAI
     and OpenVINO GenAI load."""
 
-    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_k", "int8", "int4"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_1", "q4_k", "int8", "int4"] = "auto"
     """Format of the weights; ``auto`` is fp32, and fp16 for ``gguf`` and ``openvino``.
-    A checkpoint holds them in fp32; bf16 and fp16 take half of it. ``q8_0``, ``q4_0`` and ``q4_k`` are llama.cpp's, of
-    8.5, 4.5 and 4.5 bits, for ``gguf`` only. ``int8`` and ``int4`` are for ``onnx`` and ``openvino``."""
+    A checkpoint holds them in fp32; bf16 and fp16 take half of it. ``q8_0``, ``q4_0``, ``q4_1`` and ``q4_k`` are
+    llama.cpp's, of 8.5, 4.5, 5 and 4.5 bits, for ``gguf`` only. ``int8`` and ``int4`` are for ``onnx`` and
+    ``openvino``."""
 
     max_shard_size: str = _SHARD_SIZE
     """Bytes of one file at most, as ``500MB`` or ``5GB``; a tensor is never split.

@@ -27,6 +27,7 @@ _FILE_TYPES = {
     "bf16": "MOSTLY_BF16",
     "q8_0": "MOSTLY_Q8_0",
     "q4_0": "MOSTLY_Q4_0",
+    "q4_1": "MOSTLY_Q4_1",
     "q4_k": "MOSTLY_Q4_K_S",
 }
 

@@ -1,6 +1,6 @@
 """Weights in the formats of llama.cpp (ggml): blocks of a row with a scale each.
 
-The package ``gguf`` has q8_0, q5_0 and q4_0 in numpy; q4_k, which it only reads, is here.
+The package ``gguf`` has q8_0, q5_0, q4_1 and q4_0 in numpy; q4_k, which it only reads, is here.
 """
 
 from __future__ import annotations

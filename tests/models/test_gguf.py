@@ -50,7 +50,7 @@ CONFIGS: dict[str, Any] = {
         n_layer=2, n_embd=64, n_head=2, n_positions=128, vocab_size=ROWS, eos_token_id=0, bos_token_id=0
     ),
 }  # fmt: skip
-SPREAD = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254, "q4_0": 1 / 8, "q4_k": 1 / 14}
+SPREAD = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254, "q4_0": 1 / 8, "q4_1": 1 / 15, "q4_k": 1 / 14}
 """Half a step of each format, as a share of the greatest weight of a block; of bf16 and fp16, of the weight itself."""
 LOGITS = {"fp32": 0.0, "fp16": 0.01, "bf16": 0.1, "q8_0": 0.3}
 """Greatest difference of logits, in standard deviations; seen is less than half of it."""

@@ -98,7 +98,7 @@ def _check_exportable(source: _Source, options: ExportOptions) -> None:
         config = read_config(source.folder)
     except (OSError, ValueError) as error:
         raise ConfigError("run", str(source.folder), why=str(error), fix="name a model folder or a run") from error
-    errors = list(options.validate_model(config))
+    errors = [*options.validate_model(config), *options.validate_machine()]
     if not has_tokenizer(source.folder):
         why = f"{source.folder} holds no tokenizer, which the file needs"
         errors.append(ConfigError("format", options.format, why=why, fix="export a model that was trained on text"))
@@ -162,7 +162,7 @@ def _options(words: Sequence[str]) -> ExportOptions:
     errors: list[ConfigError] = []
     options = build(ExportOptions, tree, path="", report=errors.append)
     if options is not None:
-        errors += [*options.validate(), *options.validate_machine()]
+        errors += options.validate()
     if errors or options is None:
         raise ConfigErrors(errors)
     return options

@@ -13,9 +13,11 @@ import torch
 
 from launcher.config.inference import EngineLimits
 from launcher.config.sampling import SamplingParams
+from launcher.errors import ConfigError
 from launcher.inference.engine.base import EngineOutput, EngineRequest
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.inference.engine.draft_lengths import Draft, DraftLengths, SpeedTrial
+from launcher.inference.engine.layer_skipping import ExitStates
 from launcher.inference.engine.paged_engine import PagedEngine, paged_engine_for
 from launcher.inference.engine.sampler import SamplerState, sample_drafts
 from launcher.inference.engine.scheduler import ScheduledStep
@@ -364,3 +366,10 @@ def test_drafts_follow_the_penalties_of_their_request() -> None:
     assert state.output == [2]
     plain = dataclasses.replace(way, repetition_penalty=1.0, no_repeat_ngram_size=0)
     assert sample_drafts(scores.clone(), [SamplerState(plain, (0, 1), [2])], [[3]], eos_token_ids=()) == [(0, None)]
+
+
+def test_a_model_whose_layers_are_not_found_is_refused() -> None:
+    model = copy.deepcopy(stock("llama"))
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ConfigError, match=r"job\.speculation=early_exit: the layers of llama are not one list"):
+        ExitStates(model)

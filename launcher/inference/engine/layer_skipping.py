@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from launcher.errors import ConfigError
 from launcher.models.layers import blocks
 
 if TYPE_CHECKING:
@@ -27,12 +28,19 @@ class ExitStates:
 
     Args:
         model: whose layers skip themselves from now on where a plan says so.
+
+    Raises:
+        ConfigError: its layers are not found.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._slots: list[Tensor] = []
         self._hidden: list[Tensor] = []
-        for number, block in enumerate(blocks(model)):
+        layers = blocks(model)
+        if len(layers) != model.config.get_text_config().num_hidden_layers:
+            why = f"the layers of {model.config.model_type} are not one list of blocks in its base model"
+            raise ConfigError("job.speculation", "early_exit", why=why, fix="set job.speculation=none")
+        for number, block in enumerate(layers):
             block.forward = self._skipping(block, number)
 
     def clear(self) -> None:

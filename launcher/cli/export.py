@@ -73,7 +73,8 @@ def run(arguments: Arguments) -> int:
 def _use(path: str, options: ExportOptions) -> str:
     """Return the line that says what loads the file or folder."""
     if options.format == GGUF:
-        return f"use it: {shell_command(['llama-cli', '-m', path])}, or model.weights={path}"
+        use = shell_command([f"model.weights={path}"])
+        return f"use it: {shell_command(['llama-cli', '-m', path])}, or {use}"
     if options.format == ONNX:
         return f"use it: onnxruntime_genai.Model({path!r})"
     if options.format == OPENVINO:

@@ -53,6 +53,9 @@ GPT2_NAMES = {
 NAMES = {"llama": LLAMA_NAMES, "gpt2": GPT2_NAMES}
 """Names of each architecture, which GGUF calls as Transformers does."""
 
+PER_LAYER = frozenset(stem for names in NAMES.values() for stem, name in names.items() if "{}" in name)
+"""GGUF's names of tensors that each layer has."""
+
 ROPE_FACTORS = "rope_freqs.weight"
 """By what the wavelengths of rotary positions are multiplied, where they are scaled."""
 
@@ -96,6 +99,7 @@ def convert_gguf(source: Path, folder: Path, *, heartbeat: Callable[[], None] = 
         JobError: it is damaged, or holds what Transformers would not read the same way; the message names it.
     """
     from gguf import GGUFReader
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         reader = GGUFReader(source)
@@ -109,10 +113,14 @@ def convert_gguf(source: Path, folder: Path, *, heartbeat: Callable[[], None] = 
     shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
     try:
         config = _llama_config(fields, shapes) if architecture == "llama" else _gpt2_config(fields, shapes)
+        _check_tensors(shapes, _expected(config), layers=config.num_hidden_layers)
         tokenizer = _tokenizer(fields)
         _write_folder(reader, folder, config=config, heartbeat=heartbeat)
     except KeyError as error:
         raise JobError(f"{source} lacks {error}", exit_code=EXIT_BAD_INPUT) from error
+    except StrictDataclassError as error:  # Transformers refuses what no model can be
+        why = str(error).strip().splitlines()[-1].strip()
+        raise JobError(f"{source} describes no model: {why}", exit_code=EXIT_BAD_INPUT) from error
     except JobError as error:
         raise JobError(f"{source}: {error}", exit_code=EXIT_BAD_INPUT) from error
     write_tokenizer(tokenizer, folder)
@@ -148,6 +156,72 @@ def _name(name: str, names: dict[str, str]) -> tuple[str, str]:
     return found[2], f"{names[found[2]].format(found[1])}.{found[3]}"
 
 
+def _count(fields: dict[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive number of the header, one for all layers."""
+    found = fields[key] if default is None else fields.get(key, default)
+    if type(found) is not int or found < 1:
+        raise JobError(f"its {key} is {found!r}, and must be one number of at least 1", exit_code=EXIT_BAD_INPUT)
+    return found
+
+
+def _even(head_size: int) -> int:
+    if head_size % 2:
+        raise JobError(f"its heads are {head_size} wide, which rotary pairs do not divide", exit_code=EXIT_BAD_INPUT)
+    return head_size
+
+
+def _expected(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of matrices and norms by GGUF's name, without layer where they are of each layer."""
+    width, inner, vocabulary = config.hidden_size, getattr(config, "intermediate_size", None), config.vocab_size
+    if config.model_type == "gpt2":
+        inner = config.n_inner
+        return {
+            "token_embd": (vocabulary, width),
+            "position_embd": (config.n_positions, width),
+            "output_norm": (width,),
+            "attn_norm": (width,),
+            "ffn_norm": (width,),
+            "attn_qkv": (3 * width, width),
+            "attn_output": (width, width),
+            "ffn_up": (inner, width),
+            "ffn_down": (width, inner),
+        } | ({} if config.tie_word_embeddings else {"output": (vocabulary, width)})
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    return {
+        "token_embd": (vocabulary, width),
+        "output_norm": (width,),
+        "attn_norm": (width,),
+        "ffn_norm": (width,),
+        "attn_q": (queries, width),
+        "attn_k": (keys, width),
+        "attn_v": (keys, width),
+        "attn_output": (width, queries),
+        "ffn_gate": (inner, width),
+        "ffn_up": (inner, width),
+        "ffn_down": (width, inner),
+    } | ({} if config.tie_word_embeddings else {"output": (vocabulary, width)})
+
+
+def _check_tensors(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], *, layers: int) -> None:
+    """Raise if the tensors of a file are not those that its header describes.
+
+    Raises:
+        JobError: one is missing, of another shape, or of a layer too many.
+    """
+    numbers = {int(found[1]) for name in shapes if (found := re.match(r"blk\.(\d+)\.", name))}
+    if len(numbers) != layers or max(numbers) != layers - 1:
+        why = f"its header says {layers} layers, and it has tensors of {len(numbers)}"
+        raise JobError(f"{why}, up to number {max(numbers, default=-1)}", exit_code=EXIT_BAD_INPUT)
+    for stem, shape in expected.items():
+        prefixes = [f"blk.{number}." for number in range(layers)] if stem in PER_LAYER else [""]
+        for name in (f"{prefix}{stem}.weight" for prefix in prefixes):
+            if name not in shapes:
+                raise JobError(f"it lacks the tensor {name}", exit_code=EXIT_BAD_INPUT)
+            if shapes[name] != shape:
+                why = f"its tensor {name} is {shapes[name]}, and its header describes {shape}"
+                raise JobError(why, exit_code=EXIT_BAD_INPUT)
+
+
 def _llama_config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> PreTrainedConfig:
     """Return the configuration that the fields of a file describe.
 
@@ -159,16 +233,16 @@ def _llama_config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
     scaling = fields.get("llama.rope.scaling.type", "none")
     if ROPE_FACTORS in shapes or scaling != "none":
         raise JobError("its rotary positions are scaled, which is not read back", exit_code=EXIT_BAD_INPUT)
-    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    heads, width = _count(fields, "llama.attention.head_count"), _count(fields, "llama.embedding_length")
     return LlamaConfig(
-        num_hidden_layers=fields["llama.block_count"],
+        num_hidden_layers=_count(fields, "llama.block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
-        head_dim=fields.get("llama.attention.key_length", width // heads),
+        num_key_value_heads=_count(fields, "llama.attention.head_count_kv", heads),
+        head_dim=_even(_count(fields, "llama.attention.key_length", max(1, width // heads))),
         hidden_size=width,
-        intermediate_size=fields["llama.feed_forward_length"],
+        intermediate_size=_count(fields, "llama.feed_forward_length"),
         vocab_size=shapes["token_embd.weight"][0],
-        max_position_embeddings=fields["llama.context_length"],
+        max_position_embeddings=_count(fields, "llama.context_length"),
         tie_word_embeddings="output.weight" not in shapes,
         rope_parameters={"rope_type": "default", "rope_theta": fields.get("llama.rope.freq_base", 10_000.0)},
         rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
@@ -180,11 +254,11 @@ def _gpt2_config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> 
     from transformers import GPT2Config
 
     return GPT2Config(
-        n_layer=fields["gpt2.block_count"],
-        n_head=fields["gpt2.attention.head_count"],
-        n_embd=fields["gpt2.embedding_length"],
-        n_inner=fields["gpt2.feed_forward_length"],
-        n_positions=fields["gpt2.context_length"],
+        n_layer=_count(fields, "gpt2.block_count"),
+        n_head=_count(fields, "gpt2.attention.head_count"),
+        n_embd=_count(fields, "gpt2.embedding_length"),
+        n_inner=_count(fields, "gpt2.feed_forward_length"),
+        n_positions=_count(fields, "gpt2.context_length"),
         vocab_size=shapes["token_embd.weight"][0],
         layer_norm_epsilon=fields["gpt2.attention.layer_norm_epsilon"],
         tie_word_embeddings="output.weight" not in shapes,

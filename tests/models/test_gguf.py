@@ -262,6 +262,31 @@ def test_damaged_and_foreign_files_are_named(folders: dict[str, Path], tmp_path:
             convert_gguf(tmp_path / f"{name}.gguf", tmp_path / "made")
 
 
+@pytest.mark.parametrize(
+    ("key", "number", "said"),
+    [
+        ("block_count", 3_000_000_000, "its header says 3000000000 layers, and it has tensors of"),
+        ("embedding_length", 4, "its tensor token_embd.weight is "),
+        ("attention.head_count", 0, "llama.attention.head_count is 0, and must be"),
+        ("attention.key_length", 7, "its heads are 7 wide"),
+    ],
+)
+def test_a_header_that_contradicts_the_tensors_is_refused(
+    folders: dict[str, Path], tmp_path: Path, key: str, number: int, said: str
+) -> None:
+    """Before anything is built from its numbers, which may be huge."""
+    gguf_of(folders["llama"], tmp_path / "my.gguf", "fp32")
+    data = bytearray((tmp_path / "my.gguf").read_bytes())
+    name = f"llama.{key}".encode()
+    at = data.index(name) + len(name) + 4  # the type of the value
+    data[at : at + 4] = number.to_bytes(4, "little")
+    (tmp_path / "my.gguf").write_bytes(data)
+    (tmp_path / "made").mkdir()
+    with pytest.raises(JobError, match=said):
+        convert_gguf(tmp_path / "my.gguf", tmp_path / "made")
+    assert not list((tmp_path / "made").iterdir())
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_folder_of_quantized_weights_is_dequantized_first(
     folders: dict[str, Path], tmp_path: Path, family: str

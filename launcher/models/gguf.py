@@ -171,7 +171,7 @@ def _even(head_size: int) -> int:
 
 
 def _expected(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of matrices and norms by GGUF's name, without layer where they are of each layer."""
+    """Return the shapes that a header describes, by names without layer (``attn_q``)."""
     width, inner, vocabulary = config.hidden_size, getattr(config, "intermediate_size", None), config.vocab_size
     if config.model_type == "gpt2":
         inner = config.n_inner

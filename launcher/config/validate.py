@@ -14,11 +14,14 @@ from launcher.config.adapter_folder import ADAPTER_NAME
 from launcher.config.attention import FlashAttention, FlexAttention
 from launcher.config.backend import base
 from launcher.config.compile import RegionalCompile
+from launcher.config.data.auto import AutoData
 from launcher.config.data.base import Corpus, Synthetic
+from launcher.config.data.images import IMAGE_OPTIONS
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.sparsify import Sparsify
 from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.hf import Hf
 from launcher.config.model.linear_layers import ModuleSizes, module_sizes
 from launcher.config.model.transformers_support import attention_support
 from launcher.config.optimizer import AdamW
@@ -183,7 +186,17 @@ def _idle(run: Run, group: str, option: str, value: str) -> str:
         return "" if value in _WHOLE_MODEL else run.job.unused_strategy(run)
     if group == "model":
         return run.job.unused_model_options(run).get(option, "")
+    if group == "data" and isinstance(run.data, AutoData) and option in IMAGE_OPTIONS:
+        return _takes_text_only(run)
     return run.job.unused_options(run).get(option, "") if group == "job" else ""
+
+
+def _takes_text_only(run: Run) -> str:
+    """Return why the model of a run takes no images; empty where it does, or its files are not here."""
+    model = run.model
+    is_known = not isinstance(model, Hf) or model.stored_config() is not None
+    is_used = "model" not in run.job.unused_groups(run)
+    return f"{model.name} takes text only" if is_used and is_known and model.image_text() is None else ""
 
 
 def _validate_checkpoint(run: Run) -> Iterator[ConfigError]:

@@ -186,7 +186,9 @@ def _fitting(store: ExampleStore, settings: RowSettings) -> np.ndarray:
     if settings.on_long == "refuse" and is_long.any():
         longest = int(store.lengths.max())
         why = f"{int(is_long.sum()):,} of {len(store):,} examples are longer (the longest needs {longest - 1:,})"
-        fix = f"set job.sequence_length={longest - 1}, or data.on_long=truncate or drop"
+        cuts_image = store.has_images and any(map(store.array_bytes, np.flatnonzero(is_long).tolist()))
+        instead = "data.on_long=drop" if cuts_image else "data.on_long=truncate or drop"
+        fix = f"set job.sequence_length={longest - 1}, or {instead}"
         raise ConfigError("job.sequence_length", settings.sequence_length, why=why, fix=fix)
     is_usable = settings.on_long != "drop"
     if store.has_images and settings.on_long == "truncate":

@@ -9,6 +9,7 @@ from launcher.config.activation import OffloadCheckpointing
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.model.base import VOCABULARY_FILES, Model, has_tokenizer
+from launcher.config.model.hf import Hf
 from launcher.config.run import BatchedJob, LearningJob, Run
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host, MemoryEstimate, host_ram
@@ -19,7 +20,7 @@ from launcher.utils.text import bytes_text
 def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[str]:
     """Yield each warning as one sentence that names the option to change."""
     if isinstance(run.job, BatchedJob):
-        yield from _memory_warnings(hosts, memory)
+        yield from _memory_warnings(run.model, hosts, memory)
         yield from run.parallel.warnings(
             run.precision, on_gpu=all(host.devices or not host.is_probed for host in hosts)
         )
@@ -28,15 +29,15 @@ def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | No
         yield from _schedule_warnings(run, world_size=sum(host.slots for host in hosts))
         yield from _pretrained_weights_warnings(run)
     if isinstance(run.job, GeneratingJob):
-        yield from _memory_warnings(hosts, memory)
+        yield from _memory_warnings(run.model, hosts, memory)
         yield from _format_warnings(run, [host for host in hosts if host.is_probed and not host.devices])
     yield from _tokenizer_warnings(run)
     yield from run.job.warnings(run, world_size=sum(host.slots for host in hosts))
 
 
-def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[str]:
+def _memory_warnings(model: Model, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[str]:
     if memory is None:
-        yield "the model's sizes are known only once its files are downloaded, so memory was not checked"
+        yield f"{_why_sizes_are_unknown(model)}, so memory was not checked"
         return
     state = memory.per_rank
     for host in hosts:
@@ -59,6 +60,16 @@ def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> It
                 f"{bytes_text(host.device_bytes)}: use a higher ZeRO stage, offload, or more GPUs"
             )
             return
+
+
+def _why_sizes_are_unknown(model: Model) -> str:
+    if not isinstance(model, Hf) or model.stored_config() is None:
+        return "the model's sizes are known only once its files are downloaded"
+    if model.weights == "random":
+        return f"the sizes of {model.family()} models are read from weights, and model.weights=random reads none"
+    if model.local_weights is None:
+        return "the model's sizes are known only once its weights are downloaded"
+    return f"the sizes of {model.family()} models are not known from these files"
 
 
 def _processor_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:

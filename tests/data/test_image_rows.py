@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import image_model
 import pytest
 
+from launcher.config.compose import compose
 from launcher.config.data.auto import AutoData
 from launcher.config.data.chat_template import ChatTemplate, find_template
 from launcher.config.data.conversations import BadRow
@@ -15,6 +17,7 @@ from launcher.config.data.examples import RenderedExample
 from launcher.config.data.images import ImageLimits, ImageReader
 from launcher.config.data.shapes import Columns, Renderer
 from launcher.config.model.image_text import read_image_text
+from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigErrors
 from tests.image_rows import encoded, picture, write_image_rows, write_rows
 
@@ -106,16 +109,23 @@ IMAGE = {"type": "image", "path": "1.png"}
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"messages": [user({"type": "image"}), ANSWER]}, "has 1 places .* no column images"),
-        ({"messages": [user({"type": "image"}), ANSWER], "images": ["1.png", "2.png"]}, "1 places .* images holds 2"),
-        ({"messages": [user(IMAGE), ANSWER], "images": ["1.png"]}, "0 places .* images holds 1"),
+        ({"messages": [user({"type": "image"}), ANSWER]}, "has 1 place .* no column images"),
+        (
+            {"messages": [user({"type": "image"}), ANSWER], "images": ["1.png", "2.png"]},
+            "1 place .* its column images holds 2 images",
+        ),
+        ({"messages": [user(IMAGE), ANSWER], "images": ["1.png"]}, "0 places .* its column images holds 1 image$"),
         ({"messages": [user("no <image> here"), ANSWER]}, "1 × <image>.*0 images"),
         ({"messages": [user({"type": "image", "path": "9.png"}), ANSWER]}, "image 1 .*no file"),
+        ({"messages": [user({"type": "image", "base64": "@@"}), ANSWER]}, "image 1.base64 is no valid base64"),
+        ({"messages": [user({"type": "image", "base64": "abcd"}), ANSWER]}, "image 1.base64 is no image of"),
+        ({"messages": [user({"type": "image", "bytes": "abcd"}), ANSWER]}, "image 1.bytes is no image of"),
         ({"messages": [user({"type": "image", "url": "http://a/b.png"}), ANSWER]}, "not fetched"),
         ({"messages": [user({"type": "video", "video": "a.mp4"}), ANSWER]}, "of type video"),
     ],
 )
 def test_bad_rows_are_named(folder: Path, row: dict[str, Any], words: str) -> None:
+    picture(1).save(folder / "abcd", "PNG")  # a name that is base64
     with pytest.raises(BadRow, match=words):
         rendered(folder, SMOLVLM, row)
 
@@ -138,11 +148,53 @@ def test_the_plan_shows_images_and_refuses_bad_ones(tmp_path: Path) -> None:
     assert list(data.validate_length(64, tokenizer=tmp_path / "model")) == []
     small = AutoData(path=str(file), tokenizer=str(tmp_path / "model"), max_image_pixels=1000)
     (error,) = small.validate_length(64, tokenizer=tmp_path / "model")
-    assert "line 3 of" in str(error)
-    assert "48 × 32 = 1,536 pixels, and an image may have 1,000" in str(error)
+    assert f"line 3 of {file}: image 2 " in str(error)
+    assert "48 × 32 = 1,536 pixels, and an image may have 1,000; scale it down, or raise data.max_im" in str(error)
     elsewhere = AutoData(path=str(file), image_folder=str(tmp_path / "data" / "pictures"))
     (error,) = elsewhere.validate_length(64, tokenizer=tmp_path / "model")
     assert "no file" in str(error)
+
+
+def test_the_plan_says_that_images_add_tokens_and_offers_no_cut(tmp_path: Path) -> None:
+    image_model.write_image_model(tmp_path / "model", "idefics3")
+    file = write_image_rows(tmp_path / "data")
+
+    def refused(**options: Any) -> list[str]:
+        data = AutoData(path=str(file), tokenizer=str(tmp_path / "model"), **options)
+        return [str(error) for error in data.validate_length(8, tokenizer=tmp_path / "model")]
+
+    (said,) = refused()
+    assert "12 of 12 examples are longer than a sequence of 8 + 1 tokens" in said
+    assert re.search(r"counted as one token; set job\.sequence_length to more than \d+ \(the first rank counts", said)
+    assert said.endswith("or data.on_long=drop")
+    assert "truncate" not in said
+    (said,) = refused(on_long="truncate")
+    assert "data.on_long=truncate: 8 of 12 examples are longer" in said
+    assert "could be a part of an image" in said
+    assert refused(on_long="drop") == []
+    cut = AutoData(path=str(file), tokenizer=str(tmp_path / "model"), on_long="truncate")
+    assert "ends the run all the same" in dict(cut.describe(tmp_path / "model"))["images"]
+
+
+def test_a_text_model_is_named_before_its_missing_template(tmp_path: Path) -> None:
+    data = AutoData(path=str(write_image_rows(tmp_path)), tokenizer="bpe")
+    (error,) = data.validate_length(64)
+    assert "line 2 of" in error.why
+    assert "the model takes text alone" in error.why
+    assert "Idefics3" in error.fix
+    plain = write_rows(tmp_path, [{"messages": [{"role": "user", "content": "Hi"}, ANSWER]}] * 2, "plain.jsonl")
+    (error,) = AutoData(path=str(plain), tokenizer="bpe").validate_length(64)
+    assert "no chat template" in error.why
+
+
+def test_options_of_images_have_no_effect_on_a_text_model(tmp_path: Path) -> None:
+    image_model.write_image_model(tmp_path / "model", "idefics3")
+    words = ["data.max_image_pixels=5", f"data.image_folder={tmp_path}", "data.max_image_bytes=9", "data.split=train"]
+    found = validate_overrides_used(compose(["model=gpt2", *words]).run, words)
+    assert [str(error.option) for error in found] == [word.partition("=")[0] for word in words[:3]]
+    of_images = ["model=hf", f"model.name={tmp_path / 'model'}", "model.weights=random"]
+    assert not list(validate_overrides_used(compose([*of_images, *words]).run, words))
+    assert not list(validate_overrides_used(compose(["model=hf", "model.name=org/unknown", *words]).run, words))
 
 
 def test_the_preview_shows_the_images_of_each_row(launch_in_process: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,18 @@ def test_pixels_are_those_of_the_file() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(101, 100), (9_500, 9_500), (25_000, 20_000), (2**31 - 1, 2**31 - 1)])
 def test_an_image_of_too_many_pixels_is_refused_by_its_header(width: int, height: int) -> None:
-    """Up to four exabytes of pixels: the header alone is read. Pillow warns of some, and raises of others."""
-    with pytest.raises(BadImage, match=r"pixels|too large"):
-        measure(png_of_size(width, height), name="a", limits=LIMITS)
+    """Up to four exabytes of pixels: the header alone is read. Pillow's own limit says nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadImage, match=r"^a has .* pixels, and an image may have 10,000$") as caught:
+            measure(png_of_size(width, height), name="a", limits=LIMITS)
+    assert "job.max_image_pixels" in caught.value.fix
+    assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_a_limit_above_that_of_pillow_is_the_one_that_counts() -> None:
+    limits = ImageLimits(max_pixels=600_000_000)
+    assert measure(png_of_size(25_000, 20_000), name="a", limits=limits).height == 20_000
 
 
 def test_the_limit_of_pixels_is_the_last_that_passes() -> None:
@@ -120,6 +130,11 @@ def test_bytes_and_objects(tmp_path: Path) -> None:
     reader = ImageReader(folder=tmp_path, limits=LIMITS)
     for held in (raw, {"bytes": raw, "path": "x.png"}, {"bytes": base64.b64encode(raw).decode()}, {"base64": base64.b64encode(raw).decode()}):  # fmt: skip  # noqa: E501
         assert reader.find(held, "image 1").read() == raw
+    assert reader.find({"base64": data_url(raw)}, "image 1").read() == raw
+    (tmp_path / "abcd").write_bytes(raw)
+    for held, words in (({"base64": "abcd"}, "no image"), ({"bytes": "@@"}, "no valid base64"), ({"base64": {"path": "abcd"}}, "takes bytes")):  # fmt: skip  # noqa: E501
+        with pytest.raises(BadImage, match=words):
+            reader.find(held, "image 1")
     for held in (None, 3, "", {}, {"bytes": None, "path": None}):
         with pytest.raises(BadImage):
             reader.find(held, "image 1")

@@ -3,6 +3,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import image_model
 import pytest
 
 from launcher.config.compose import compose
@@ -166,6 +167,16 @@ def test_memory_is_not_checked_before_the_size_of_the_model_is_known(plan_of):
     assert plan.memory is None
     assert plan.warnings == (
         "the model's sizes are known only once its files are downloaded, so memory was not checked",
+    )
+
+
+def test_the_plan_of_a_local_image_model_says_why_memory_was_not_checked(plan_of, tmp_path):
+    image_model.write_image_model(tmp_path, "idefics3")
+    plan = plan_of("model=hf", f"model.name={tmp_path}", "model.weights=random")
+    assert plan.memory is None
+    (said,) = plan.warnings
+    assert said.startswith(
+        "the sizes of idefics3 models are read from weights, and model.weights=random reads none, so"
     )
 
 

@@ -25,16 +25,20 @@ from launcher.config.data.images import EncodedImage, ImageLimits, ImageReader
 from launcher.config.data.mixture import source_names, weights_error
 from launcher.config.data.rows import FirstRows, Record, count_rows, first_rows, read_rows
 from launcher.config.data.shapes import (
+    IMAGE_MODEL,
     SHAPES,
+    TEXT_ALONE,
     Columns,
     Renderer,
     Shape,
     ShapeUnknown,
     detect_columns,
+    holds_images,
     shapes_with,
 )
 from launcher.config.data.sources import Source, left_out_of_folder, url_problem
 from launcher.config.data.text import PYTHON_DOCS, python_docs, validate_python_docs
+from launcher.config.model.image_text import read_image_text
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text, counted, cut_middle
@@ -498,9 +502,11 @@ class AutoData(Corpus):
                 return
             template = self.plan_template(tokenizer)
             if (error := self.template_error(template, sources)) is not None:
-                yield error
+                takes_text_alone = tokenizer is None or read_image_text(tokenizer) is None
+                yield (self._images_error(sources) if takes_text_alone else None) or error
                 return
-            check = _LengthCheck(tokenizer, sequence_length, self.on_long)
+            takes_images = template is not None and bool(template.image_token)
+            check = _LengthCheck(tokenizer, sequence_length, self.on_long, takes_images=takes_images)
             for source in sources:
                 if not source.is_documents:
                     most = self._num_checked(sources) if source.files else _CHECKED_ROWS
@@ -529,6 +535,16 @@ class AutoData(Corpus):
             return self.error("chat_template", why, f"{fix}, or set data.chat_template=chatml")
         why = f"{source.name} holds conversations, and the tokenizer has no chat template"
         return self.error("chat_template", why, "set data.chat_template=chatml, or a Jinja file")
+
+    def _images_error(self, sources: Sequence[DataSource]) -> ConfigError | None:
+        """Return the error of the first conversation with images, for a model of text; ``None`` without any."""
+        if self.on_bad_row == "skip":
+            return None
+        for file in (file for source in sources if source.shape == "messages" for file in source.files):
+            for record in itertools.islice(self._records(file, every_row), _CHECKED_ROWS):
+                if not record.problem and holds_images(record.fields, file.columns):
+                    return self._bad_row(f"{file.place(record)} {TEXT_ALONE}", IMAGE_MODEL)
+        return None
 
     def plan_template(self, tokenizer: Path | None) -> ChatTemplate | None:
         """Return the template with which rows are checked before anything starts.
@@ -574,7 +590,9 @@ class AutoData(Corpus):
         if template is not None and template.image_token:
             shown = [source.placed_examples(template) for source in sources if not source.is_documents]
             first_of_each = (itertools.islice(placed, _CHECKED_ROWS) for placed in shown)
-            yield "images", images_text(example for placed in first_of_each for _, example in placed)
+            found = images_text(example for placed in first_of_each for _, example in placed)
+            ends = "; an example with images that is too long ends the run all the same (data.on_long=truncate)"
+            yield "images", f"{found}{ends if self.on_long == 'truncate' else ''}"
 
     def _template_words(self, template: ChatTemplate, tokenizer: Path | None) -> str:
         """Return a template's name, and whether servers can stop where its turns end."""
@@ -677,7 +695,7 @@ class AutoData(Corpus):
     @property
     def image_limits(self) -> ImageLimits:
         """The largest image that is decoded."""
-        return ImageLimits(max_pixels=self.max_image_pixels, max_bytes=self.max_image_bytes)
+        return ImageLimits(max_pixels=self.max_image_pixels, max_bytes=self.max_image_bytes, group="data")
 
     def _examples(
         self,
@@ -702,8 +720,8 @@ class AutoData(Corpus):
             except BadRow as bad:
                 where = place(record)
                 if self.on_bad_row == "refuse":
-                    raise self._bad_row(f"{where} {bad}", bad.fix, repair=record.fix) from bad
-                first_bad = first_bad or f"{where} {bad}"
+                    raise self._bad_row(bad.at(where), bad.fix, repair=record.fix) from bad
+                first_bad = first_bad or bad.at(where)
                 num_bad += 1
                 continue
             yield place(record), example
@@ -805,13 +823,18 @@ class AutoData(Corpus):
 
 
 class _LengthCheck:
-    """Counts examples that are longer than a sequence."""
+    """Counts examples that are longer than a sequence, and may not be.
 
-    def __init__(self, tokenizer: Path | None, sequence_length: int, on_long: OnLong) -> None:
-        loaded = None if tokenizer is None or on_long != "refuse" else folder_tokenizer(tokenizer)
+    How many tokens an image takes, only its processor knows, which a rank loads: here each counts as one.
+    """
+
+    def __init__(self, tokenizer: Path | None, sequence_length: int, on_long: OnLong, *, takes_images: bool) -> None:
+        counts = on_long == "refuse" or (on_long == "truncate" and takes_images)
+        loaded = None if tokenizer is None or not counts else folder_tokenizer(tokenizer)
         self._encoder = None if loaded is None else ExampleEncoder(loaded, end_id=None)
-        self._most, self._longest, self._place = sequence_length + 1, 0, ""
-        self._num_long = self.num_examples = 0
+        self._on_long, self._most, self._longest, self._place = on_long, sequence_length + 1, 0, ""
+        self._num_long = self.num_examples = self._num_images = 0
+        self._has_images = False
 
     def add(self, examples: Iterable[tuple[str, Example]]) -> None:
         for batch in _batches(examples):
@@ -823,9 +846,13 @@ class _LengthCheck:
             for place, example in batch:
                 # and the end of text
                 length = max(next(lengths) + (not one.has_special_tokens) for one in texts_of(example))
+                num_images = sum(len(one.images) for one in texts_of(example))
+                self._has_images |= num_images > 0
+                if self._on_long == "truncate" and not num_images:
+                    continue  # its end is cut off
                 self._num_long += length > self._most
                 if length > self._longest:
-                    self._longest, self._place = length, place
+                    self._longest, self._place, self._num_images = length, place, num_images
 
     def errors(self) -> Iterator[ConfigError]:
         if not self._num_long:
@@ -834,7 +861,15 @@ class _LengthCheck:
         why = f"{self._num_long:,} of {counted(self.num_examples, 'example')} {verb} longer than a sequence of "
         why += f"{self._most - 1:,} + 1 tokens; the longest, {self._place}, has {self._longest:,}"
         fix = f"set job.sequence_length={self._longest - 1}, or data.on_long=truncate or drop"
-        yield ConfigError("data.on_long", "refuse", why=why, fix=fix)
+        if self._num_images:
+            images = "its image" if self._num_images == 1 else f"each of its {self._num_images:,} images"
+            why += f", {images} counted as one token"
+        if self._has_images:
+            fix = f"set job.sequence_length to more than {self._longest - 1} (the first rank counts the tokens of "
+            fix += "images), or data.on_long=drop"
+        if self._on_long == "truncate":
+            why += "; what is cut off could be a part of an image"
+        yield ConfigError("data.on_long", self._on_long, why=why, fix=fix)
 
 
 def _batches(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:

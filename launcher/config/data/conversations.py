@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from launcher.config.data.rows import json_type
+from launcher.utils.text import counted
 
 Message = dict[str, Any]
 
@@ -32,8 +33,8 @@ _MARKS = ("weight", "train", "training", "loss")
 _PARTIAL_MARKS = ("train_detail", "training_detail")
 _MARK = "train"
 _IMAGE_PARTS = ("image", "image_url")
-_IMAGE_KEYS = ("bytes", "base64", "path", "image", "url", "image_url")
-"""Keys of a part that may hold the image, of Transformers and OpenAI."""
+_IMAGE_DATA_KEYS, _IMAGE_KEYS = ("bytes", "base64"), ("path", "image", "url", "image_url")
+"""Keys of a part that may hold the image, of Transformers and OpenAI; the first are never paths."""
 IMAGE_MARK = "<image>"
 """Text that stands for an image of the column ``images``, as LLaVA writes rows."""
 _LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
@@ -42,13 +43,19 @@ _LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"
 class BadRow(Exception):
     """A row that gives no training example.
 
-    Attributes:
+    Args:
+        why: the reason.
         fix: what to do; empty where the reason says it.
+        names_part: whether the reason begins with a part of the row, not with what the row does.
     """
 
-    def __init__(self, why: str, fix: str = "") -> None:
+    def __init__(self, why: str, fix: str = "", *, names_part: bool = False) -> None:
         super().__init__(why)
-        self.fix = fix
+        self.fix, self._names_part = fix, names_part
+
+    def at(self, place: str) -> str:
+        """Return the place of the row and the reason."""
+        return f"{place}: {self}" if self._names_part else f"{place} {self}"
 
 
 class ToolArguments(dict[str, Any]):
@@ -302,8 +309,9 @@ def place_images(messages: Sequence[Message], column: str, given: Sequence[Any])
             found.append(next(rest, None) if part["image"] is None else part["image"])
             del part["image"]
     if num_places != len(given):
-        what = f"{column} holds {len(given)}" if column else "no column images holds any"
-        raise BadRow(f"has {num_places} places for images that its messages do not name, and {what}")
+        what = f"its column {column} holds {counted(len(given), 'image')}" if column else "no column images holds any"
+        places = counted(num_places, "place")
+        raise BadRow(f"has {places} for images that its messages do not name, and {what}")
     return found
 
 
@@ -331,7 +339,9 @@ def _part(part: Any, place: str) -> dict[str, Any]:
         check_characters(part["text"], place)
         return _text_part(str(part["text"]))
     if isinstance(part, Mapping) and part.get("type") in _IMAGE_PARTS:
-        return {"type": "image", "image": next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)}
+        data = next(({key: part[key]} for key in _IMAGE_DATA_KEYS if part.get(key) is not None), None)
+        named = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+        return {"type": "image", "image": data or named}
     what = f"of type {part['type']}" if isinstance(part, Mapping) and "type" in part else json_type(part)
     raise BadRow(f"{place} takes text, and is {what}")
 

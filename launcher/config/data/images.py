@@ -13,6 +13,7 @@ import io
 import os
 import re
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ _DATA_URL = re.compile(r"data:(?P<kind>[\w.+/-]*)(?:;[\w.+-]+=[^;,]*)*(?P<base64
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DATA_KEYS, _PATH_KEYS = ("bytes", "base64"), ("path", "image", "url", "image_url")
 """Keys of an object that holds an image: of ``datasets``, Transformers and OpenAI."""
+IMAGE_OPTIONS = ("image_folder", "max_image_pixels", "max_image_bytes")
+"""Options of data that say how images are read."""
+_PILLOW_LIMIT = threading.Lock()
+"""Held while Pillow's own limit of pixels is off."""
 
 
 class BadImage(Exception):
@@ -54,6 +59,8 @@ class ImageLimits:
     """Width times height; 33,554,432 pixels take 96 MiB once they are decoded."""
     max_bytes: int = 20 << 20
     """Of the file."""
+    group: str = "job"
+    """Of the options ``max_image_pixels`` and ``max_image_bytes`` that set them: a server's, or data's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,10 +215,12 @@ class ImageReader:
     def _find_in_object(self, value: Mapping[str, Any], name: str) -> EncodedImage:
         for key in _DATA_KEYS:
             held = value.get(key)
-            if isinstance(held, str) and held:
+            if isinstance(held, str) and held and held[:5].lower() != "data:":
                 return image_of_base64(held, name=f"{name}.{key}", limits=self.limits)
-            if held:
+            if isinstance(held, str | bytes | bytearray | memoryview) and held:
                 return self.find(held, f"{name}.{key}")
+            if held:
+                raise BadImage(f"{name}.{key} takes bytes, and is {type(held).__name__}", "encode them as base64")
         for key in _PATH_KEYS:
             if value.get(key):
                 return self.find(value[key], f"{name}.{key}")
@@ -247,14 +256,14 @@ def _read_file(path: Path, name: str, limits: ImageLimits) -> bytes:
 def _check_bytes(num_bytes: int, name: str, limits: ImageLimits) -> None:
     if num_bytes > limits.max_bytes:
         why = f"{name} has {bytes_text(num_bytes)}, and an image may have {bytes_text(limits.max_bytes)}"
-        raise BadImage(why, "save it smaller, or raise the limit of bytes")
+        raise BadImage(why, f"save it smaller, or raise {limits.group}.max_image_bytes")
 
 
 def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
     width, height = size
     if width * height > limits.max_pixels:
         why = f"{name} has {width:,} × {height:,} = {width * height:,} pixels, and an image may have"
-        raise BadImage(f"{why} {limits.max_pixels:,}", "scale it down, or raise the limit of pixels")
+        raise BadImage(f"{why} {limits.max_pixels:,}", f"scale it down, or raise {limits.group}.max_image_pixels")
     if not width or not height:
         raise BadImage(f"{name} has {width} × {height} pixels", "give an image with pixels")
 
@@ -262,17 +271,31 @@ def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None
 @contextmanager
 def _opened(source: Any, name: str) -> Iterator[Image.Image]:
     """Yield an image whose header has been read; errors of decoders become ``BadImage``."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(stream, formats=FORMATS) as image:
+        with _open_header(stream) as image:
             yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(f"{name} is too large: {error}", "scale it down") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"{name} is no image of {', '.join(FORMATS)}", "save it as PNG or JPEG") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, TypeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk, not of the image
         raise BadImage(f"{name} is damaged or cut off: {error}", "copy it again, or save it anew") from error
+
+
+def _open_header(stream: Any) -> Image.Image:
+    """Return an image of which the header is read, whatever its size, which the caller compares with the limits.
+
+    Pillow's own limit would warn of some sizes and refuse others, in its words, before they are compared.
+    """
+    from PIL import Image
+
+    with _PILLOW_LIMIT:
+        usual = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(stream, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual

@@ -24,7 +24,7 @@ from launcher.config.data.conversations import (
 from launcher.config.data.examples import Example, PreferencePair, RenderedExample, TextSegment, joined
 from launcher.config.data.images import BadImage
 from launcher.config.data.rows import json_type
-from launcher.utils.text import did_you_mean, shell_word
+from launcher.utils.text import counted, did_you_mean, shell_word
 
 if TYPE_CHECKING:
     from launcher.config.data.images import EncodedImage, ImageReader
@@ -49,6 +49,8 @@ _LABELS = ("label", "kto_tag")
 
 Part = Literal["images", "system", "tools", "history", "input", "prompt", "messages"]
 _IMAGES = ("images", "image")
+TEXT_ALONE = "holds images, and the model takes text alone"
+IMAGE_MODEL = "choose a model that takes images: model=hf with LLaVA, Idefics3, SmolVLM or Qwen2-VL"
 _OPTIONAL: dict[Shape, dict[Part, tuple[str, ...]]] = {
     "text": {},
     "prompt_response": {
@@ -364,7 +366,7 @@ class Renderer:
             messages = [*earlier, user_turn(before_text), assistant_turn(answer)]
             return self._chat(_with_system(messages, row, columns), row)
         if _given_images(row, columns)[1]:
-            raise BadRow("holds images, and there is no chat template that places them")
+            raise BadRow("holds images, and there is no chat template that places them", IMAGE_MODEL)
         if _tools(row, columns):
             raise BadRow("has tools, and there is no chat template that writes them")
         gap = "\n" if columns.shape == "alpaca" else ""
@@ -408,7 +410,8 @@ class Renderer:
             raise BadRow(str(failed)) from failed
         token = self.template.image_token
         if token and (written := found.text.count(token)) != len(images):
-            why = f"gives a text with {written} × {token}, which stands for an image, and has {len(images)} images"
+            why = f"gives a text with {written} × {token}, which stands for an image, and has "
+            why += counted(len(images), "image")
             raise BadRow(why, f"take {token} out of its text")
         return replace(found, images=images)
 
@@ -419,13 +422,12 @@ class Renderer:
         if not given and not any(isinstance(message.get("content"), list) for message in messages):
             return ()
         if self.images is None or not self.template.image_token:
-            which = "a model that takes images: model=hf with LLaVA, Idefics3, SmolVLM or Qwen2-VL"
-            raise BadRow("holds images, and the model takes text alone", f"choose {which}")
+            raise BadRow(TEXT_ALONE, IMAGE_MODEL)
         found = place_images(messages, column, given)
         try:
             return tuple(self.images.find(value, f"image {number}") for number, value in enumerate(found, 1))
         except BadImage as bad:
-            raise BadRow(str(bad), bad.fix) from bad
+            raise BadRow(str(bad), bad.fix, names_part=True) from bad
 
     def _preference(self, row: Mapping[str, Any]) -> PreferencePair:
         columns = self.columns
@@ -580,6 +582,17 @@ def _with_system(messages: list[Message], row: Mapping[str, Any], columns: Colum
         name = next(name for name in columns.optional("system") if row.get(name))
         raise BadRow(f"has a system message in the conversation and another in {name}")
     return [{"role": "system", "content": system}, *messages]
+
+
+def holds_images(row: Mapping[str, Any], columns: Columns) -> bool:
+    """Return whether a conversation has images, or a column beside it; a row that is none has not."""
+    if _given_images(row, columns)[1]:
+        return True
+    try:
+        messages = conversation(decoded(row.get(columns.messages), columns.messages), columns.messages)
+    except BadRow:
+        return False
+    return any(isinstance(message.get("content"), list) for message in messages)
 
 
 def _given_images(row: Mapping[str, Any], columns: Columns) -> tuple[str, list[Any]]:

@@ -84,7 +84,10 @@ def _normalize_message(message: Any, field: str) -> dict[str, str]:
         for number, part in enumerate(content):
             is_text = isinstance(part, Mapping) and part.keys() == {"type", "text"} and part["type"] == "text"
             if not is_text or not isinstance(part["text"], str):
-                raise InvalidMessages(f"{field}.content.{number}", 'takes {"type": "text", "text": "…"}')
+                why = 'takes {"type": "text", "text": "…"}'
+                if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+                    why = "is an image, and only chats of job=serve take images"
+                raise InvalidMessages(f"{field}.content.{number}", why)
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise InvalidMessages(f"{field}.content", _CONTENT)
@@ -175,6 +178,11 @@ class TextTokenizer:
         return self._decode(ids)
 
     @property
+    def mark_in_text(self) -> str:
+        """Why a text with :attr:`image_token` in it is refused."""
+        return f"a text holds {self.image_token}, which stands for an image of this model; take it out"
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return self._chat is not None
@@ -191,13 +199,14 @@ class TextTokenizer:
 
         Raises:
             ChatTemplateNotFound: the tokenizer has none, or none of this name.
+            InvalidMessages: a text holds what stands for an image.
             ValueError: the template refuses these messages, and why.
         """
         text = self.render(messages, template)
-        if images:
+        if self.image_token:
             pieces = text.split(self.image_token)
             if len(pieces) != len(images) + 1:
-                raise ValueError(f"with its images it holds {len(pieces) - 1} × {self.image_token}, not {len(images)}")
+                raise InvalidMessages("messages", self.mark_in_text)
             text = "".join(part for pair in zip(pieces, (*images, ""), strict=True) for part in pair)
         # a template writes special tokens itself; processors of images add them where it does not begin with one
         special = bool(self.image_token) and not (self._begin and text.startswith(self._begin))

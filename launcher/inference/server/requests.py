@@ -199,7 +199,8 @@ async def encode_prompts(tokenizer: TextTokenizer, prompt: Prompts, *, max_model
     """Return the tokens of every prompt.
 
     Raises:
-        ApiError: a token that the tokenizer does not have, or a text that is too long whatever its tokens are.
+        ApiError: a token that the tokenizer does not have, a text that is too long whatever its tokens are, or one that
+            holds what stands for an image.
     """
     if isinstance(prompt, str):
         prompt = [prompt]
@@ -209,6 +210,8 @@ async def encode_prompts(tokenizer: TextTokenizer, prompt: Prompts, *, max_model
         if (longest := max(map(len, texts))) > most:
             said = f"has {longest:,} characters, and no text of more than {most:,} fits into {max_model_len:,} tokens"
             raise invalid(said, "prompt", code="context_length_exceeded")
+        if tokenizer.image_token and any(tokenizer.image_token in text for text in texts):
+            raise invalid(tokenizer.mark_in_text, "prompt", code="invalid_value")
         return await run_in_pool(sum(map(len, texts)), lambda: tokenizer.encode_all(texts))
     lists = [each for each in prompt if isinstance(each, list)] or [[each for each in prompt if isinstance(each, int)]]
     for ids in lists:

@@ -121,7 +121,7 @@ def url_of(raw: bytes, kind: str = "image/png") -> str:
 
 
 BAD = {
-    "a bomb of 500 megapixels": (url_of(png_of_size(25_000, 20_000)), "too large"),
+    "a bomb of 500 megapixels": (url_of(png_of_size(25_000, 20_000)), "500,000,000 pixels"),
     "more pixels than allowed": (url_of(png_of_size(101, 100)), "10,100 pixels"),
     "too many bytes": (url_of(bytes(BYTES + 3)), "may have"),
     "broken base64": ("data:image/png;base64,%%%", "no valid base64"),
@@ -168,11 +168,14 @@ def test_parts_that_are_no_images_are_refused_by_name(served: Served) -> None:
         assert words in answer.json()["error"]["message"]
     for content, words in (
         (parts([1, 2, 3, 4]), "allows 3"),
-        (parts([1, "an <image> that is none"]), "not 1"),
+        (parts([1, "an <image> that is none"]), "a text holds <image>, which stands for an image of this model"),
+        (parts(["an <image> that is none"]), "a text holds <image>, which stands for an image of this model"),
     ):
         answer = ask(served, content)
         assert answer.status_code == 400
         assert words in answer.json()["error"]["message"]
+    answer = served.http.post("/v1/completions", json={"model": NAME, "prompt": "an <image>"})
+    assert (answer.status_code, "a text holds <image>" in answer.json()["error"]["message"]) == (400, True)
     body = {"model": NAME, "messages": [{"role": "assistant", "content": parts([1])}]}
     answer = served.http.post("/v1/chat/completions", json=body)
     assert "only a user's message" in answer.json()["error"]["message"]

@@ -192,7 +192,7 @@ def _idle(run: Run, group: str, option: str, value: str) -> str:
 
 
 def _takes_text_only(run: Run) -> str:
-    """Return why the model of a run takes no images; empty where it does, or its files are not here."""
+    """Return why a run's model takes no images; empty where it does or is not here."""
     model = run.model
     is_known = not isinstance(model, Hf) or model.stored_config() is not None
     is_used = "model" not in run.job.unused_groups(run)

@@ -60,7 +60,7 @@ class ImageLimits:
     max_bytes: int = 20 << 20
     """Of the file."""
     group: str = "job"
-    """Of the options ``max_image_pixels`` and ``max_image_bytes`` that set them: a server's, or data's."""
+    """Of the options ``max_image_pixels`` and ``max_image_bytes``: ``job`` or ``data``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,9 +286,9 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
 
 
 def _open_header(stream: Any) -> Image.Image:
-    """Return an image of which the header is read, whatever its size, which the caller compares with the limits.
+    """Return an image of which the header is read, whatever its size.
 
-    Pillow's own limit would warn of some sizes and refuse others, in its words, before they are compared.
+    The caller compares it with the limits. Pillow's own limit would warn of some sizes and refuse others, in its words, before they are compared.
     """
     from PIL import Image
 

@@ -585,7 +585,7 @@ def _with_system(messages: list[Message], row: Mapping[str, Any], columns: Colum
 
 
 def holds_images(row: Mapping[str, Any], columns: Columns) -> bool:
-    """Return whether a conversation has images, or a column beside it; a row that is none has not."""
+    """Return whether a conversation has images, or a column beside it."""
     if _given_images(row, columns)[1]:
         return True
     try:

@@ -288,7 +288,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
 def _open_header(stream: Any) -> Image.Image:
     """Return an image of which the header is read, whatever its size.
 
-    The caller compares it with the limits. Pillow's own limit would warn of some sizes and refuse others, in its words, before they are compared.
+    The caller compares it with the limits. Pillow's own limit would refuse some sizes first, in its words.
     """
     from PIL import Image
 

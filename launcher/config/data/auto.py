@@ -537,7 +537,7 @@ class AutoData(Corpus):
         return self.error("chat_template", why, "set data.chat_template=chatml, or a Jinja file")
 
     def _images_error(self, sources: Sequence[DataSource]) -> ConfigError | None:
-        """Return the error of the first conversation with images, for a model of text; ``None`` without any."""
+        """Return the error of the first conversation with images; ``None`` without any."""
         if self.on_bad_row == "skip":
             return None
         for file in (file for source in sources if source.shape == "messages" for file in source.files):

@@ -34,7 +34,7 @@ _PARTIAL_MARKS = ("train_detail", "training_detail")
 _MARK = "train"
 _IMAGE_PARTS = ("image", "image_url")
 _IMAGE_DATA_KEYS, _IMAGE_KEYS = ("bytes", "base64"), ("path", "image", "url", "image_url")
-"""Keys of a part that may hold the image, of Transformers and OpenAI; the first are never paths."""
+"""Keys of a part that may hold the image; the first two are never paths."""
 IMAGE_MARK = "<image>"
 """Text that stands for an image of the column ``images``, as LLaVA writes rows."""
 _LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
